@@ -1,0 +1,1 @@
+"""Image-to-video within a VRAM budget: predict, plan, execute exactly, recover. Knows nothing of ComfyUI."""

@@ -1,0 +1,31 @@
+"""Errors that a user can act on: each says what is wrong, with the value, and the remedy."""
+
+from __future__ import annotations
+
+
+class I2VError(Exception):
+    """A mistake or a limit that the user can do something about.
+
+    `problem` says what is wrong and names the value; `remedy` says what to do.
+    """
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem}. Remedy: {remedy}.")
+        self.problem = problem
+        self.remedy = remedy
+
+
+class BadInputError(I2VError):
+    """An input whose value cannot be used."""
+
+
+class ModelFolderError(I2VError):
+    """A model folder that is missing, half there, damaged, or of another kind."""
+
+
+class DoesNotFitError(I2VError):
+    """No plan fits the budget; `remedy` names the nearest that would."""
+
+
+class PlanMismatchError(I2VError):
+    """A plan, a conditioning and a model that were not made for each other."""

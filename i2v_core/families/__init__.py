@@ -1,0 +1,54 @@
+"""Model families: one file each. The table below is the only place that lists them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import ModelFolderError
+from .base import WHOLE_FRAMES, Conditioning, DecodeTile, Family, Place, Prompt, TensorMap, Workload
+from .facts import FamilyFacts, LatentSize, VideoSize
+from .i2vgen_xl import I2VGenXL
+from .model import Architecture, I2VModel
+
+FAMILIES: dict[str, Family] = {family.facts.name: family for family in (I2VGenXL(),)}
+
+
+def family_of(architecture: Architecture) -> Family:
+    return FAMILIES[architecture.family]
+
+
+def load_model(folder: Path) -> I2VModel:
+    """Load a model folder in diffusers layout into host RAM.
+
+    Raises:
+        ModelFolderError: no such folder, no known family, or files that are missing, damaged or refused.
+    """
+    if not folder.is_dir():
+        raise ModelFolderError(f"the model folder {folder} does not exist", "choose another model in I2V Loader")
+    for family in FAMILIES.values():
+        if family.recognises(folder):
+            return family.load(folder)
+    known = ", ".join(family.facts.display_name for family in FAMILIES.values())
+    raise ModelFolderError(
+        f"{folder} is not a model that this pack knows", f"use a folder in diffusers layout of one of: {known}"
+    )
+
+
+__all__ = [
+    "FAMILIES",
+    "WHOLE_FRAMES",
+    "Architecture",
+    "Conditioning",
+    "DecodeTile",
+    "Family",
+    "FamilyFacts",
+    "I2VModel",
+    "LatentSize",
+    "Place",
+    "Prompt",
+    "TensorMap",
+    "VideoSize",
+    "Workload",
+    "family_of",
+    "load_model",
+]

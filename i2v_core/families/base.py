@@ -1,0 +1,135 @@
+"""What every model family offers. A new family is one file that makes an object of this shape.
+
+Shape legend: B batch (guidance branches), C latent channels, T latent frames, F pixel frames, H/W height and width
+(latent space after B, C, T; pixel space after F).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..chunking import ChunkSettings, LayerRunner
+from .facts import FamilyFacts, VideoSize
+from .model import Architecture, I2VModel
+
+TensorMap = Mapping[str, Tensor]
+
+# Puts one component on the device for as long as the context lasts, and yields it.
+Place = Callable[[str], AbstractContextManager[nn.Module]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What the user asks of the video. `image_FHWC` is (F, H, W, 3) in 0…1; only frame 0 is used."""
+
+    image_FHWC: Tensor
+    text: str
+    negative_text: str
+    fps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditioning:
+    """What the denoiser is told, on the CPU: its keyword arguments for each guidance branch, with B = 1.
+
+    `negative` is None where the plan has no guidance. `preview_factors` (C + 1, 3) turn a latent pixel and a one into
+    red, green and blue.
+    """
+
+    family: str
+    size: VideoSize
+    positive: TensorMap
+    negative: TensorMap | None
+    preview_factors: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """One component's work within a stage. `run` takes the component, a device and a dtype, and makes its own inputs,
+    so that the same code can run on meta tensors, where its memory is predicted without weights.
+    """
+
+    name: str
+    component: str
+    run: Callable[[Any, torch.device, torch.dtype], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeTile:
+    """A spatial tile of the decoder, in pixel space. `size_pixels` 0 means whole frames."""
+
+    size_pixels: int = 0
+    overlap_pixels: int = 0
+
+
+WHOLE_FRAMES = DecodeTile()
+
+
+class Family(Protocol):
+    """Facts and behaviour of one model family."""
+
+    @property
+    def facts(self) -> FamilyFacts: ...
+
+    @property
+    def denoiser(self) -> str:
+        """Name of the component that the sampler runs."""
+        ...
+
+    @property
+    def decoder(self) -> str:
+        """Name of the component that turns latents into frames."""
+        ...
+
+    def recognises(self, folder: Path) -> bool:
+        """Whether a folder in diffusers layout says that it is of this family."""
+        ...
+
+    def load(self, folder: Path) -> I2VModel:
+        """Raises `ModelFolderError` naming every missing or damaged file."""
+        ...
+
+    def skeleton(self, architecture: Architecture, component: str) -> nn.Module:
+        """The component without weights, on the current default device (meta, when predicting)."""
+        ...
+
+    def full_precision_components(self, architecture: Architecture) -> frozenset[str]:
+        """Components that the model's own config wants in fp32 whatever the plan's precision."""
+        ...
+
+    def encode_workloads(self, architecture: Architecture, size: VideoSize) -> tuple[Workload, ...]: ...
+
+    def denoise_workload(self, architecture: Architecture, size: VideoSize, branches: int) -> Workload: ...
+
+    def decode_workload(self, size: VideoSize, frames: int, tile: DecodeTile) -> Workload: ...
+
+    def encode(
+        self, model: I2VModel, prompt: Prompt, size: VideoSize, guidance: bool, place: Place
+    ) -> Conditioning: ...
+
+    def denoise(self, denoiser: nn.Module, latents_BCTHW: Tensor, timestep: Tensor, inputs: TensorMap) -> Tensor:
+        """The denoiser's prediction, (B, C, T, H, W); what it predicts is the scheduler's to know."""
+        ...
+
+    def chunked(
+        self, denoiser: nn.Module, settings: ChunkSettings, *, runner: LayerRunner, on_chunk: Callable[[], None]
+    ) -> AbstractContextManager[None]:
+        """While the context lasts the denoiser runs in pieces, with the same result; `on_chunk` is called at least
+        once a piece.
+        """
+        ...
+
+    def latents_to_host(self, architecture: Architecture, latents_BCTHW: Tensor) -> Tensor:
+        """The sampler's latents as the host's LATENT: unscaled; frames on the batch axis for an image VAE."""
+        ...
+
+    def decode(self, decoder: nn.Module, samples: Tensor, tile: DecodeTile) -> Tensor:
+        """A chunk of the host's LATENT samples as frames (F, H, W, 3) in 0…1, fp32, on the decoder's device."""
+        ...

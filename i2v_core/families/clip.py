@@ -1,0 +1,69 @@
+"""The CLIP text and vision encoders that several families share.
+
+Shape legend: L tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from .pictures import to_tensor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionInput:
+    """How the vision encoder wants its picture: size in pixels, mean and deviation of each colour."""
+
+    width_pixels: int
+    height_pixels: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> VisionInput:
+        """From a preprocessor_config.json, whose crop_size is a number or a height and a width."""
+        crop: Any = config["crop_size"]
+        square = isinstance(crop, int)
+        return cls(
+            width_pixels=crop if square else int(crop["width"]),
+            height_pixels=crop if square else int(crop["height"]),
+            mean=tuple(config["image_mean"]),
+            std=tuple(config["image_std"]),
+        )
+
+
+def tokenize(tokenizer: Any, text: str) -> Tensor:
+    """Token ids (1, L), padded or cut to the tokenizer's own length; what is cut off is logged."""
+    length = int(tokenizer.model_max_length)
+    ids = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    whole = tokenizer(text, return_tensors="pt").input_ids
+    if whole.shape[-1] > length:
+        cut = tokenizer.batch_decode(whole[:, length - 1 : -1])[0]
+        logger.warning("The prompt is longer than %d tokens; this is cut off: %s", length, cut)
+    return ids
+
+
+def encode_text(text_encoder: nn.Module, token_ids: Tensor, clip_skip: int) -> Tensor:
+    """Hidden states (1, L, D), `clip_skip` layers before the last, through the final layer norm."""
+    hidden_states = text_encoder(token_ids, output_hidden_states=True).hidden_states[-(clip_skip + 1)]
+    # transformers 5 has the norm on the model itself, older ones on its inner `text_model`.
+    body: Any = getattr(text_encoder, "text_model", text_encoder)
+    return body.final_layer_norm(hidden_states)
+
+
+def encode_picture(image_encoder: nn.Module, picture: Image.Image, wanted: VisionInput) -> Tensor:
+    """Projected image embedding (1, 1, D) of a square picture."""
+    parameter = next(image_encoder.parameters())
+    resized = picture.resize((wanted.width_pixels, wanted.height_pixels), resample=Image.Resampling.BILINEAR)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (wanted.mean, wanted.std))
+    pixels = ((to_tensor(resized) - mean) / std).to(parameter.device, parameter.dtype)
+    return image_encoder(pixels).image_embeds.unsqueeze(1)

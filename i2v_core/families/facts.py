@@ -1,0 +1,84 @@
+"""What is fixed about a model family: compression, frame rule, channels, defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import BadInputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoSize:
+    """The video asked for, in pixel space."""
+
+    width_pixels: int
+    height_pixels: int
+    frames: int
+
+    def __str__(self) -> str:
+        return f"{self.width_pixels}×{self.height_pixels}×{self.frames}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentSize:
+    """The same video in latent space: what the denoiser works on."""
+
+    channels: int
+    latent_frames: int
+    latent_height: int
+    latent_width: int
+
+    @property
+    def shape_bcthw(self) -> tuple[int, int, int, int, int]:
+        return (1, self.channels, self.latent_frames, self.latent_height, self.latent_width)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyFacts:
+    """Constants of one family.
+
+    `size_multiple` is what width and height in pixels must be divisible by; frames must be
+    `temporal_compression`·k + 1 (any number where that is 1).
+    """
+
+    name: str
+    display_name: str
+    spatial_compression: int
+    temporal_compression: int
+    latent_channels: int
+    size_multiple: int
+    min_side_pixels: int
+    default_size: VideoSize
+    default_fps: int
+    default_cfg: float
+
+    def check(self, size: VideoSize) -> None:
+        """Raise `BadInputError` unless a video of this size can be made by the family."""
+        for name, side_pixels in (("width", size.width_pixels), ("height", size.height_pixels)):
+            if side_pixels < self.min_side_pixels:
+                raise BadInputError(
+                    f"a {name} of {side_pixels} pixels is too small",
+                    f"use at least {self.min_side_pixels} pixels",
+                )
+            if side_pixels % self.size_multiple:
+                below = side_pixels - side_pixels % self.size_multiple
+                raise BadInputError(
+                    f"a {name} of {side_pixels} pixels is not divisible by {self.size_multiple}",
+                    f"use {max(below, self.min_side_pixels)} or {below + self.size_multiple}",
+                )
+        if size.frames < 1:
+            raise BadInputError(f"a video of {size.frames} frames is not possible", "ask for at least 1 frame")
+        if (size.frames - 1) % self.temporal_compression:
+            below = size.frames - (size.frames - 1) % self.temporal_compression
+            raise BadInputError(
+                f"{self.display_name} cannot make {size.frames} frames",
+                f"use {below} or {below + self.temporal_compression}",
+            )
+
+    def latent_size(self, size: VideoSize) -> LatentSize:
+        return LatentSize(
+            channels=self.latent_channels,
+            latent_frames=(size.frames - 1) // self.temporal_compression + 1,
+            latent_height=size.height_pixels // self.spatial_compression,
+            latent_width=size.width_pixels // self.spatial_compression,
+        )

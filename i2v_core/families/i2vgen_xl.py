@@ -1,0 +1,239 @@
+"""I2VGen-XL: a 3-D UNet of per-frame and temporal layers, an image autoencoder, CLIP for text and for the picture.
+
+Zhang et al., "I2VGen-XL: High-Quality Image-to-Video Synthesis via Cascaded Diffusion Models", 2023.
+
+Shape legend: B guidance branches, C latent channels, T latent frames (= pixel frames), h/w latent size,
+H/W pixel size, F frames in one decode, L tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..chunking import ChunkSettings, LayerRunner, chunked
+from ..errors import ModelFolderError
+from . import autoencoder_kl, clip
+from .base import Conditioning, DecodeTile, Place, Prompt, TensorMap, Workload
+from .facts import FamilyFacts, VideoSize
+from .folder import ComponentSpec, check_folder, load_diffusers, load_transformers, pipeline_class, read_json
+from .model import Architecture, I2VModel
+from .pictures import cover, first_picture, to_tensor
+from .preview import fit_preview
+
+_DIFFUSERS_STEM, _TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+_COMPONENTS = (
+    ComponentSpec(name="unet", weights_stem=_DIFFUSERS_STEM),
+    ComponentSpec(name="vae", weights_stem=_DIFFUSERS_STEM),
+    ComponentSpec(name="text_encoder", weights_stem=_TRANSFORMERS_STEM),
+    ComponentSpec(name="image_encoder", weights_stem=_TRANSFORMERS_STEM),
+    ComponentSpec(
+        name="tokenizer",
+        files=("tokenizer_config.json", "tokenizer.json|vocab.json", "tokenizer.json|merges.txt"),
+    ),
+    ComponentSpec(name="feature_extractor", files=("preprocessor_config.json",)),
+    ComponentSpec(name="scheduler", files=("scheduler_config.json",)),
+)
+_CONFIG_FILES = {
+    "tokenizer": "tokenizer_config.json",
+    "feature_extractor": "preprocessor_config.json",
+    "scheduler": "scheduler_config.json",
+}
+
+# The text encoder's last layer is skipped: the model was trained on the one before it.
+_CLIP_SKIP = 1
+
+
+class I2VGenXL:
+    """See `base.Family`."""
+
+    facts = FamilyFacts(
+        name="i2vgen-xl",
+        display_name="I2VGen-XL",
+        spatial_compression=8,
+        temporal_compression=1,
+        latent_channels=4,
+        size_multiple=8,
+        min_side_pixels=64,
+        default_size=VideoSize(width_pixels=1280, height_pixels=704, frames=16),
+        default_fps=16,
+        default_cfg=9.0,
+    )
+    denoiser = "unet"
+    decoder = "vae"
+
+    def recognises(self, folder: Path) -> bool:
+        if pipeline_class(folder) is not None:
+            return pipeline_class(folder) == "I2VGenXLPipeline"
+        config = folder / "unet" / "config.json"
+        return config.is_file() and read_json(config).get("_class_name") == "I2VGenXLUNet"
+
+    def load(self, folder: Path) -> I2VModel:
+        from transformers import CLIPTokenizer
+
+        tokenizer_class: Any = CLIPTokenizer
+        weights = check_folder(folder, _COMPONENTS)
+        configs = {
+            component.name: read_json(folder / component.name / _CONFIG_FILES.get(component.name, "config.json"))
+            for component in _COMPONENTS
+        }
+        loaders = {"unet": load_diffusers, "vae": load_diffusers}
+        modules = {
+            name: loaders.get(name, load_transformers)(cls, weights[name]) for name, cls in _module_classes().items()
+        }
+        try:
+            tokenizer = tokenizer_class.from_pretrained(str(folder / "tokenizer"), local_files_only=True)
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            raise ModelFolderError(
+                f"the tokenizer in {folder / 'tokenizer'} cannot be read ({error})", "download its files again"
+            ) from error
+        return I2VModel(
+            architecture=Architecture.from_configs(self.facts.name, configs),
+            folder=folder,
+            modules=modules,
+            tokenizer=tokenizer,
+        )
+
+    def skeleton(self, architecture: Architecture, component: str) -> nn.Module:
+        config = architecture.config(component)
+        cls = _module_classes()[component]
+        if component in ("unet", "vae"):
+            return cls.from_config(config).eval()
+        return cls(cls.config_class.from_dict(config)).eval()
+
+    def full_precision_components(self, architecture: Architecture) -> frozenset[str]:
+        return frozenset({"vae"} if autoencoder_kl.wants_full_precision(architecture.config("vae")) else ())
+
+    def encode_workloads(self, architecture: Architecture, size: VideoSize) -> tuple[Workload, ...]:
+        wanted = clip.VisionInput.from_config(architecture.config("feature_extractor"))
+        length = _text_length(architecture)
+
+        def text(module: Any, device: torch.device, _: torch.dtype) -> Tensor:
+            return clip.encode_text(module, torch.zeros(1, length, dtype=torch.long, device=device), _CLIP_SKIP)
+
+        def picture(module: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+            pixels = torch.empty(1, 3, wanted.height_pixels, wanted.width_pixels, device=device, dtype=dtype)
+            return module(pixels).image_embeds
+
+        def latents(module: Any, device: torch.device, _: torch.dtype) -> Tensor:
+            picture_13HW = torch.empty(1, 3, size.height_pixels, size.width_pixels, device=device)
+            return autoencoder_kl.encode_mode(module, picture_13HW)
+
+        return (
+            Workload(name="prompt", component="text_encoder", run=text),
+            Workload(name="picture", component="image_encoder", run=picture),
+            Workload(name="latents", component="vae", run=latents),
+        )
+
+    def denoise_workload(self, architecture: Architecture, size: VideoSize, branches: int) -> Workload:
+        _, channels, frames, height, width = self.facts.latent_size(size).shape_bcthw
+        text_width = architecture.config("unet")["cross_attention_dim"]
+        length = _text_length(architecture)
+
+        def denoise(module: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+            def empty(*shape: int) -> Tensor:
+                return torch.empty(branches, *shape, device=device, dtype=dtype)
+
+            inputs = {
+                "encoder_hidden_states": empty(length, text_width),
+                "image_embeddings": empty(1, text_width),
+                "image_latents": empty(channels, frames, height, width),
+                "fps": torch.empty(branches, device=device),
+            }
+            latents_BCThw = empty(channels, frames, height, width)
+            return self.denoise(module, latents_BCThw, torch.zeros((), device=device), inputs)
+
+        return Workload(name="denoise", component=self.denoiser, run=denoise)
+
+    def decode_workload(self, size: VideoSize, frames: int, tile: DecodeTile) -> Workload:
+        latent = self.facts.latent_size(size)
+
+        def decode(module: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+            shape = (frames, latent.channels, latent.latent_height, latent.latent_width)
+            return self.decode(module, torch.empty(shape, device=device, dtype=dtype), tile)
+
+        return Workload(name="decode", component=self.decoder, run=decode)
+
+    def encode(self, model: I2VModel, prompt: Prompt, size: VideoSize, guidance: bool, place: Place) -> Conditioning:
+        picture = first_picture(prompt.image_FHWC)
+        fitted = cover(picture, size.width_pixels, size.height_pixels)
+        with place("text_encoder") as text_encoder:
+            text = _encode_text(text_encoder, model.tokenizer, prompt.text)
+            negative_text = _encode_text(text_encoder, model.tokenizer, prompt.negative_text) if guidance else None
+        with place("image_encoder") as image_encoder:
+            # The picture encoder sees the middle square of the picture at the video's width.
+            square = cover(picture, size.width_pixels, size.width_pixels)
+            wanted = clip.VisionInput.from_config(model.architecture.config("feature_extractor"))
+            embeds = clip.encode_picture(image_encoder, square, wanted).float().cpu()
+        with place("vae") as vae:
+            latents_1Chw = autoencoder_kl.encode_mode(vae, to_tensor(fitted)).float().cpu()
+        shared = {
+            "image_latents": _with_ramp(latents_1Chw, size.frames),
+            "fps": torch.tensor([float(prompt.fps)]),
+        }
+        negative = None
+        if negative_text is not None:
+            negative = {
+                **shared,
+                "encoder_hidden_states": negative_text,
+                "image_embeddings": torch.zeros_like(embeds),
+            }
+        return Conditioning(
+            family=self.facts.name,
+            size=size,
+            positive={**shared, "encoder_hidden_states": text, "image_embeddings": embeds},
+            negative=negative,
+            preview_factors=fit_preview(latents_1Chw, fitted),
+        )
+
+    def denoise(self, denoiser: nn.Module, latents_BCTHW: Tensor, timestep: Tensor, inputs: TensorMap) -> Tensor:
+        return denoiser(latents_BCTHW, timestep, **inputs, return_dict=False)[0]
+
+    def chunked(
+        self, denoiser: nn.Module, settings: ChunkSettings, *, runner: LayerRunner, on_chunk: Callable[[], None]
+    ) -> AbstractContextManager[None]:
+        return chunked(denoiser, settings, runner=runner, on_chunk=on_chunk)
+
+    def latents_to_host(self, architecture: Architecture, latents_BCTHW: Tensor) -> Tensor:
+        return latents_BCTHW[0].transpose(0, 1) / _scaling_factor(architecture)
+
+    def decode(self, decoder: nn.Module, samples: Tensor, tile: DecodeTile) -> Tensor:
+        return autoencoder_kl.decode_frames(decoder, samples, tile)
+
+
+def _module_classes() -> Mapping[str, Any]:
+    """Imported at first use: diffusers and transformers take seconds, which the host's start must not pay."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLUNet
+    from transformers import CLIPTextModel, CLIPVisionModelWithProjection
+
+    return {
+        "unet": I2VGenXLUNet,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "image_encoder": CLIPVisionModelWithProjection,
+    }
+
+
+def _encode_text(text_encoder: nn.Module, tokenizer: Any, text: str) -> Tensor:
+    token_ids = clip.tokenize(tokenizer, text).to(next(text_encoder.parameters()).device)
+    return clip.encode_text(text_encoder, token_ids, _CLIP_SKIP).float().cpu()
+
+
+def _with_ramp(latents_1Chw: Tensor, frames: int) -> Tensor:
+    """(1, C, T, h, w): the picture's latents, then constant planes i / (T − 1) that tell a frame its place."""
+    planes = [latents_1Chw] + [torch.full_like(latents_1Chw, i / (frames - 1)) for i in range(1, frames)]
+    return torch.stack(planes, dim=2)
+
+
+def _text_length(architecture: Architecture) -> int:
+    return int(architecture.config("tokenizer")["model_max_length"])
+
+
+def _scaling_factor(architecture: Architecture) -> float:
+    return float(architecture.config("vae").get("scaling_factor", 0.18215))

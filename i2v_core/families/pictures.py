@@ -1,0 +1,52 @@
+"""Fitting a picture to a size: cover the size, cut the middle out.
+
+Shape legend: H/W height and width in pixel space, 3 colour channels last.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import BadInputError
+
+
+def first_picture(image_FHWC: Tensor) -> Image.Image:
+    """Frame 0 of (F, H, W, 3 or 4) in 0…1 as an 8-bit RGB picture; transparency is dropped.
+
+    Raises:
+        BadInputError: no frame, no colour, or values that are not finite.
+    """
+    if image_FHWC.ndim != 4 or image_FHWC.shape[0] < 1 or image_FHWC.shape[-1] not in (1, 3, 4):
+        raise BadInputError(
+            f"the image has shape {tuple(image_FHWC.shape)}", "connect an IMAGE of shape (frames, height, width, 3)"
+        )
+    picture_HWC = image_FHWC[0].float().cpu()
+    if not torch.isfinite(picture_HWC).all():
+        raise BadInputError("the image holds values that are NaN or infinite", "check the node that made it")
+    if picture_HWC.shape[-1] == 1:
+        picture_HWC = picture_HWC.expand(-1, -1, 3)
+    pixels: np.ndarray[Any, Any] = (picture_HWC[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    return Image.fromarray(pixels)
+
+
+def cover(picture: Image.Image, width_pixels: int, height_pixels: int) -> Image.Image:
+    """The picture scaled until it covers the size, cut to its middle. Sides are rounded up when scaled, so that no
+    border row is ever left empty.
+    """
+    scale = min(picture.width / width_pixels, picture.height / height_pixels)
+    # The tolerance keeps an exact fit exact: 1280 / (1280 / 704 × 1) is not always 704 in floating point.
+    scaled = tuple(math.ceil(side / scale - 1e-6) for side in picture.size)
+    resized = picture.resize((scaled[0], scaled[1]), resample=Image.Resampling.BOX)
+    left, top = (resized.width - width_pixels) // 2, (resized.height - height_pixels) // 2
+    return resized.crop((left, top, left + width_pixels, top + height_pixels))
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """(1, 3, H, W) in 0…1, fp32."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255  # pyright: ignore[reportUnknownMemberType]

@@ -1,0 +1,63 @@
+"""Facts about the device that a plan is made for, and the errors it raises when its memory is used up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# CUDA compute capability from which bf16 and fp16 are fast: Ampere (8.0) and Turing (7.0 has the tensor cores too).
+_BF16_CAPABILITY, _FP16_CAPABILITY = (8, 0), (7, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceFacts:
+    """What planning needs to know of a device. `precisions` are those it runs well, best first."""
+
+    device: str
+    name: str
+    precisions: tuple[torch.dtype, ...]
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device)
+
+
+def device_facts(device: torch.device) -> DeviceFacts:
+    """Facts of a device that is there.
+
+    The CPU runs fp32 best, bf16 at need; other back ends than CUDA run fp16 well.
+    """
+    return DeviceFacts(device=str(device), name=_name(device), precisions=_precisions(device))
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _precisions(device: torch.device) -> tuple[torch.dtype, ...]:
+    if device.type == "cpu":
+        return (torch.float32, torch.bfloat16)
+    if device.type != "cuda":
+        return (torch.float16, torch.float32)
+    capability = torch.cuda.get_device_capability(device)
+    fast = [torch.bfloat16] if capability >= _BF16_CAPABILITY else []
+    fast += [torch.float16] if capability >= _FP16_CAPABILITY else []
+    return (*fast, torch.float32)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the device's memory is used up.
+
+    Besides `torch.OutOfMemoryError`: an `AcceleratorError` of CUDA code 2, a cuBLAS handle that cannot be made, and
+    the message of the asynchronous allocator.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    message = str(error).lower()
+    accelerator_error = getattr(torch, "AcceleratorError", ())
+    if isinstance(error, accelerator_error):
+        return getattr(error, "error_code", None) == 2 or "out of memory" in message
+    return isinstance(error, RuntimeError) and any(
+        sign in message for sign in ("out of memory", "cublas_status_alloc_failed", "allocation on device")
+    )

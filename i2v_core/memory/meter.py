@@ -1,0 +1,208 @@
+"""Counting the memory of live tensors, on any device, without a GPU.
+
+The meter watches every operation and counts the storages that operations give birth to, until they die. It needs no
+values: real CPU or CUDA tensors, fake tensors and meta tensors are counted alike, so the same code measures a run,
+traces a forward that never runs, and emulates a card of N bytes.
+"""
+
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ALLOCATION_BYTES = 512
+"""The block size of PyTorch's CUDA allocator: every allocation is rounded up to a multiple of it."""
+
+_in_host_memory: ContextVar[bool] = ContextVar("in_host_memory", default=False)
+
+
+def rounded_bytes(size_bytes: int) -> int:
+    """The bytes that the CUDA allocator hands out for a request of `size_bytes`."""
+    return -(-size_bytes // ALLOCATION_BYTES) * ALLOCATION_BYTES
+
+
+@contextmanager
+def host_memory() -> Generator[None]:
+    """Storages born inside belong to the host's memory, and no meter counts them.
+
+    Needed where the device that is metered is emulated by the CPU or by meta tensors, so that a tensor's own device
+    does not tell the two memories apart.
+    """
+    token = _in_host_memory.set(True)
+    try:
+        yield
+    finally:
+        _in_host_memory.reset(token)
+
+
+class StorageMeter(TorchDispatchMode):
+    """Counts the bytes of live tensor storages; use it as a context manager around the code to measure.
+
+    Counted is what an operation inside the context allocates as a result, from its birth to the death of its storage,
+    which may come after the context has ended. Not counted are tensors that existed before (`add` counts those),
+    views of them, what is born under `host_memory`, and what an operation allocates and frees within itself.
+    The meter holds weak references only: it keeps no tensor alive.
+
+    Args:
+        exclude: modules whose parameters and buffers never count, even if they are born inside the context.
+        limit_bytes: the size of the emulated device. An operation whose result would exceed it fails with a
+            `torch.OutOfMemoryError`, and leaves the count as it was before.
+        device_type: count only storages on this type of device ("cuda", "cpu", "meta"); None counts all.
+
+    Fake tensors: enter the meter inside the `FakeTensorMode`.
+    """
+
+    def __init__(
+        self, *, exclude: Iterable[nn.Module] = (), limit_bytes: int | None = None, device_type: str | None = None
+    ) -> None:
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
+        self.limit_bytes = limit_bytes
+        self.device_type = device_type
+        self.current_bytes = 0
+        self.peak_bytes = 0
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        for module in exclude:
+            for tensor in _state(module):
+                self._watch(tensor, 0)
+
+    def add(self, *items: torch.Tensor | nn.Module) -> None:
+        """Count tensors, or the parameters and buffers of modules, that were born outside the context.
+
+        Raises torch.OutOfMemoryError if they exceed the limit.
+        """
+        for item in items:
+            for tensor in _state(item) if isinstance(item, nn.Module) else (item,):
+                self._count(tensor)
+
+    @contextmanager
+    def counted(self, module: nn.Module) -> Generator[None]:
+        """Count a module's parameters and buffers while the context lasts, where they were born outside the meter."""
+        before_bytes = self.current_bytes
+        new = {_key(tensor): tensor for tensor in _state(module) if _key(tensor) not in self._storages}
+        self.add(*new.values())
+        added_bytes = self.current_bytes - before_bytes
+        try:
+            yield
+        finally:
+            for key in new:
+                del self._storages[key]
+            self.current_bytes -= added_bytes
+
+    def reset_peak(self) -> None:
+        """Start a new peak from what is live now."""
+        self.peak_bytes = self.current_bytes
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        try:
+            self._count_born(result, (args, kwargs))
+        except torch.OutOfMemoryError as error:
+            del result  # the traceback holds this frame and those below it: the result must not survive in them
+            raise error.with_traceback(None)  # noqa: B904
+        return result
+
+    def _count_born(self, result: Any, inputs: Any) -> None:
+        unknown = [tensor for tensor in _tensors(result) if _key(tensor) not in self._storages]
+        if unknown:
+            known = {_key(tensor) for tensor in _tensors(inputs)}
+            for tensor in unknown:
+                if _key(tensor) not in known:
+                    self._count(tensor)
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        if _key(tensor) in self._storages:
+            return
+        if _in_host_memory.get() or self.device_type not in (None, tensor.device.type):
+            self._watch(tensor, 0)
+            return
+        size_bytes = rounded_bytes(tensor.untyped_storage().nbytes())
+        if self.limit_bytes is not None and self.current_bytes + size_bytes > self.limit_bytes:
+            raise torch.OutOfMemoryError(
+                f"Emulated device out of memory. Tried to allocate {size_bytes} bytes: "
+                f"{self.current_bytes} of {self.limit_bytes} bytes are in use."
+            )
+        self._watch(tensor, size_bytes)
+        self.current_bytes += size_bytes
+        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+
+    def _watch(self, tensor: torch.Tensor, size_bytes: int) -> None:
+        """Remember a storage, and give its bytes back when it dies."""
+        key = _key(tensor)
+
+        def forget(_: object) -> None:
+            del self._storages[key]
+            self.current_bytes -= size_bytes
+
+        if key not in self._storages:
+            self._storages[key] = weakref.ref(tensor.untyped_storage(), forget)
+
+
+class _OutputOnlyAttention(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _attention_output(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _attention_output(
+    query: torch.Tensor,
+    key: torch.Tensor,  # noqa: ARG001
+    value: torch.Tensor,
+    **_: Any,
+) -> torch.Tensor:
+    log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)  # the kernel's own, freed on return
+    output = torch.empty_like(query)
+    del log_sum_exp
+    return output if value.shape[-1] == query.shape[-1] else query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+def fused_attention() -> TorchFunctionMode:
+    """A context in which scaled dot-product attention allocates what a fused GPU kernel does, and computes nothing.
+
+    That is the output, in the query's layout, and during the call one fp32 number a query row (FlashAttention-2's
+    log-sum-exp). For tracing only: on meta and fake tensors PyTorch would take the mathematical form, which makes the
+    whole matrix of scores.
+    """
+    return _OutputOnlyAttention()
+
+
+def _state(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The strided tensors in an operation's arguments or results."""
+    if isinstance(value, torch.Tensor):
+        if value.layout is torch.strided:
+            yield value
+    elif isinstance(value, (list, tuple)):
+        for item in cast("Iterable[Any]", value):
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in cast("dict[Any, Any]", value).values():
+            yield from _tensors(item)

@@ -1,0 +1,96 @@
+"""Measuring what a stage really takes: by the allocator on a GPU, by counting live storages elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+from ..units import format_gib
+from .meter import StorageMeter
+
+logger = logging.getLogger(__name__)
+
+
+class StageMeter:
+    """Peak bytes that one stage has on its device, and its seconds. Made by `stage_meter`.
+
+    Counted is what the stage itself brings: its weights (`weights`) and the tensors it makes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._started_seconds = time.perf_counter()
+        self.seconds = 0.0
+
+    @property
+    def peak_bytes(self) -> int:
+        raise NotImplementedError
+
+    def weights(self, module: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Counts a module's weights while they are in place, where placing them allocated nothing (on the CPU)."""
+        return nullcontext()
+
+    def log_step(self, step: int) -> None:
+        logger.debug("step %d: peak %s", step, format_gib(self.peak_bytes))
+
+    def stop(self) -> None:
+        self.seconds = time.perf_counter() - self._started_seconds
+
+
+class CudaStageMeter(StageMeter):
+    """Reads the caching allocator. Counts from what was allocated when the stage began."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        self._before_bytes = torch.cuda.memory_allocated(device)
+
+    @property
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device) - self._before_bytes
+
+    def log_step(self, step: int) -> None:
+        logger.debug(
+            "step %d: allocated %s, reserved %s, free %s",
+            step,
+            format_gib(torch.cuda.memory_allocated(self._device)),
+            format_gib(torch.cuda.memory_reserved(self._device)),
+            format_gib(torch.cuda.mem_get_info(self._device)[0]),
+        )
+
+
+class CountingStageMeter(StageMeter):
+    """Counts live storages as they are made, for devices whose allocator keeps no peak."""
+
+    def __init__(self, device: torch.device, storages: StorageMeter) -> None:
+        super().__init__(device)
+        self._storages = storages
+
+    @property
+    def peak_bytes(self) -> int:
+        return self._storages.peak_bytes
+
+    def weights(self, module: nn.Module) -> AbstractContextManager[None]:
+        return self._storages.counted(module)
+
+
+@contextmanager
+def stage_meter(device: torch.device) -> Generator[StageMeter]:
+    if device.type == "cuda":
+        meter: StageMeter = CudaStageMeter(device)
+        try:
+            yield meter
+        finally:
+            meter.stop()
+        return
+    with StorageMeter(device_type=device.type) as storages:
+        meter = CountingStageMeter(device, storages)
+        try:
+            yield meter
+        finally:
+            meter.stop()

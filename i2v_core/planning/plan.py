@@ -1,0 +1,138 @@
+"""A plan: every choice made for one request, with the predicted peak of every stage and the reasons."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+
+from ..chunking import ChunkSettings
+from ..errors import PlanMismatchError
+from ..families import WHOLE_FRAMES, Architecture, DecodeTile
+from ..memory.device import DeviceFacts
+from ..placement.precision import precision_name
+from .request import Budget, Request
+
+
+class Stage(str, Enum):
+    """The stages of a run, in their order. One stage's weights are on the device at a time."""
+
+    ENCODE = "encode"
+    SAMPLE = "sample"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePrediction:
+    """What a stage takes on the device at its peak: the weights in place then, and live tensors."""
+
+    stage: Stage
+    weights_bytes: int
+    activation_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.weights_bytes + self.activation_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplePrediction(StagePrediction):
+    """`chunk_size` is the fewest frames, of one clip, that a per-frame layer takes at once."""
+
+    chunk_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSettings:
+    """How the denoiser runs. `workspace_bytes` None: layers run whole; else no layer call takes more than that."""
+
+    compute_dtype: torch.dtype
+    batched_guidance: bool
+    workspace_bytes: int | None = None
+
+    @property
+    def chunk_settings(self) -> ChunkSettings:
+        return ChunkSettings(workspace_bytes=sys.maxsize if self.workspace_bytes is None else self.workspace_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeSettings:
+    """How latents become frames: `chunk_size` frames at once, in spatial tiles or whole."""
+
+    chunk_size: int
+    tile: DecodeTile = WHOLE_FRAMES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The fastest way found to make the request within the budget.
+
+    `chunk_size` is the number of frames that the denoiser's largest per-frame layer takes at once.
+    """
+
+    request: Request
+    device: DeviceFacts
+    budget: Budget
+    sample: SampleSettings
+    decode: DecodeSettings
+    chunk_size: int
+    stages: tuple[StagePrediction, ...]
+    reasons: tuple[str, ...]
+
+    def stage(self, stage: Stage) -> StagePrediction:
+        return next(prediction for prediction in self.stages if prediction.stage is stage)
+
+    @property
+    def binding_stage(self) -> StagePrediction:
+        """The stage with the highest peak: the one that decides what fits."""
+        return max(self.stages, key=lambda prediction: prediction.peak_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.binding_stage.peak_bytes
+
+    @property
+    def precision(self) -> str:
+        return precision_name(self.sample.compute_dtype)
+
+    def check_made_for(self, architecture: Architecture) -> None:
+        """Raise `PlanMismatchError` unless the plan was made for a model of this architecture."""
+        if self.request.architecture != architecture:
+            raise PlanMismatchError(
+                "the plan was made for another model", "connect the same I2V Loader to VRAM Budget and to this node"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: what a page or a script wants to know of the plan."""
+        size = self.request.size
+        return {
+            "model": self.request.architecture.family,
+            "width": size.width_pixels,
+            "height": size.height_pixels,
+            "frames": size.frames,
+            "guidance": self.request.guidance,
+            "device": self.device.name,
+            "precision": self.precision,
+            "batched_guidance": self.sample.batched_guidance,
+            "workspace_bytes": self.sample.workspace_bytes,
+            "chunk_size": self.chunk_size,
+            "decode_chunk_size": self.decode.chunk_size,
+            "tile_size": self.decode.tile.size_pixels,
+            "overlap": self.decode.tile.overlap_pixels,
+            "usable_bytes": self.budget.usable_bytes,
+            "stages": [
+                {
+                    "stage": prediction.stage.value,
+                    "weights_bytes": prediction.weights_bytes,
+                    "activation_bytes": prediction.activation_bytes,
+                    "peak_bytes": prediction.peak_bytes,
+                }
+                for prediction in self.stages
+            ],
+            "peak_bytes": self.peak_bytes,
+            "binding_stage": self.binding_stage.stage.value,
+            "reasons": list(self.reasons),
+        }

@@ -1,0 +1,82 @@
+"""A plan in words and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..families import family_of
+from ..placement.precision import AUTO, precision_name
+from ..units import format_gib
+from .plan import DecodeSettings, Plan, SampleSettings, StagePrediction
+from .request import Budget, Request
+
+
+def report(plan: Plan) -> str:
+    """What a person wants to read: the verdict, the stages, and why each choice was made."""
+    request, binding = plan.request, plan.binding_stage
+    name = family_of(request.architecture).facts.display_name
+    lines = [
+        f"{name} {request.size} fits: {format_gib(plan.peak_bytes)} of {format_gib(plan.budget.usable_bytes)}"
+        f" on {plan.device.name}, decided by {binding.stage.value}",
+        "",
+        f"{'stage':<8} {'weights':>11} {'activations':>12} {'peak':>11}",
+    ]
+    lines += [
+        f"{it.stage.value:<8} {format_gib(it.weights_bytes):>11} {format_gib(it.activation_bytes):>12} "
+        f"{format_gib(it.peak_bytes):>11}"
+        for it in plan.stages
+    ]
+    return "\n".join([*lines, "", *(f"• {reason}" for reason in plan.reasons)])
+
+
+def plan_reasons(
+    request: Request,
+    budget: Budget,
+    sample: SampleSettings,
+    decode: DecodeSettings,
+    chunk_size: int,
+    stages: Sequence[StagePrediction],
+) -> tuple[str, ...]:
+    reasons = [_budget_reason(budget), _precision_reason(request, sample), _guidance_reason(request, sample)]
+    if sample.workspace_bytes is None:
+        reasons.append("denoiser layers run whole: everything fits")
+    else:
+        reasons.append(
+            f"denoiser layers run in pieces of at most {format_gib(sample.workspace_bytes)} "
+            f"({chunk_size} frames at once at full size), with the same result"
+        )
+    reasons.append(f"decode takes {decode.chunk_size} of {request.size.frames} frames at once")
+    if decode.tile.size_pixels:
+        reasons.append(
+            f"decode is tiled at {decode.tile.size_pixels} pixels with blended borders of "
+            f"{decode.tile.overlap_pixels}: close to, but not exactly, the whole frame's result"
+        )
+    unused_bytes = budget.usable_bytes - max(stage.peak_bytes for stage in stages)
+    reasons.append(f"{format_gib(unused_bytes)} stays unused")
+    return tuple(reasons)
+
+
+def _budget_reason(budget: Budget) -> str:
+    reserve = f", less a reserve of {format_gib(budget.reserve_bytes)}" if budget.reserve_bytes else ""
+    if budget.limit_bytes is None:
+        return f"the budget is what is free now, {format_gib(budget.free_bytes)}{reserve}"
+    if budget.limit_bytes > budget.free_bytes:
+        return (
+            f"the budget of {format_gib(budget.limit_bytes)} is more than is free: "
+            f"planned for {format_gib(budget.free_bytes)}{reserve}"
+        )
+    return f"the budget is {format_gib(budget.limit_bytes)}{reserve}"
+
+
+def _precision_reason(request: Request, sample: SampleSettings) -> str:
+    chosen = precision_name(sample.compute_dtype)
+    why = "the best of what this device runs well that fits" if request.precision == AUTO else "as asked"
+    return f"precision is {chosen}: {why}"
+
+
+def _guidance_reason(request: Request, sample: SampleSettings) -> str:
+    if not request.guidance:
+        return "no guidance: one denoiser pass a step"
+    if sample.batched_guidance:
+        return "guidance takes both branches in one denoiser pass"
+    return "guidance takes two denoiser passes a step, with half the activations of one"

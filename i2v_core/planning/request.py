@@ -1,0 +1,68 @@
+"""What is asked for, and what may be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import BadInputError
+from ..families import Architecture, VideoSize, family_of
+from ..placement.precision import AUTO, PRECISIONS
+from ..units import format_gib
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One video of one model. Raises `BadInputError` for what no budget could make."""
+
+    architecture: Architecture
+    size: VideoSize
+    guidance: bool = True
+    precision: str = AUTO
+
+    def __post_init__(self) -> None:
+        family_of(self.architecture).facts.check(self.size)
+        if self.precision != AUTO and self.precision not in PRECISIONS:
+            choices = ", ".join((AUTO, *PRECISIONS))
+            raise BadInputError(f"'{self.precision}' is no precision", f"choose one of {choices}")
+
+    @property
+    def branches(self) -> int:
+        """Denoiser passes a step: one with the prompt, and with guidance one with the negative prompt."""
+        return 2 if self.guidance else 1
+
+    def precisions(self, fast: tuple[torch.dtype, ...]) -> tuple[torch.dtype, ...]:
+        """The precisions to try, best first: the user's choice, or those the device runs well."""
+        return fast if self.precision == AUTO else (PRECISIONS[self.precision],)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """Device memory that may be used.
+
+    `limit_bytes` is the user's number; None leaves it to what is free. `reserve_bytes` stays unused for others.
+    """
+
+    free_bytes: int
+    limit_bytes: int | None = None
+    reserve_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.limit_bytes is not None and self.limit_bytes <= 0:
+            raise BadInputError(
+                f"a budget of {self.limit_bytes} bytes leaves nothing to run in", "give a size above zero"
+            )
+        if self.reserve_bytes < 0:
+            raise BadInputError(f"a reserve of {self.reserve_bytes} bytes is not possible", "give zero or more")
+        if self.usable_bytes <= 0:
+            raise BadInputError(
+                f"a reserve of {format_gib(self.reserve_bytes)} leaves nothing of the "
+                f"{format_gib(self.usable_bytes + self.reserve_bytes)} that could be used",
+                "lower the reserve or free device memory",
+            )
+
+    @property
+    def usable_bytes(self) -> int:
+        limit_bytes = self.free_bytes if self.limit_bytes is None else min(self.limit_bytes, self.free_bytes)
+        return limit_bytes - self.reserve_bytes

@@ -1,0 +1,16 @@
+"""The host side: five thin nodes. Only this package imports ComfyUI."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .budget import VRAMBudget
+from .decode import VAETiledDecode
+from .encode import Encode
+from .loader import Loader
+from .sampler import ChunkedSampler
+
+
+class I2VBudgetExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [Loader, VRAMBudget, Encode, ChunkedSampler, VAETiledDecode]

@@ -1,0 +1,68 @@
+"""I2V Encode."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..i2v_core import stages
+from ..i2v_core.families import I2VModel, Prompt
+from ..i2v_core.planning.plan import Plan, Stage
+from . import host
+from .sockets import CATEGORY, I2VConditioningSocket, model_input, plan_input
+
+
+class Encode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="I2VEncode",
+            display_name="I2V Encode",
+            category=CATEGORY,
+            description="Encodes the picture and the prompts for the sampler. The encoders are on the device only "
+            "while they run.",
+            search_aliases=["i2v prompt", "image to video conditioning", "clip text encode", "clip vision encode"],
+            inputs=[
+                model_input(),
+                plan_input(),
+                io.Image.Input(
+                    "image",
+                    tooltip="The picture that becomes frame 0. It is scaled and cut to the plan's size; of a batch "
+                    "the first is taken.",
+                ),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    tooltip="What happens in the video, in words. Default: empty.",
+                ),
+                io.String.Input(
+                    "negative_prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    tooltip="What to keep out, in words; used with guidance. Default: empty.",
+                ),
+                io.Int.Input(
+                    "fps",
+                    default=16,
+                    min=1,
+                    max=240,
+                    tooltip="Frames per second that the model is told to imagine; it changes the speed of motion, not "
+                    "the length. Default 16.",
+                ),
+            ],
+            outputs=[
+                I2VConditioningSocket.Output("conditioning", tooltip="What the sampler is told, for this plan's size.")
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: I2VModel, plan: Plan, image: Tensor, prompt: str, negative_prompt: str, fps: int
+    ) -> io.NodeOutput:
+        wish = Prompt(image_FHWC=image, text=prompt, negative_text=negative_prompt, fps=fps)
+        with host.stage(Stage.ENCODE, model, plan) as (fitting, runtime, notes):
+            conditioning, report = stages.encode(model, fitting, wish, runtime)
+        return io.NodeOutput(conditioning, ui=host.stage_ui(report, notes))

@@ -1,0 +1,159 @@
+"""The one adapter to ComfyUI: device, memory, folders, progress, interrupt."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as management
+import comfy.utils
+import folder_paths
+import torch
+from comfy.cli_args import args
+from torch import Tensor
+
+from ..i2v_core.families import I2VModel
+from ..i2v_core.memory.device import DeviceFacts, device_facts
+from ..i2v_core.planning.adjust import refit
+from ..i2v_core.planning.plan import Plan, Stage
+from ..i2v_core.planning.planner import needed_bytes
+from ..i2v_core.stages import Runtime, StageReport
+from ..i2v_core.units import format_gib
+from .preview import AnimatedPreview
+
+logger = logging.getLogger(__name__)
+
+DEMO_MODEL = "demo (bundled)"
+_DEMO_FOLDER = Path(__file__).parent.parent / "assets" / "demo_model"
+
+
+def model_folders() -> dict[str, Path]:
+    """The demo model and every folder in diffusers layout below the host's `diffusers` model folders, by name."""
+    found = {DEMO_MODEL: _DEMO_FOLDER}
+    for root in folder_paths.get_folder_paths("diffusers"):
+        for index in ("model_index.json", "unet/config.json"):
+            for file in sorted(Path(root).glob(f"*/{index}")):
+                folder = Path(root) / file.relative_to(root).parts[0]
+                found.setdefault(folder.name, folder)
+    return found
+
+
+def plan_device() -> DeviceFacts:
+    """The host's device, with the precisions that the host's flags and its knowledge of the card leave."""
+    device = management.get_torch_device()
+    facts = device_facts(device)
+    forced = {
+        torch.float32: args.force_fp32 or args.fp32_unet,
+        torch.float16: args.force_fp16 or args.fp16_unet,
+        torch.bfloat16: args.bf16_unet,
+    }
+    if any(forced.values()):
+        return replace(facts, precisions=tuple(dtype for dtype, wanted in forced.items() if wanted))
+    if device.type == "cpu":
+        return facts
+    usable = {
+        torch.bfloat16: management.should_use_bf16(device),
+        torch.float16: management.should_use_fp16(device),
+        torch.float32: True,
+    }
+    return replace(facts, precisions=tuple(dtype for dtype, good in usable.items() if good))
+
+
+def reserve_bytes() -> int:
+    """What the host keeps free for other programs (`--reserve-vram`); nothing on the CPU."""
+    if management.get_torch_device().type == "cpu":
+        return 0
+    return int(management.extra_reserved_memory())
+
+
+def room_bytes() -> int:
+    """Free device memory, and what the host can free by unloading its own models."""
+    device = management.get_torch_device()
+    loaded = [model for model in management.current_loaded_models if model.device == device]
+    unloadable_bytes = 0 if device.type == "cpu" else sum(model.model_loaded_memory() for model in loaded)
+    return int(management.get_free_memory(device) + unloadable_bytes)
+
+
+class SteadyReading:
+    """A reading of free memory that keeps its value until the true one is a quarter off.
+
+    Free memory is never the same twice. Were each reading new to the host's cache, every queueing would run the whole
+    graph again; and what shrinks by less than that is caught when a stage starts.
+    """
+
+    def __init__(self, ratio: float = 1.25) -> None:
+        self._ratio = ratio
+        self._value = 0
+
+    def update(self, value: int) -> int:
+        if not self._value / self._ratio <= value <= self._value * self._ratio:
+            self._value = value
+        return self._value
+
+
+@contextmanager
+def stage(
+    name: Stage, model: I2VModel, plan: Plan, preview_factors: Tensor | None = None
+) -> Generator[tuple[Plan, Runtime, list[str]]]:
+    """Room on the device, a plan that fits what is free now, and the runtime; what is left over is freed at the end.
+
+    The list holds notes for the user, such as that the plan had to be made again. With `preview_factors` the progress
+    bar shows all frames as they take shape.
+    """
+    plan.check_made_for(model.architecture)
+    device = plan.device.torch_device
+    notes: list[str] = []
+    management.free_memory(needed_bytes(plan.stage(name), plan.device) + plan.budget.reserve_bytes, device)
+    fitting = refit(plan, name, room_bytes())
+    if fitting is not plan:
+        notes.append(
+            f"less memory is free than when the plan was made ({format_gib(fitting.budget.free_bytes)}): "
+            "planned again for " + name.value
+        )
+        logger.warning("%s", notes[-1])
+    progress = _Progress(preview_factors)
+    try:
+        yield (
+            fitting,
+            Runtime(
+                device=device,
+                check_cancelled=management.throw_exception_if_processing_interrupted,
+                on_progress=progress.update,
+            ),
+            notes,
+        )
+    finally:
+        management.soft_empty_cache()
+
+
+class _Progress:
+    """The host's progress bar, with an animated preview where latents and preview factors are given."""
+
+    def __init__(self, preview_factors: Tensor | None) -> None:
+        self._bar = comfy.utils.ProgressBar(1)
+        self._factors = preview_factors
+
+    def update(self, done: int, total: int, latents_BCTHW: Tensor | None) -> None:
+        preview: Any = None
+        if latents_BCTHW is not None and self._factors is not None and args.preview_method.value != "none":
+            preview = AnimatedPreview.of_latents(latents_BCTHW, self._factors).for_host()
+        self._bar.update_absolute(done, total, preview)
+
+
+def stage_ui(report: StageReport, notes: list[str]) -> dict[str, list[Any]]:
+    """What a stage node shows: the numbers for scripts, the line for people."""
+    return {
+        "i2v_stage": [
+            {
+                "stage": report.stage.value,
+                "predicted_peak_bytes": report.predicted_peak_bytes,
+                "measured_peak_bytes": report.measured_peak_bytes,
+                "seconds": report.seconds,
+            }
+        ],
+        "text": ["\n".join([str(report), *notes])],
+    }

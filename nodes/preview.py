@@ -1,0 +1,50 @@
+"""An animated preview in the one place that the host has for a still."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from ..i2v_core.families.preview import preview_frames
+
+_SIDE_PIXELS = 384
+_FRAME_MILLISECONDS = 125
+
+
+class AnimatedPreview(Image.Image):
+    """A picture that saves itself as an animation.
+
+    The host hands a preview to the page as whatever bytes its `save` writes, and browsers go by the bytes and not by
+    the name of the format. So all frames are seen moving, without a script on the page.
+    """
+
+    def __init__(self, frames: list[Image.Image]) -> None:
+        super().__init__()
+        self._frames = frames
+        self.im = frames[0].im
+        self._mode, self._size = frames[0].mode, frames[0].size
+
+    @classmethod
+    def of_latents(cls, latents_1CThw: Tensor, factors: Tensor) -> AnimatedPreview:
+        """From the clean latents so far, scaled up to be seen."""
+        pixels = (preview_frames(latents_1CThw, factors) * 255).byte().numpy()
+        return cls([_enlarged(frame) for frame in pixels])
+
+    def save(self, fp: Any, format: str | None = None, **_: Any) -> None:  # noqa: ARG002
+        """Writes an animated WebP, whatever format is asked for."""
+        self._frames[0].save(
+            fp, format="WEBP", save_all=True, append_images=self._frames[1:], duration=_FRAME_MILLISECONDS, loop=0
+        )
+
+    def for_host(self) -> tuple[str, Image.Image, None]:
+        """As the host's progress bar takes a preview: format, picture, and no further resizing."""
+        return ("JPEG", self, None)
+
+
+def _enlarged(pixels_hw3: np.ndarray[Any, Any]) -> Image.Image:
+    frame = Image.fromarray(pixels_hw3)
+    scale = _SIDE_PIXELS / max(frame.size)
+    return frame.resize((round(frame.width * scale), round(frame.height * scale)), Image.Resampling.BILINEAR)

@@ -1,0 +1,21 @@
+"""The pack's own socket types, and what all its nodes share."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+CATEGORY = "image to video/I2V Budget"
+
+I2VModelSocket = io.Custom("I2V_MODEL")
+I2VPlanSocket = io.Custom("I2V_PLAN")
+I2VConditioningSocket = io.Custom("I2V_CONDITIONING")
+
+
+def model_input() -> io.Input:
+    return I2VModelSocket.Input("model", tooltip="The model from I2V Loader.")
+
+
+def plan_input() -> io.Input:
+    return I2VPlanSocket.Input(
+        "plan", tooltip="The plan from VRAM Budget: size, frames, precision and how to stay within the budget."
+    )

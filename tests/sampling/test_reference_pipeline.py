@@ -1,0 +1,221 @@
+"""Our loop against diffusers' own pipeline, and the pipeline's faults that we do not share.
+
+Shape legend: C latent channels, T latent frames, h/w latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from diffusers.pipelines.deprecated.i2vgen_xl.pipeline_i2vgen_xl import I2VGenXLPipeline, _center_crop_wide
+from PIL import Image
+from transformers import CLIPImageProcessor
+
+from i2v_core.families import I2VModel, Prompt, VideoSize, family_of, load_model
+from i2v_core.families.pictures import cover
+from i2v_core.sampling.loop import Guidance, sample_loop
+from i2v_core.sampling.noise import initial_noise
+
+SIZE = VideoSize(width_pixels=64, height_pixels=64, frames=5)
+STEPS, CFG, FPS = 6, 7.0, 8
+TEXT, NEGATIVE_TEXT = "a red circle moves left", "blue"
+
+
+class RecordingScheduler(DDIMScheduler):
+    """Keeps the latents after every step, frames on the batch axis or not."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().step(*args, **kwargs)
+        self.__dict__.setdefault("states", []).append(result.prev_sample.clone())
+        return result
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: Callable[..., None]) -> I2VModel:
+    """A small model whose image posterior is (all but) certain, so that the pipeline's sample of it is its mode."""
+    folder = tmp_path_factory.mktemp("reference") / "model"
+    save_tiny_model(folder, seed=3)
+    model = load_model(folder)
+    quant_conv: Any = model.modules["vae"].quant_conv
+    quant_conv.weight.data[4:] = 0
+    quant_conv.bias.data[4:] = -30
+    return model
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    torch.manual_seed(0)
+    return Image.fromarray((torch.rand(64, 64, 3) * 255).byte().numpy())
+
+
+def image_tensor(picture: Image.Image) -> torch.Tensor:
+    from i2v_core.families.pictures import to_tensor
+
+    return to_tensor(picture).permute(0, 2, 3, 1)
+
+
+def place(model: I2VModel) -> Any:
+    from contextlib import nullcontext
+
+    return lambda component: nullcontext(model.modules[component])
+
+
+def conditioning(model: I2VModel, picture: Image.Image, size: VideoSize = SIZE) -> Any:
+    prompt = Prompt(image_FHWC=image_tensor(picture), text=TEXT, negative_text=NEGATIVE_TEXT, fps=FPS)
+    with torch.no_grad():
+        return family_of(model.architecture).encode(model, prompt, size, True, place(model))
+
+
+def pipeline(model: I2VModel, scheduler: Any) -> I2VGenXLPipeline:
+    config = model.architecture.config("feature_extractor")
+    pipe = I2VGenXLPipeline(
+        **model.modules,
+        tokenizer=model.tokenizer,
+        feature_extractor=CLIPImageProcessor(
+            crop_size=config["crop_size"], image_mean=config["image_mean"], image_std=config["image_std"]
+        ),
+        scheduler=scheduler,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def scheduler_of(model: I2VModel) -> RecordingScheduler:
+    return RecordingScheduler.from_config(model.architecture.config("scheduler"))
+
+
+def run_pipeline(model: I2VModel, picture: Image.Image, **options: Any) -> Any:
+    given = conditioning(model, picture)
+    scheduler = scheduler_of(model)
+    pipeline(model, scheduler)(
+        prompt_embeds=given.positive["encoder_hidden_states"],
+        negative_prompt_embeds=given.negative["encoder_hidden_states"],
+        image=picture,
+        width=SIZE.width_pixels,
+        height=SIZE.height_pixels,
+        num_frames=SIZE.frames,
+        target_fps=FPS,
+        num_inference_steps=STEPS,
+        guidance_scale=CFG,
+        output_type="latent",
+        **options,
+    )
+    return scheduler.states
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_every_step_equals_the_pipeline(model: I2VModel, picture: Image.Image, batched: bool) -> None:
+    family = family_of(model.architecture)
+    noise_1CThw = initial_noise(family.facts.latent_size(SIZE), seed=5)
+    expected = run_pipeline(model, picture, latents=noise_1CThw)
+
+    given, scheduler = conditioning(model, picture), scheduler_of(model)
+    scheduler.set_timesteps(STEPS)
+    guidance = Guidance(
+        lambda latents, timestep, inputs: family.denoise(model.modules["unet"], latents, timestep, inputs),
+        given.positive,
+        given.negative,
+        CFG,
+        batched=batched,
+    )
+    with torch.no_grad():
+        sample_loop(
+            lambda latents, timestep: guidance(latents, timestep, torch.float32),
+            scheduler,
+            noise_1CThw * scheduler.init_noise_sigma,
+            lambda step, clean_BCTHW: None,
+        )
+
+    assert len(scheduler.states) == len(expected) == STEPS
+    for ours_1CThw, theirs_TChw in zip(scheduler.states, expected, strict=True):
+        theirs_1CThw = theirs_TChw.transpose(0, 1)[None]
+        assert (ours_1CThw - theirs_1CThw).norm() <= 1e-5 * theirs_1CThw.norm()
+
+
+def test_the_picture_does_not_hang_on_the_global_generator(model: I2VModel, picture: Image.Image) -> None:
+    """The pipeline draws the picture's latents from the global generator: same seed, other video."""
+    uncertain: Any = model.modules["vae"].quant_conv
+    uncertain.bias.data[4:] = 0
+    try:
+        latents, theirs = [], []
+        for global_seed in (1, 2):
+            torch.manual_seed(global_seed)
+            latents.append(conditioning(model, picture).positive["image_latents"])
+            theirs.append(run_pipeline(model, picture, generator=torch.Generator().manual_seed(0))[-1])
+    finally:
+        uncertain.bias.data[4:] = -30
+    assert not torch.equal(*theirs)
+    assert torch.equal(*latents)
+
+
+def test_no_border_row_is_left_empty() -> None:
+    """The pipeline rounds the scaled picture down, and pads what is then missing with black."""
+    white = Image.new("RGB", (100, 75), "white")
+    sizes = [(width, 64) for width in range(64, 257, 8)]
+    theirs = [min(_center_crop_wide(white, size).getextrema()[0]) for size in sizes]
+    ours = [min(cover(white, *size).getextrema()[0]) for size in sizes]
+    assert min(theirs) == 0
+    assert min(ours) == 255
+
+
+def test_where_the_pipeline_leaves_no_border_ours_is_the_same(picture: Image.Image) -> None:
+    assert list(cover(picture, 32, 32).get_flattened_data()) == list(
+        _center_crop_wide(picture, (32, 32)).get_flattened_data()
+    )
+
+
+def test_the_text_encoder_works_on_this_transformers(model: I2VModel) -> None:
+    """The pipeline looks for an inner model that transformers 5 no longer has."""
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        with pytest.raises(AttributeError):
+            pipeline(model, scheduler_of(model)).text_encoder.text_model  # noqa: B018
+    from i2v_core.families.clip import encode_text, tokenize
+
+    text_encoder: Any = model.modules["text_encoder"]
+    ids = tokenize(model.tokenizer, TEXT)
+    with torch.no_grad():
+        skipped, last = encode_text(text_encoder, ids, clip_skip=1), encode_text(text_encoder, ids, clip_skip=0)
+        output = text_encoder(ids)
+    assert torch.allclose(last, output.last_hidden_state, atol=1e-6)
+    assert not torch.allclose(skipped, last, atol=1e-3)
+
+
+def test_an_autoencoder_that_wants_full_precision_gets_it(
+    tmp_path: Path, save_tiny_model: Callable[..., None]
+) -> None:
+    """The pipeline runs every component in one precision."""
+    from i2v_core.families.folder import read_json
+    from i2v_core.planning.predict import component_dtype
+
+    save_tiny_model(tmp_path / "model")
+    config_file = tmp_path / "model" / "vae" / "config.json"
+    import json
+
+    for wish, expected in ((False, torch.float16), (True, torch.float32)):
+        config_file.write_text(json.dumps({**read_json(config_file), "force_upcast": wish}))
+        architecture = load_model(tmp_path / "model").architecture
+        assert component_dtype(architecture, "vae", torch.float16) == expected
+        assert component_dtype(architecture, "unet", torch.float16) == torch.float16
+
+
+def test_frame_zero_starts_from_the_same_noise_for_any_length() -> None:
+    facts = family_of(load_architecture()).facts
+    short, long = (
+        initial_noise(facts.latent_size(VideoSize(width_pixels=64, height_pixels=64, frames=frames)), seed=9)
+        for frames in (1, 24)
+    )
+    assert torch.equal(short[:, :, 0], long[:, :, 0])
+    assert not torch.equal(long[:, :, 0], long[:, :, 1])
+
+
+def load_architecture() -> Any:
+    from i2v_core.families import Architecture
+
+    return Architecture("i2vgen-xl", ())
