@@ -6,7 +6,7 @@ Shape legend: B guidance branches, C latent channels, T latent frames, H/W laten
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +17,8 @@ from ..families import TensorMap
 Denoise = Callable[[Tensor, Tensor, TensorMap], Tensor]
 
 
-class OnStep(Protocol):
-    """Told after each step: its number from 1, and what the clean latents look like so far (1, C, T, H, W)."""
-
-    def __call__(self, step: int, clean_BCTHW: Tensor) -> None: ...
+# Told after each step: its number from 1, and what the clean latents look like so far (1, C, T, H, W).
+OnStep = Callable[[int, Tensor], None]
 
 
 def sample_loop(

@@ -5,22 +5,29 @@ Shape legend: C latent channels, T latent frames, h/w latent size.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from diffusers import DDIMScheduler
-from diffusers.pipelines.deprecated.i2vgen_xl.pipeline_i2vgen_xl import I2VGenXLPipeline, _center_crop_wide
+from diffusers.pipelines.deprecated.i2vgen_xl import pipeline_i2vgen_xl
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from i2v_core.families import I2VModel, Prompt, VideoSize, family_of, load_model
-from i2v_core.families.pictures import cover
+from i2v_core.families import FAMILIES, I2VModel, Prompt, VideoSize, family_of, load_model
+from i2v_core.families.clip import encode_text, tokenize
+from i2v_core.families.folder import read_json
+from i2v_core.families.pictures import cover, to_tensor
+from i2v_core.planning.predict import component_dtype
 from i2v_core.sampling.loop import Guidance, sample_loop
 from i2v_core.sampling.noise import initial_noise
 
+reference: Any = pipeline_i2vgen_xl
 SIZE = VideoSize(width_pixels=64, height_pixels=64, frames=5)
 STEPS, CFG, FPS = 6, 7.0, 8
 TEXT, NEGATIVE_TEXT = "a red circle moves left", "blue"
@@ -30,7 +37,7 @@ class RecordingScheduler(DDIMScheduler):
     """Keeps the latents after every step, frames on the batch axis or not."""
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().step(*args, **kwargs)
+        result: Any = super().step(*args, **kwargs)
         self.__dict__.setdefault("states", []).append(result.prev_sample.clone())
         return result
 
@@ -54,14 +61,10 @@ def picture() -> Image.Image:
 
 
 def image_tensor(picture: Image.Image) -> torch.Tensor:
-    from i2v_core.families.pictures import to_tensor
-
     return to_tensor(picture).permute(0, 2, 3, 1)
 
 
 def place(model: I2VModel) -> Any:
-    from contextlib import nullcontext
-
     return lambda component: nullcontext(model.modules[component])
 
 
@@ -71,9 +74,9 @@ def conditioning(model: I2VModel, picture: Image.Image, size: VideoSize = SIZE) 
         return family_of(model.architecture).encode(model, prompt, size, True, place(model))
 
 
-def pipeline(model: I2VModel, scheduler: Any) -> I2VGenXLPipeline:
+def pipeline(model: I2VModel, scheduler: Any) -> Any:
     config = model.architecture.config("feature_extractor")
-    pipe = I2VGenXLPipeline(
+    pipe = reference.I2VGenXLPipeline(
         **model.modules,
         tokenizer=model.tokenizer,
         feature_extractor=CLIPImageProcessor(
@@ -85,7 +88,7 @@ def pipeline(model: I2VModel, scheduler: Any) -> I2VGenXLPipeline:
     return pipe
 
 
-def scheduler_of(model: I2VModel) -> RecordingScheduler:
+def scheduler_of(model: I2VModel) -> Any:
     return RecordingScheduler.from_config(model.architecture.config("scheduler"))
 
 
@@ -128,7 +131,7 @@ def test_every_step_equals_the_pipeline(model: I2VModel, picture: Image.Image, b
             lambda latents, timestep: guidance(latents, timestep, torch.float32),
             scheduler,
             noise_1CThw * scheduler.init_noise_sigma,
-            lambda step, clean_BCTHW: None,
+            lambda *_: None,
         )
 
     assert len(scheduler.states) == len(expected) == STEPS
@@ -155,29 +158,26 @@ def test_the_picture_does_not_hang_on_the_global_generator(model: I2VModel, pict
 
 def test_no_border_row_is_left_empty() -> None:
     """The pipeline rounds the scaled picture down, and pads what is then missing with black."""
-    white = Image.new("RGB", (100, 75), "white")
+    white: Any = Image.new("RGB", (100, 75), "white")
     sizes = [(width, 64) for width in range(64, 257, 8)]
-    theirs = [min(_center_crop_wide(white, size).getextrema()[0]) for size in sizes]
-    ours = [min(cover(white, *size).getextrema()[0]) for size in sizes]
+    theirs = [min(reference._center_crop_wide(white, size).getextrema()[0]) for size in sizes]
+    fitted: list[Any] = [cover(white, *size) for size in sizes]
+    ours = [min(picture.getextrema()[0]) for picture in fitted]
     assert min(theirs) == 0
     assert min(ours) == 255
 
 
 def test_where_the_pipeline_leaves_no_border_ours_is_the_same(picture: Image.Image) -> None:
     assert list(cover(picture, 32, 32).get_flattened_data()) == list(
-        _center_crop_wide(picture, (32, 32)).get_flattened_data()
+        reference._center_crop_wide(picture, (32, 32)).get_flattened_data()
     )
 
 
 def test_the_text_encoder_works_on_this_transformers(model: I2VModel) -> None:
     """The pipeline looks for an inner model that transformers 5 no longer has."""
-    import transformers
-
     if int(transformers.__version__.split(".")[0]) >= 5:
         with pytest.raises(AttributeError):
             pipeline(model, scheduler_of(model)).text_encoder.text_model  # noqa: B018
-    from i2v_core.families.clip import encode_text, tokenize
-
     text_encoder: Any = model.modules["text_encoder"]
     ids = tokenize(model.tokenizer, TEXT)
     with torch.no_grad():
@@ -187,17 +187,10 @@ def test_the_text_encoder_works_on_this_transformers(model: I2VModel) -> None:
     assert not torch.allclose(skipped, last, atol=1e-3)
 
 
-def test_an_autoencoder_that_wants_full_precision_gets_it(
-    tmp_path: Path, save_tiny_model: Callable[..., None]
-) -> None:
+def test_an_autoencoder_that_wants_full_precision_gets_it(tmp_path: Path, save_tiny_model: Callable[..., None]) -> None:
     """The pipeline runs every component in one precision."""
-    from i2v_core.families.folder import read_json
-    from i2v_core.planning.predict import component_dtype
-
     save_tiny_model(tmp_path / "model")
     config_file = tmp_path / "model" / "vae" / "config.json"
-    import json
-
     for wish, expected in ((False, torch.float16), (True, torch.float32)):
         config_file.write_text(json.dumps({**read_json(config_file), "force_upcast": wish}))
         architecture = load_model(tmp_path / "model").architecture
@@ -206,16 +199,10 @@ def test_an_autoencoder_that_wants_full_precision_gets_it(
 
 
 def test_frame_zero_starts_from_the_same_noise_for_any_length() -> None:
-    facts = family_of(load_architecture()).facts
+    facts = FAMILIES["i2vgen-xl"].facts
     short, long = (
         initial_noise(facts.latent_size(VideoSize(width_pixels=64, height_pixels=64, frames=frames)), seed=9)
         for frames in (1, 24)
     )
     assert torch.equal(short[:, :, 0], long[:, :, 0])
     assert not torch.equal(long[:, :, 0], long[:, :, 1])
-
-
-def load_architecture() -> Any:
-    from i2v_core.families import Architecture
-
-    return Architecture("i2vgen-xl", ())

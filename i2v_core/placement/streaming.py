@@ -1,0 +1,126 @@
+"""Weights that stay in host memory and come to the device for as long as the layer that needs them runs.
+
+While one layer computes, the next one's weights are on their way: from pinned memory, on a stream of their own. So the
+device holds the weights of two layers at most. Which layer comes next is learned from the first pass. Without CUDA the
+same code copies when a layer begins, and nothing overlaps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..chunking import LayerCall, LayerRunner
+from .staging import staged
+
+Modules = tuple[nn.Module, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Arrival:
+    """The weights of one layer, on the device or on their way there: (module's tensor, copy on the device).
+
+    `event` is the CUDA event of the copy's end; None where the copy has ended already.
+    """
+
+    copies: tuple[tuple[Tensor, Tensor], ...]
+    event: Any
+
+    @contextmanager
+    def in_place(self) -> Generator[None]:
+        if self.event is not None:
+            self.event.wait()
+        on_host = [tensor.data for tensor, _ in self.copies]
+        try:
+            for tensor, on_device in self.copies:
+                tensor.data = on_device
+            yield
+        finally:
+            for (tensor, _), data in zip(self.copies, on_host, strict=True):
+                tensor.data = data
+
+
+class WeightStream(LayerRunner):
+    """Brings in the weights of each layer around its call. Made by `streamed` and `streamed_leaves`.
+
+    `loaded_bytes` is the traffic so far: what has been copied to the device.
+    """
+
+    def __init__(self, device: torch.device, tensors_of: Callable[[nn.Module], list[Tensor]]) -> None:
+        self.loaded_bytes = 0
+        self._device = device
+        self._tensors_of = tensors_of
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._following: dict[Modules, Modules] = {}
+        self._fetched: dict[Modules, _Arrival] = {}
+        self._previous: Modules | None = None
+
+    def enter(self, call: LayerCall) -> AbstractContextManager[None]:
+        return self.around(call.modules)
+
+    @contextmanager
+    def around(self, modules: Modules) -> Generator[None]:
+        """The context in which the modules' weights are on the device."""
+        arrival = self._fetched.pop(modules, None) or self._fetch(modules)
+        if self._previous is not None:
+            self._following[self._previous] = modules
+        self._previous = modules
+        with arrival.in_place():
+            following = self._following.get(modules)
+            if self._copy_stream is not None and following is not None:
+                # Only one layer ahead: what was fetched for a layer that did not come is dropped.
+                self._fetched = {following: self._fetched.get(following) or self._fetch(following)}
+            yield
+
+    def _fetch(self, modules: Modules) -> _Arrival:
+        tensors = [tensor for module in modules for tensor in self._tensors_of(module)]
+        self.loaded_bytes += sum(tensor.nbytes for tensor in tensors)
+        # Allocated on the current stream, which frees them too; so the copy must wait for the memory's last use there.
+        copies = tuple((tensor, torch.empty_like(tensor.data, device=self._device)) for tensor in tensors)
+        if self._copy_stream is None:
+            for tensor, on_device in copies:
+                on_device.copy_(tensor.data)
+            return _Arrival(copies, None)
+        self._copy_stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._copy_stream):
+            for tensor, on_device in copies:
+                on_device.copy_(tensor.data, non_blocking=True)
+            return _Arrival(copies, self._copy_stream.record_event())
+
+
+@contextmanager
+def streamed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Generator[WeightStream]:
+    """For a module whose forward runs layer by layer through a `LayerRunner`: the runner that brings weights in."""
+    with staged(module, dtype, pinned=device.type == "cuda"):
+        yield WeightStream(device, lambda layer: [*layer.parameters(), *layer.buffers()])
+
+
+@contextmanager
+def streamed_leaves(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Generator[WeightStream]:
+    """For a module that runs as it is: hooks bring in every submodule's own weights around its call."""
+    with staged(module, dtype, pinned=device.type == "cuda"):
+        stream = WeightStream(device, _own_tensors)
+        inside: dict[nn.Module, ExitStack] = {}
+
+        def bring_in(owner: nn.Module, _: object) -> None:
+            inside[owner] = ExitStack()
+            inside[owner].enter_context(stream.around((owner,)))
+
+        def take_out(owner: nn.Module, _: object, __: object) -> None:
+            inside.pop(owner).close()
+
+        with ExitStack() as hooks:
+            for owner in module.modules():
+                if _own_tensors(owner):
+                    hooks.callback(owner.register_forward_pre_hook(bring_in).remove)
+                    hooks.callback(owner.register_forward_hook(take_out, always_call=True).remove)
+            yield stream
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]

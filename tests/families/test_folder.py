@@ -1,0 +1,110 @@
+"""Model folders: what loads, and the one error that names all that is wrong."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from i2v_core.errors import ModelFolderError
+from i2v_core.families import load_model
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the small model that a test may break."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+def test_weights_stay_in_host_memory_in_their_stored_dtype(
+    tmp_path: Path, save_tiny_model: Callable[..., None]
+) -> None:
+    save_tiny_model(tmp_path / "half", dtype=torch.float16)
+    model = load_model(tmp_path / "half")
+    for name, module in model.modules.items():
+        assert model.stored_dtype(name) == torch.float16
+        assert {tensor.device.type for tensor in module.parameters()} == {"cpu"}
+        assert not module.training
+
+
+@pytest.mark.parametrize(
+    "save", [{"variant": "fp16"}, {"max_shard_size": "40KB"}, {"variant": "fp16", "max_shard_size": "40KB"}]
+)
+def test_variants_and_shards_load_as_the_plain_file_does(
+    tmp_path: Path, tiny_folder: Path, save_tiny_model: Callable[..., None], save: dict[str, str]
+) -> None:
+    save_tiny_model(tmp_path / "saved", **save)
+    assert not (tmp_path / "saved" / UNET).exists()
+    plain, loaded = load_model(tiny_folder), load_model(tmp_path / "saved")
+    for name, module in plain.modules.items():
+        expected, found = module.state_dict(), loaded.modules[name].state_dict()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+def test_one_error_names_every_missing_file(folder: Path) -> None:
+    (folder / UNET).unlink()
+    (folder / "vae" / "config.json").unlink()
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(ModelFolderError) as raised:
+        load_model(folder)
+    for file in (UNET, "vae/config.json", "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"):
+        assert file in str(raised.value)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path, save_tiny_model: Callable[..., None]) -> None:
+    save_tiny_model(tmp_path / "sharded", max_shard_size="40KB")
+    shard = sorted((tmp_path / "sharded" / "unet").glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ModelFolderError, match=shard.name):
+        load_model(tmp_path / "sharded")
+
+
+def test_pickles_are_refused(folder: Path) -> None:
+    (folder / UNET).rename(folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ModelFolderError, match="pickle"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda _: b"",
+        lambda _: b"not a model",
+        lambda content: struct.pack("<Q", 2**63) + content[8:],
+        lambda content: struct.pack("<Q", 2**40) + content[8:],
+    ],
+    ids=["truncated", "empty", "text", "header-2^63", "header-2^40"],
+)
+def test_damaged_weights_are_named_before_loading(folder: Path, damage: Callable[[bytes], bytes]) -> None:
+    (folder / UNET).write_bytes(damage((folder / UNET).read_bytes()))
+    with pytest.raises(ModelFolderError, match=r"unet/diffusion_pytorch_model\.safetensors is damaged"):
+        load_model(folder)
+
+
+def test_weights_of_another_component_are_refused(folder: Path) -> None:
+    shutil.copy(folder / "vae" / "diffusion_pytorch_model.safetensors", folder / UNET)
+    with pytest.raises(ModelFolderError, match="I2VGenXLUNet"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[1, 2]", ""])
+def test_a_config_that_is_no_json_object_is_named(folder: Path, content: str) -> None:
+    (folder / "scheduler" / "scheduler_config.json").write_text(content)
+    with pytest.raises(ModelFolderError, match=r"scheduler_config\.json"):
+        load_model(folder)
+
+
+def test_a_folder_that_is_not_there_or_not_known(tmp_path: Path) -> None:
+    with pytest.raises(ModelFolderError, match="does not exist"):
+        load_model(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelFolderError, match="I2VGen-XL"):
+        load_model(tmp_path / "empty")

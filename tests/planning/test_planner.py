@@ -1,0 +1,193 @@
+"""Plans: predicted right, within the budget, or refused with what would fit."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from i2v_core import stages
+from i2v_core.errors import BadInputError, DoesNotFitError, PlanMismatchError
+from i2v_core.families import Architecture, I2VModel, Prompt, VideoSize, load_model
+from i2v_core.memory.device import DeviceFacts, device_facts
+from i2v_core.planning.adjust import refit, with_tile
+from i2v_core.planning.nearest import NothingFitsError
+from i2v_core.planning.plan import Plan, Stage
+from i2v_core.planning.planner import fits, make_plan, needed_bytes
+from i2v_core.planning.report import report
+from i2v_core.planning.request import Budget, Request
+from i2v_core.units import GIB, MIB
+
+CPU = device_facts(torch.device("cpu"))
+SIZE = VideoSize(width_pixels=96, height_pixels=64, frames=6)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: Path) -> I2VModel:
+    return load_model(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def architecture(model: I2VModel) -> Architecture:
+    return model.architecture
+
+
+def request_for(architecture: Architecture, size: VideoSize = SIZE, **options: object) -> Request:
+    return Request(architecture=architecture, size=size, **{"precision": "fp32", **options})  # type: ignore[arg-type]
+
+
+def plan_for(architecture: Architecture, size: VideoSize = SIZE, free_bytes: int = GIB, **options: object) -> Plan:
+    return make_plan(request_for(architecture, size, **options), Budget(free_bytes=free_bytes), CPU)
+
+
+def least_bytes(request: Request) -> int:
+    """The least budget that the planner says the request needs."""
+    with pytest.raises(NothingFitsError) as raised:
+        make_plan(request, Budget(free_bytes=1), CPU)
+    return raised.value.nearest.budget_bytes
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_is_predicted_is_what_is_measured(model: I2VModel, seed: int) -> None:
+    """Random requests and budgets, run for real: never above the budget, predicted within 5 %."""
+    rng = random.Random(seed)
+    size = VideoSize(
+        width_pixels=8 * rng.randint(8, 16), height_pixels=8 * rng.randint(8, 16), frames=rng.randint(1, 9)
+    )
+    request = request_for(model.architecture, size, guidance=rng.random() < 0.7)
+    whole = make_plan(request, Budget(free_bytes=GIB), CPU)
+    least = least_bytes(request)
+    budget = Budget(free_bytes=rng.randint(least, max(least, int(whole.peak_bytes * 1.2))))
+    plan = make_plan(request, budget, CPU)
+    assert plan.peak_bytes <= budget.usable_bytes
+
+    runtime = stages.Runtime(device=torch.device("cpu"))
+    prompt = Prompt(image_FHWC=torch.rand(1, 70, 90, 3), text="a red circle", negative_text="", fps=8)
+    conditioning, encoded = stages.encode(model, plan, prompt, runtime)
+    settings = stages.SamplerSettings(steps=1, cfg=4.0 if request.guidance else 1.0, seed=seed)
+    samples, sampled = stages.sample(model, plan, conditioning, settings, runtime)
+    _, decoded = stages.decode(model, plan, samples, runtime)
+    for done in (encoded, sampled, decoded):
+        assert done.measured_peak_bytes <= budget.usable_bytes
+        assert done.predicted_peak_bytes == pytest.approx(done.measured_peak_bytes, rel=0.05)
+
+
+def test_a_smaller_budget_gives_a_thriftier_plan_with_the_same_result(model: I2VModel) -> None:
+    request = request_for(model.architecture)
+    rich = make_plan(request, Budget(free_bytes=GIB), CPU)
+    poor = make_plan(request, Budget(free_bytes=least_bytes(request)), CPU)
+    assert poor.peak_bytes < rich.peak_bytes
+    assert rich.sample.workspace_bytes is None
+    assert poor.sample.workspace_bytes is not None
+    assert not poor.sample.batched_guidance
+
+    runtime = stages.Runtime(device=torch.device("cpu"))
+    prompt = Prompt(image_FHWC=torch.rand(1, 64, 96, 3), text="a", negative_text="", fps=8)
+    conditioning, _ = stages.encode(model, rich, prompt, runtime)
+    settings = stages.SamplerSettings(steps=4, cfg=4.0, seed=1)
+    expected, _ = stages.sample(model, rich, conditioning, settings, runtime)
+    found, _ = stages.sample(model, poor, conditioning, settings, runtime)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_a_refusal_names_what_fits(architecture: Architecture) -> None:
+    request = request_for(architecture, VideoSize(width_pixels=160, height_pixels=128, frames=12))
+    budget = Budget(free_bytes=int(least_bytes(request) * 0.8))
+    with pytest.raises(NothingFitsError) as raised:
+        make_plan(request, budget, CPU)
+    near = raised.value.nearest
+    assert near.shorter is not None
+    assert near.smaller is not None
+    for size in (near.shorter, near.smaller):
+        make_plan(request_for(architecture, size), budget, CPU)
+    longer = replace(near.shorter, frames=near.shorter.frames + 1)
+    assert not fits(request_for(architecture, longer), budget, CPU)
+    make_plan(request, Budget(free_bytes=near.budget_bytes), CPU)
+    assert f"{near.shorter.frames} frames" in str(raised.value)
+    assert "GiB" in raised.value.remedy
+
+
+def test_the_same_request_always_gives_the_same_plan(architecture: Architecture) -> None:
+    assert plan_for(architecture) == plan_for(architecture)
+
+
+def test_precision_follows_the_device_and_the_budget(architecture: Architecture) -> None:
+    turing = DeviceFacts(device="cpu", name="a Turing card", precisions=(torch.float16, torch.float32))
+    request = request_for(architecture, precision="auto")
+    assert make_plan(request, Budget(free_bytes=GIB), turing).precision == "fp16"
+    assert make_plan(request, Budget(free_bytes=GIB), CPU).precision == "fp32"
+    between = Budget(free_bytes=least_bytes(request_for(architecture)) - 1)
+    assert make_plan(request, between, CPU).precision == "bf16"
+    assert make_plan(request_for(architecture, precision="fp16"), Budget(free_bytes=GIB), CPU).precision == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width_pixels": 100}, "divisible by 8"),
+        ({"height_pixels": 56}, "too small"),
+        ({"frames": 0}, "at least 1 frame"),
+        ({"frames": -3}, "at least 1 frame"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(architecture: Architecture, change: dict[str, int], message: str) -> None:
+    with pytest.raises(BadInputError, match=message):
+        request_for(architecture, replace(SIZE, **change))
+
+
+def test_budgets_that_cannot_be_are_refused() -> None:
+    for wrong in ({"limit_bytes": 0}, {"limit_bytes": -5}, {"reserve_bytes": -1}, {"reserve_bytes": 2 * GIB}):
+        with pytest.raises(BadInputError):
+            Budget(free_bytes=GIB, **wrong)
+
+
+def test_a_precision_that_does_not_exist_is_refused(architecture: Architecture) -> None:
+    with pytest.raises(BadInputError, match="fp64"):
+        request_for(architecture, precision="fp64")
+
+
+def test_the_report_tells_stages_binding_stage_and_reasons(architecture: Architecture) -> None:
+    plan = plan_for(architecture)
+    text = report(plan)
+    assert all(stage.value in text for stage in Stage)
+    assert f"decided by {plan.binding_stage.stage.value}" in text
+    assert all(reason in text for reason in plan.reasons)
+    over = make_plan(plan.request, Budget(free_bytes=GIB, limit_bytes=2 * GIB), CPU)
+    assert any("more than is free" in reason for reason in over.reasons)
+
+
+def test_a_plan_is_kept_while_it_fits_and_made_again_when_it_does_not(architecture: Architecture) -> None:
+    plan = plan_for(architecture)
+    needed = needed_bytes(plan.stage(Stage.SAMPLE), CPU)
+    assert refit(plan, Stage.SAMPLE, needed) is plan
+    again = refit(plan, Stage.SAMPLE, needed - 1)
+    assert needed_bytes(again.stage(Stage.SAMPLE), CPU) < needed
+    with pytest.raises(DoesNotFitError):
+        refit(plan, Stage.SAMPLE, MIB // 2)
+
+
+def test_a_tile_of_the_user_is_honoured_or_refused(architecture: Architecture) -> None:
+    plan = plan_for(architecture, VideoSize(width_pixels=256, height_pixels=256, frames=2))
+    tiled = with_tile(plan, 128, 0)
+    assert (tiled.decode.tile.size_pixels, tiled.decode.tile.overlap_pixels) == (128, 32)
+    assert tiled.stage(Stage.DECODE).peak_bytes < plan.stage(Stage.DECODE).peak_bytes
+    assert with_tile(plan, 128, 64).decode.tile.overlap_pixels == 64
+    for tile, overlap, message in (
+        (100, 0, "multiple of 8"),
+        (32, 0, "at least 64"),
+        (128, 72, "half"),
+        (0, 16, "needs"),
+    ):
+        with pytest.raises(BadInputError, match=message):
+            with_tile(plan, tile, overlap)
+    with pytest.raises(DoesNotFitError, match="smaller tile"):
+        with_tile(replace(plan, budget=Budget(free_bytes=MIB)), 128, 0)
+
+
+def test_a_plan_of_another_model_is_refused(architecture: Architecture) -> None:
+    other = Architecture(architecture.family, architecture.configs[1:])
+    with pytest.raises(PlanMismatchError, match="another model"):
+        plan_for(architecture).check_made_for(other)
