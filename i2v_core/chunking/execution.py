@@ -1,0 +1,150 @@
+"""The seam between a chunked forward and whoever places weights, traces memory or cancels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from .settings import ChunkSettings
+
+LayerKind = Literal[
+    "embeddings",
+    "image_latents",
+    "image_temporal",
+    "conv_in",
+    "resnet",
+    "temporal_conv",
+    "transformer",
+    "temporal_transformer",
+    "downsample",
+    "out",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCall:
+    """One call of one layer.
+
+    `modules` hold all the weights that the call needs. `total` and `chunk_size` count frames (batch × frames) in
+    per-frame layers, pixels of the layer's resolution in temporal layers. `workspace_bytes` is the estimate of what
+    one chunk takes beside the layer's input and output; `whole` says that the layer's own forward runs, in one call.
+    """
+
+    kind: LayerKind
+    modules: tuple[nn.Module, ...]
+    total: int
+    chunk_size: int
+    whole: bool
+    workspace_bytes: int
+
+
+class LayerRunner:
+    """Every layer call of a chunked forward goes through here; this one adds nothing.
+
+    Subclasses bring weights in and out in `enter` (all chunks of a layer, and both guidance branches of a batched
+    pass, run inside it), look at memory there, or leave chunks out in `pieces`.
+    """
+
+    def enter(self, call: LayerCall) -> AbstractContextManager[None]:  # noqa: ARG002
+        """The context in which the call runs."""
+        return nullcontext()
+
+    def pieces(self, total: int, size: int) -> Iterator[slice]:
+        """The slices of 0…total, each `size` long but for the last."""
+        for start in range(0, total, size):
+            yield slice(start, min(start + size, total))
+
+
+class DistinctPieces(LayerRunner):
+    """Leaves out chunks that need the same memory as others: for tracing. The values that come out are void.
+
+    What runs is the first chunk, the second (beside the result that the first began) and a last one of another shape.
+    """
+
+    def pieces(self, total: int, size: int) -> Iterator[slice]:
+        pieces = list(super().pieces(total, size))
+        yield from pieces[:2]
+        if len(pieces) > 2 and total % size:
+            yield pieces[-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """What the layers of one chunked forward share."""
+
+    settings: ChunkSettings
+    runner: LayerRunner
+    on_chunk: Callable[[], None]
+    num_frames: int
+
+    @contextmanager
+    def layer(
+        self,
+        kind: LayerKind,
+        *modules: nn.Module,
+        total: int,
+        unit_bytes: int,
+        whole_bytes: int | None = None,
+        beforehand_bytes: int = 0,
+        smallest: int = 1,
+        largest: int | None = None,
+    ) -> Generator[LayerCall]:
+        """Chooses the chunk of a layer call, and runs the body inside the runner's context, announced by `on_chunk`.
+
+        `unit_bytes` is the workspace of one frame or pixel, `whole_bytes` that of the layer's own forward over all
+        (as many units as there are, if left out), `beforehand_bytes` what a layer in chunks takes before the first,
+        `largest` a limit on a chunk that holds whatever memory there is.
+        """
+        whole_bytes = unit_bytes * total if whole_bytes is None else whole_bytes
+        largest = total if largest is None else min(largest, total)
+        whole = whole_bytes <= self.settings.workspace_bytes and largest == total
+        size = total if whole else self.chunk_size(total, unit_bytes, smallest=smallest, largest=largest)
+        call = LayerCall(
+            kind=kind,
+            modules=modules,
+            total=total,
+            chunk_size=size,
+            whole=whole,
+            workspace_bytes=whole_bytes if whole else max(size * unit_bytes, beforehand_bytes),
+        )
+        with self.runner.enter(call):
+            self.on_chunk()
+            yield call
+
+    def chunk_size(self, total: int, unit_bytes: int, *, smallest: int = 1, largest: int | None = None) -> int:
+        """How many units, between `smallest` and `largest`, fit into the workspace at once.
+
+        Lowered so that the chunks of `total` units, no more of them for it, come out as equal as they can.
+        """
+        fitting = max(smallest, self.settings.workspace_bytes // unit_bytes)
+        count = -(-total // min(fitting, largest or total, total))
+        return -(-total // count)
+
+    def pieces(self, total: int, size: int) -> Iterator[slice]:
+        """The runner's slices, each announced by `on_chunk`, which may raise to stop."""
+        for piece in self.runner.pieces(total, size):
+            self.on_chunk()
+            yield piece
+
+    def chunks(self, call: LayerCall) -> Iterator[slice]:
+        return self.pieces(call.total, call.chunk_size)
+
+    def over_frames(
+        self, call: LayerCall, run: Callable[[slice], torch.Tensor], target: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Runs a layer a chunk at a time. The results go into `target`, which `run` may read from; new if None."""
+        for frames in self.chunks(call):
+            result = run(frames)
+            if call.chunk_size == call.total:
+                return result
+            if target is None:
+                target = result.new_empty(call.total, *result.shape[1:])
+            target[frames] = result
+            del result  # not beside the next chunk's workspace
+        assert target is not None
+        return target

@@ -1,0 +1,128 @@
+"""Bytes of temporary memory that each kind of layer takes for one frame or one pixel.
+
+Counted are the tensors that are alive at once inside the layer's code, its input and (where it is written in place or
+into one tensor for all chunks) its output left out; not vectors of a number a channel or a row (some KiB), nor what a
+kernel takes for itself. The factors follow from that
+code, line by line, and a test measures each of them on the real layers. `width` is the number of numbers of one token.
+"""
+
+from __future__ import annotations
+
+ATTENTION_FACTOR = 7
+"""Widths a token in self-attention: the tokens, their norm, query, key, value, the attention's output, and the output
+projection (or, after it, the quotient by the rescale factor)."""
+
+FEED_FORWARD_PIECES = 3
+"""The feed-forward takes 17 widths a row beside the tokens: the norm, GEGLU's projection (8), the gate's GELU (4) and
+the product (4). In so many pieces it takes no more than attention: 1 + 17/3 < 7."""
+
+PLAIN_TRANSFORMER_FACTOR = 20
+"""Widths a token in diffusers' own transformer block: at the product inside GEGLU the block's input, its hidden state,
+the attention's output and the norm are alive (4) beside GEGLU's 16."""
+
+PLAIN_TEMPORAL_CONV_FACTOR = 3
+"""Widths a token in diffusers' own temporal convolution: the stage's input, its norm, and SiLU's (or the
+convolution's) output."""
+
+
+def resnet(
+    *, hidden: int, skip: int, out: int, pixels: int, upsamples: bool, shortcut: bool, parked: bool, itemsize: int
+) -> int:
+    """Bytes a frame of a ResNet block, with the upsampling and the concatenation before it.
+
+    Inside the block, of `joined` input channels, the peak is one of: norm and SiLU; SiLU and first convolution; the
+    final sum and its quotient beside the second convolution and the shortcut's output.
+    """
+    upsampled = hidden if upsamples else 0
+    joined = hidden + skip
+    copied = joined if skip else upsampled
+    inside = max(2 * joined, joined + out, (4 if shortcut else 3) * out)
+    joining = upsampled + copied + (skip if parked else 0) if skip else 0
+    return max(2 * upsampled, joining, copied + inside) * pixels * itemsize
+
+
+def downsample(*, width: int, pixels_out: int, itemsize: int) -> int:
+    """Bytes a frame of a strided convolution: its output."""
+    return width * pixels_out * itemsize
+
+
+def transformer(*, width: int, pixels: int, context_tokens: int, context_width: int, itemsize: int) -> int:
+    """Bytes a frame of a spatial transformer: self-attention, or cross-attention with keys and values of the context.
+
+    Cross-attention holds the tokens, their norm, the query, the attention's output and the output projection.
+    """
+    self_attention = ATTENTION_FACTOR * pixels
+    cross_attention = 5 * pixels + 2 * context_tokens
+    return (width * max(self_attention, cross_attention) + context_tokens * context_width) * itemsize
+
+
+def plain_transformer(*, width: int, pixels: int, context_tokens: int, context_width: int, itemsize: int) -> int:
+    """Bytes a frame of diffusers' own forward of a spatial transformer."""
+    whole = max(PLAIN_TRANSFORMER_FACTOR * pixels, 7 * pixels + 2 * context_tokens)
+    return (width * whole + context_tokens * context_width) * itemsize
+
+
+def temporal_transformer(*, width: int, channels: int, frames: int, itemsize: int) -> int:
+    """Bytes a pixel, over all frames of the batch, of a temporal transformer: attention, or a projection in or out."""
+    return max(ATTENTION_FACTOR * width, width + channels) * frames * itemsize
+
+
+def plain_temporal_transformer(*, width: int, channels: int, frames: int, itemsize: int) -> int:
+    """Bytes a pixel of diffusers' own forward: the feed-forward, or the three tensors of the output's end."""
+    return max(PLAIN_TRANSFORMER_FACTOR * width, 3 * channels) * frames * itemsize
+
+
+def temporal_conv(*, channels: int, frames: int, itemsize: int) -> int:
+    """Bytes a pixel of one stage of a temporal convolution: its normalised input and its output."""
+    return 2 * channels * frames * itemsize
+
+
+def plain_temporal_conv(*, channels: int, frames: int, itemsize: int) -> int:
+    """Bytes a pixel of diffusers' own forward."""
+    return PLAIN_TEMPORAL_CONV_FACTOR * channels * frames * itemsize
+
+
+def group_statistics(*, channels: int, pixels: int, batch: int, itemsize: int) -> int:
+    """Bytes a frame, over the batch, of the statistics' fp32 copy (none where the values are fp32 already)."""
+    return batch * channels * pixels * 4 if itemsize < 4 else 1
+
+
+def embeddings(
+    *,
+    batch: int,
+    frames: int,
+    width: int,
+    conv_width: int,
+    pixels: int,
+    text_tokens: int,
+    image_tokens: int,
+    context_width: int,
+    itemsize: int,
+) -> int:
+    """Bytes of all embeddings, these themselves included: the embedding of time for every frame, and beside it either
+    the first convolution on the first frame's latent with its SiLU, or the context's parts and the context."""
+    convolving = 2 * conv_width * pixels
+    joining = (text_tokens + 2 * image_tokens) * context_width
+    return (frames * width + batch * max(convolving, joining)) * itemsize
+
+
+def image_latents(*, channels: int, pixels: int, itemsize: int) -> int:
+    """Bytes a frame of the image latents' three convolutions: two tensors of four times the latent's width."""
+    return 2 * 4 * channels * pixels * itemsize
+
+
+def image_temporal(*, channels: int, frames: int, itemsize: int) -> int:
+    """Bytes a pixel of the image latents' temporal encoder: its input, norm, attention's output and their sum (4
+    widths), and the feed-forward's two inner tensors of four widths each; its attention, of inner width two, holds
+    less: input, norm, query, key, value, output and projection (2 + 4 × 2 + 1)."""
+    return (4 + 2 * 4) * channels * frames * itemsize
+
+
+def conv_in(*, channels: int, out: int, pixels: int, itemsize: int) -> int:
+    """Bytes a frame of the first convolution: sample and image features joined, and the result."""
+    return (channels + out) * pixels * itemsize
+
+
+def out(*, width: int, out: int, pixels: int, itemsize: int) -> int:
+    """Bytes a frame of the last norm, SiLU and convolution: two of them at a time."""
+    return max(2 * width, width + out) * pixels * itemsize
