@@ -19,6 +19,7 @@ from .families import Conditioning, Family, I2VModel, Prompt, TensorMap, family_
 from .memory.meter import host_memory
 from .memory.stage_meter import StageMeter, stage_meter
 from .placement.placed import placed
+from .placement.streaming import streamed, streamed_leaves
 from .planning.plan import Plan, Stage
 from .sampling.loop import Guidance, sample_loop
 from .sampling.noise import initial_noise
@@ -88,6 +89,8 @@ class _StageRun:
 
     def __init__(self, stage: Stage, model: I2VModel, plan: Plan, runtime: Runtime, meter: StageMeter) -> None:
         self._stage, self._model, self._plan, self._runtime = stage, model, plan, runtime
+        settings = {Stage.ENCODE: plan.encode, Stage.SAMPLE: plan.sample, Stage.DECODE: plan.decode}[stage]
+        self._streamed = settings.streamed
         self._fp32 = family_of(model.architecture).full_precision_components(model.architecture)
         self.meter = meter
 
@@ -96,10 +99,26 @@ class _StageRun:
 
     @contextmanager
     def place(self, component: str) -> Generator[nn.Module]:
+        """The component on the device, or coming there leaf by leaf where the plan streams it."""
         self._runtime.check_cancelled()
-        module = self._model.modules[component]
-        with placed(module, self._runtime.device, self.dtype(component)), self.meter.weights(module):
-            yield module
+        module, device, dtype = self._model.modules[component], self._runtime.device, self.dtype(component)
+        if self._streamed:
+            with streamed_leaves(module, device, dtype):
+                yield module
+        else:
+            with placed(module, device, dtype), self.meter.weights(module):
+                yield module
+
+    @contextmanager
+    def place_denoiser(self, component: str) -> Generator[tuple[nn.Module, LayerRunner]]:
+        """The denoiser, with the runner that brings in its layers' weights where the plan streams them."""
+        module, device, dtype = self._model.modules[component], self._runtime.device, self.dtype(component)
+        if self._streamed:
+            with streamed(module, device, dtype) as stream:
+                yield module, stream
+        else:
+            with self.place(component):
+                yield module, LayerRunner()
 
     def report(self) -> StageReport:
         report = StageReport(
@@ -138,7 +157,7 @@ def sample(
     scheduler.set_timesteps(settings.steps)
     noise_BCTHW = initial_noise(family.facts.latent_size(plan.request.size), settings.seed)
 
-    with _running(Stage.SAMPLE, model, plan, runtime) as run, run.place(family.denoiser) as denoiser:
+    with _running(Stage.SAMPLE, model, plan, runtime) as run, run.place_denoiser(family.denoiser) as (denoiser, runner):
         guidance = Guidance(
             lambda latents, timestep, inputs: family.denoise(denoiser, latents, timestep, inputs),
             positive=_to_device(conditioning.positive, device, dtype),
@@ -153,7 +172,7 @@ def sample(
             runtime.check_cancelled()
 
         chunks = plan.sample.chunk_settings
-        with family.chunked(denoiser, chunks, runner=LayerRunner(), on_chunk=runtime.check_cancelled):
+        with family.chunked(denoiser, chunks, runner=runner, on_chunk=runtime.check_cancelled):
             latents_BCTHW = sample_loop(
                 lambda latents, timestep: guidance(latents, timestep, dtype),
                 scheduler,

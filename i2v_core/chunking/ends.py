@@ -66,8 +66,9 @@ def _embedding(
     unet: Any, steps_B: torch.Tensor, timestep_cond: torch.Tensor | None, fps_B: torch.Tensor
 ) -> torch.Tensor:
     """The step and the frame rate (B, width)."""
-    of_step: torch.Tensor = unet.time_embedding(unet.time_proj(steps_B).to(unet.dtype), timestep_cond)
-    return of_step + unet.fps_embedding(unet.time_proj(fps_B).to(unet.dtype))
+    dtype = unet.time_embedding.linear_1.weight.dtype
+    of_step: torch.Tensor = unet.time_embedding(unet.time_proj(steps_B).to(dtype), timestep_cond)
+    return of_step + unet.fps_embedding(unet.time_proj(fps_B).to(dtype))
 
 
 def _context(
@@ -100,7 +101,10 @@ def conv_in(
     )
     with execution.layer("conv_in", unet.conv_in, total=len(sample), unit_bytes=unit_bytes) as call:
         return execution.over_frames(
-            call, lambda frames: unet.conv_in(torch.cat([sample[frames], features[frames]], dim=1))
+            call,
+            lambda frames: unet.conv_in(torch.cat([sample[frames], features[frames]], dim=1)),
+            sample,
+            (unet.conv_in.out_channels, *sample.shape[2:]),
         )
 
 
@@ -111,7 +115,9 @@ def _image_features(unet: Any, execution: Execution, latents: torch.Tensor) -> t
     )
     project = unet.image_latents_proj_in
     with execution.layer("image_latents", project, total=len(latents), unit_bytes=unit_bytes) as call:
-        features = execution.over_frames(call, lambda frames: project(latents[frames]))
+        features = execution.over_frames(
+            call, lambda frames: project(latents[frames]), latents, tuple(latents.shape[1:])
+        )
     return strips.image_temporal(execution, unet.image_latents_temporal_encoder, features)
 
 
@@ -126,7 +132,10 @@ def out(unet: Any, execution: Execution, hidden: torch.Tensor) -> torch.Tensor:
     modules = (unet.conv_norm_out, unet.conv_act, unet.conv_out)
     with execution.layer("out", *modules, total=len(hidden), unit_bytes=unit_bytes) as call:
         prediction = execution.over_frames(
-            call, lambda frames: unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden[frames])))
+            call,
+            lambda frames: unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden[frames]))),
+            hidden,
+            (unet.conv_out.out_channels, *hidden.shape[2:]),
         )
     return prediction.view(-1, execution.num_frames, *prediction.shape[1:]).transpose(1, 2)
 

@@ -42,13 +42,26 @@ class LayerCall:
     whole: bool
     workspace_bytes: int
 
+    @property
+    def workspace_holds_result(self) -> bool:
+        """Whether `workspace_bytes` counts the result too: that of a layer that runs in one go.
+
+        A temporal convolution in chunks has its scratch tensor beside its workspace even if there is one chunk only.
+        """
+        return self.whole or (self.chunk_size == self.total and self.kind != "temporal_conv")
+
 
 class LayerRunner:
     """Every layer call of a chunked forward goes through here; this one adds nothing.
 
     Subclasses bring weights in and out in `enter` (all chunks of a layer, and both guidance branches of a batched
     pass, run inside it), look at memory there, or leave chunks out in `pieces`.
+
+    `outlines`: layers compute nothing and only allocate what stays when they are done, so that all sizes of a forward
+    are known in milliseconds. The values that come out are void.
     """
+
+    outlines = False
 
     def enter(self, call: LayerCall) -> AbstractContextManager[None]:  # noqa: ARG002
         """The context in which the call runs."""
@@ -71,6 +84,12 @@ class DistinctPieces(LayerRunner):
         yield from pieces[:2]
         if len(pieces) > 2 and total % size:
             yield pieces[-1]
+
+
+class Outline(LayerRunner):
+    """Goes through a forward for its sizes alone: what is live is real, what layers take is `workspace_bytes`."""
+
+    outlines = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,9 +154,19 @@ class Execution:
         return self.pieces(call.total, call.chunk_size)
 
     def over_frames(
-        self, call: LayerCall, run: Callable[[slice], torch.Tensor], target: torch.Tensor | None = None
+        self,
+        call: LayerCall,
+        run: Callable[[slice], torch.Tensor],
+        source: torch.Tensor,
+        shape: tuple[int, ...],
+        target: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Runs a layer a chunk at a time. The results go into `target`, which `run` may read from; new if None."""
+        """Runs a layer a chunk at a time over the frames of `source`; `shape` is that of one frame's result.
+
+        The results go into `target`, which `run` may read from; into a new tensor if None.
+        """
+        if self.runner.outlines:
+            return source.new_empty(call.total, *shape) if target is None else target
         for frames in self.chunks(call):
             result = run(frames)
             if call.chunk_size == call.total:

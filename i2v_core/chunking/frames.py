@@ -57,19 +57,20 @@ def resnet(
     )
     modules = (block,) if upsampler is None else (upsampler, block)
     with execution.layer("resnet", *modules, total=len(hidden), unit_bytes=unit_bytes) as call:
-        return execution.over_frames(call, run, target)
+        return execution.over_frames(call, run, hidden, result_shape[1:], target)
 
 
 def downsample(execution: Execution, downsampler: Any, hidden: torch.Tensor) -> torch.Tensor:
     """A `Downsample2D`."""
     height, width = hidden.shape[-2:]
+    shape = (downsampler.out_channels, -(-height // 2), -(-width // 2))
     unit_bytes = workspace.downsample(
         width=downsampler.out_channels,
-        pixels_out=-(-height // 2) * -(-width // 2),
+        pixels_out=shape[1] * shape[2],
         itemsize=hidden.element_size(),
     )
     with execution.layer("downsample", downsampler, total=len(hidden), unit_bytes=unit_bytes) as call:
-        return execution.over_frames(call, lambda frames: downsampler(hidden[frames]))
+        return execution.over_frames(call, lambda frames: downsampler(hidden[frames]), hidden, shape)
 
 
 def transformer(
@@ -87,7 +88,6 @@ def transformer(
         "context_width": context.shape[2],
         "itemsize": hidden.element_size(),
     }
-    batch_of_frame = torch.arange(len(hidden), device=hidden.device) // execution.num_frames
     with execution.layer(
         "transformer",
         model,
@@ -95,6 +95,9 @@ def transformer(
         unit_bytes=workspace.transformer(**sizes),
         whole_bytes=workspace.plain_transformer(**sizes) * len(hidden),
     ) as call:
+        if execution.runner.outlines:
+            return torch.empty_like(hidden) if call.whole else hidden
+        batch_of_frame = torch.arange(len(hidden), device=hidden.device) // execution.num_frames
         if call.whole:
             return model(
                 hidden,

@@ -37,6 +37,9 @@ def temporal_conv(execution: Execution, layer: Any, hidden: torch.Tensor) -> tor
         beforehand_bytes=statistics_bytes(execution, pixels_BFCP),
         smallest=hidden.shape[-1],
     ) as call:
+        if execution.runner.outlines:
+            scratch = torch.empty_like(hidden)  # lives until the layer is left
+            return scratch if call.whole else hidden
         if call.whole:
             return layer(hidden, num_frames=execution.num_frames)
         source_BFCP, scratch_BFCP = pixels_BFCP, torch.empty_like(pixels_BFCP)
@@ -84,6 +87,8 @@ def temporal_transformer(
         smallest=hidden.shape[-1],
         largest=LARGEST_ATTENTION_BATCH // batch,
     ) as call:
+        if execution.runner.outlines:
+            return torch.empty_like(hidden) if call.whole else hidden
         if call.whole:
             return model(
                 hidden,
@@ -126,6 +131,8 @@ def image_temporal(execution: Execution, encoder: Any, features: torch.Tensor) -
         smallest=features.shape[-1],
         largest=LARGEST_ATTENTION_BATCH // batch,
     ) as call:
+        if execution.runner.outlines:
+            return features
         for strip in execution.chunks(call):
             strip_BFCP = pixels_BFCP[..., strip]
             tokens = strip_BFCP.permute(0, 3, 1, 2).reshape(-1, frames, channels)

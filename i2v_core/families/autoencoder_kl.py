@@ -40,6 +40,27 @@ def decode_frames(vae: nn.Module, samples_FChw: Tensor, tile: DecodeTile) -> Ten
     return frames_FHW3.to(torch.float32, copy=True).mul_(0.5).add_(0.5).clamp_(0, 1)
 
 
+def decode_outline(vae: nn.Module, latent_hw: tuple[int, int], tile: DecodeTile, dtype: torch.dtype) -> Tensor:
+    """What `decode_frames` holds at once for one tiled frame, with one tile decoded in place of all: for tracing."""
+    model: Any = vae
+    compression = 2 ** (len(model.config.block_out_channels) - 1)
+    side = tile.size_pixels // compression
+    stride = side - tile.overlap_pixels // compression
+    rows, columns = ([min(side, length - start) for start in range(0, length, stride)] for length in latent_hw)
+    device = next(vae.parameters()).device
+    decoded = [
+        torch.empty(1, 3, height * compression, width * compression, device=device, dtype=dtype)
+        for height in rows
+        for width in columns
+    ]
+    channels = model.config.latent_channels
+    decoded[0] = model.decode(torch.empty(1, channels, rows[0], columns[0], device=device, dtype=dtype)).sample
+    blended = torch.empty(1, 3, *(length * compression for length in latent_hw), device=device, dtype=dtype)
+    frame = torch.empty_like(blended)
+    del decoded, blended
+    return frame.float()
+
+
 @contextmanager
 def tiled(vae: nn.Module, tile: DecodeTile) -> Generator[None]:
     """diffusers' own spatial tiling (blended borders, so approximate) while the context lasts."""

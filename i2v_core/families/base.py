@@ -53,12 +53,15 @@ class Conditioning:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """One component's work within a stage. `run` takes the component, a device and a dtype, and makes its own inputs,
-    so that the same code can run on meta tensors, where its memory is predicted without weights.
+    so that the same code can run on meta tensors, where its memory is predicted without weights. `passes` is how often
+    it runs, one after another; `depends_on_size` says whether the video's size matters to it.
     """
 
     name: str
     component: str
     run: Callable[[Any, torch.device, torch.dtype], object]
+    passes: int = 1
+    depends_on_size: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +107,7 @@ class Family(Protocol):
         """Components that the model's own config wants in fp32 whatever the plan's precision."""
         ...
 
-    def encode_workloads(self, architecture: Architecture, size: VideoSize) -> tuple[Workload, ...]: ...
+    def encode_workloads(self, architecture: Architecture, size: VideoSize, guidance: bool) -> tuple[Workload, ...]: ...
 
     def denoise_workload(self, architecture: Architecture, size: VideoSize, branches: int) -> Workload: ...
 

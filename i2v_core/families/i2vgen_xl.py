@@ -109,7 +109,7 @@ class I2VGenXL:
     def full_precision_components(self, architecture: Architecture) -> frozenset[str]:
         return frozenset({"vae"} if autoencoder_kl.wants_full_precision(architecture.config("vae")) else ())
 
-    def encode_workloads(self, architecture: Architecture, size: VideoSize) -> tuple[Workload, ...]:
+    def encode_workloads(self, architecture: Architecture, size: VideoSize, guidance: bool) -> tuple[Workload, ...]:
         wanted = clip.VisionInput.from_config(architecture.config("feature_extractor"))
         length = _text_length(architecture)
 
@@ -125,8 +125,10 @@ class I2VGenXL:
             return autoencoder_kl.encode_mode(module, picture_13HW)
 
         return (
-            Workload(name="prompt", component="text_encoder", run=text),
-            Workload(name="picture", component="image_encoder", run=picture),
+            Workload(
+                name="prompt", component="text_encoder", run=text, passes=2 if guidance else 1, depends_on_size=False
+            ),
+            Workload(name="picture", component="image_encoder", run=picture, depends_on_size=False),
             Workload(name="latents", component="vae", run=latents),
         )
 
@@ -154,10 +156,12 @@ class I2VGenXL:
         latent = self.facts.latent_size(size)
 
         def decode(module: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+            if tile.size_pixels:
+                return autoencoder_kl.decode_outline(module, (latent.latent_height, latent.latent_width), tile, dtype)
             shape = (frames, latent.channels, latent.latent_height, latent.latent_width)
             return self.decode(module, torch.empty(shape, device=device, dtype=dtype), tile)
 
-        return Workload(name="decode", component=self.decoder, run=decode)
+        return Workload(name="decode", component=self.decoder, run=decode, passes=-(-size.frames // frames))
 
     def encode(self, model: I2VModel, prompt: Prompt, size: VideoSize, guidance: bool, place: Place) -> Conditioning:
         picture = first_picture(prompt.image_FHWC)

@@ -1,1 +1,1 @@
-"""Memory: predict it (trace), count it (meter), measure a stage (stage_meter), know the device (device)."""
+"""Memory: count it (meter), measure a stage (stage_meter), know the device (device)."""

@@ -83,16 +83,15 @@ class StorageMeter(TorchDispatchMode):
     @contextmanager
     def counted(self, module: nn.Module) -> Generator[None]:
         """Count a module's parameters and buffers while the context lasts, where they were born outside the meter."""
-        before_bytes = self.current_bytes
-        new = {_key(tensor): tensor for tensor in _state(module) if _key(tensor) not in self._storages}
-        self.add(*new.values())
-        added_bytes = self.current_bytes - before_bytes
+        new = [tensor.data for tensor in _state(module) if _key(tensor) not in self._storages]
+        self.add(*new)
         try:
             yield
         finally:
-            for key in new:
-                del self._storages[key]
-            self.current_bytes -= added_bytes
+            # Held until here, so that no storage of `new` can have died and been forgotten in the meantime.
+            for tensor in {_key(tensor): tensor for tensor in new}.values():
+                del self._storages[_key(tensor)]
+                self.current_bytes -= rounded_bytes(tensor.untyped_storage().nbytes())
 
     def reset_peak(self) -> None:
         """Start a new peak from what is live now."""

@@ -2,7 +2,7 @@
 
 While one layer computes, the next one's weights are on their way: from pinned memory, on a stream of their own. So the
 device holds the weights of two layers at most. Which layer comes next is learned from the first pass. Without CUDA the
-same code copies when a layer begins, and nothing overlaps.
+same code runs, and nothing overlaps.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class WeightStream(LayerRunner):
         self._previous = modules
         with arrival.in_place():
             following = self._following.get(modules)
-            if self._copy_stream is not None and following is not None:
+            if following is not None:
                 # Only one layer ahead: what was fetched for a layer that did not come is dropped.
                 self._fetched = {following: self._fetched.get(following) or self._fetch(following)}
             yield
@@ -104,7 +104,7 @@ def streamed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Gen
 def streamed_leaves(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Generator[WeightStream]:
     """For a module that runs as it is: hooks bring in every submodule's own weights around its call."""
     with staged(module, dtype, pinned=device.type == "cuda"):
-        stream = WeightStream(device, _own_tensors)
+        stream = WeightStream(device, own_tensors)
         inside: dict[nn.Module, ExitStack] = {}
 
         def bring_in(owner: nn.Module, _: object) -> None:
@@ -116,11 +116,12 @@ def streamed_leaves(module: nn.Module, device: torch.device, dtype: torch.dtype)
 
         with ExitStack() as hooks:
             for owner in module.modules():
-                if _own_tensors(owner):
+                if own_tensors(owner):
                     hooks.callback(owner.register_forward_pre_hook(bring_in).remove)
                     hooks.callback(owner.register_forward_hook(take_out, always_call=True).remove)
             yield stream
 
 
-def _own_tensors(module: nn.Module) -> list[Tensor]:
+def own_tensors(module: nn.Module) -> list[Tensor]:
+    """A module's parameters and buffers without those of its submodules."""
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]

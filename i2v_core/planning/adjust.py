@@ -7,8 +7,9 @@ from dataclasses import replace
 from ..errors import BadInputError, DoesNotFitError
 from ..families import DecodeTile, family_of
 from ..units import format_gib
-from .plan import DecodeSettings, Plan, Stage
-from .planner import TILE_OVERLAP, chunk_sizes, make_plan, needed_bytes
+from .candidates import TILE_OVERLAP, chunk_sizes
+from .plan import Plan, Stage
+from .planner import make_plan, needed_bytes
 from .predict import predict_decode
 
 
@@ -53,7 +54,7 @@ def with_tile(plan: Plan, tile_pixels: int, overlap_pixels: int) -> Plan:
     tile = DecodeTile(size_pixels=size_pixels, overlap_pixels=overlap)
     needed = 0
     for chunk_size in chunk_sizes(plan.request):
-        settings = DecodeSettings(chunk_size=chunk_size, tile=tile)
+        settings = replace(plan.decode, chunk_size=chunk_size, tile=tile)
         prediction = predict_decode(plan.request, settings, plan.sample.compute_dtype)
         needed = needed_bytes(prediction, plan.device)
         if needed <= plan.budget.usable_bytes:

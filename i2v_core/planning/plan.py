@@ -40,30 +40,49 @@ class StagePrediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplePrediction(StagePrediction):
-    """`chunk_size` is the fewest frames, of one clip, that a per-frame layer takes at once."""
+    """`chunk_size` is the fewest frames, of one clip, that a per-frame layer takes at once; `layer_calls` counts the
+    pieces of all layers in one step, `layers` the layers.
+    """
 
     chunk_size: int
+    layer_calls: int
+    layers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeSettings:
+    """How the encoders run; `streamed`: their weights come in leaf by leaf."""
+
+    streamed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSettings:
-    """How the denoiser runs. `workspace_bytes` None: layers run whole; else no layer call takes more than that."""
+    """How the denoiser runs.
+
+    `workspace_bytes` None: layers run whole; else no layer call takes more than that. `streamed`: weights come in
+    layer by layer. `park_skips`: skip connections wait in host memory.
+    """
 
     compute_dtype: torch.dtype
     batched_guidance: bool
     workspace_bytes: int | None = None
+    streamed: bool = False
+    park_skips: bool = False
 
     @property
     def chunk_settings(self) -> ChunkSettings:
-        return ChunkSettings(workspace_bytes=sys.maxsize if self.workspace_bytes is None else self.workspace_bytes)
+        workspace_bytes = sys.maxsize if self.workspace_bytes is None else self.workspace_bytes
+        return ChunkSettings(workspace_bytes=workspace_bytes, park_skips=self.park_skips)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeSettings:
-    """How latents become frames: `chunk_size` frames at once, in spatial tiles or whole."""
+    """How latents become frames: `chunk_size` at once, whole or in spatial tiles; weights in place or streamed."""
 
     chunk_size: int
     tile: DecodeTile = WHOLE_FRAMES
+    streamed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +95,7 @@ class Plan:
     request: Request
     device: DeviceFacts
     budget: Budget
+    encode: EncodeSettings
     sample: SampleSettings
     decode: DecodeSettings
     chunk_size: int
@@ -118,6 +138,16 @@ class Plan:
             "precision": self.precision,
             "batched_guidance": self.sample.batched_guidance,
             "workspace_bytes": self.sample.workspace_bytes,
+            "streamed": [
+                stage.value
+                for stage, settings in (
+                    (Stage.ENCODE, self.encode),
+                    (Stage.SAMPLE, self.sample),
+                    (Stage.DECODE, self.decode),
+                )
+                if settings.streamed
+            ],
+            "park_skips": self.sample.park_skips,
             "chunk_size": self.chunk_size,
             "decode_chunk_size": self.decode.chunk_size,
             "tile_size": self.decode.tile.size_pixels,

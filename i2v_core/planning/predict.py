@@ -2,73 +2,78 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
+from math import prod
 
 import torch
 
-from ..chunking import DistinctPieces, LayerCall
-from ..families import Architecture, Family, VideoSize, Workload, family_of
-from ..memory.trace import activation_bytes, skeleton, weights_bytes
-from .plan import DecodeSettings, SamplePrediction, SampleSettings, Stage, StagePrediction
+from ..families import Architecture, Workload, family_of
+from .plan import DecodeSettings, EncodeSettings, SamplePrediction, SampleSettings, Stage, StagePrediction
 from .request import Request
+from .trace import activation_bytes, skeleton, streamed_bytes, trace_denoiser, weights_bytes
 
 # Copies of the latents in fp32 that the loop and the scheduler hold beside the denoiser's own tensors: the state, the
 # model's input, two predictions, and two old outputs of a multistep scheduler.
 _LATENT_COPIES = 6
 
 
-@lru_cache(maxsize=64)
-def predict_encode(request: Request, compute_dtype: torch.dtype) -> StagePrediction:
+def predict_encode(request: Request, settings: EncodeSettings, compute_dtype: torch.dtype) -> StagePrediction:
     """The encoders run one after another, so the stage's peak is that of the largest."""
     architecture = request.architecture
     family = family_of(architecture)
     predictions = [
-        _predict(Stage.ENCODE, architecture, workload, component_dtype(architecture, workload.component, compute_dtype))
-        for workload in family.encode_workloads(architecture, request.size)
+        _predict_encoder(
+            # What does not depend on the size is predicted once for all sizes.
+            replace(request, size=request.size if workload.depends_on_size else family.facts.default_size),
+            workload.name,
+            settings,
+            compute_dtype,
+        )
+        for workload in family.encode_workloads(architecture, request.size, request.guidance)
     ]
     return max(predictions, key=lambda prediction: prediction.peak_bytes)
 
 
 @lru_cache(maxsize=512)
+def _predict_encoder(
+    request: Request, name: str, settings: EncodeSettings, compute_dtype: torch.dtype
+) -> StagePrediction:
+    architecture = request.architecture
+    workloads = family_of(architecture).encode_workloads(architecture, request.size, request.guidance)
+    workload = next(workload for workload in workloads if workload.name == name)
+    return _predict(Stage.ENCODE, architecture, workload, compute_dtype, streamed=settings.streamed)
+
+
 def predict_sample(request: Request, settings: SampleSettings) -> SamplePrediction:
+    """The denoiser's layer calls decide: with all its weights in place, or with those of a call and of the next."""
     architecture = request.architecture
     family = family_of(architecture)
-    dtype = settings.compute_dtype
     branches = request.branches if settings.batched_guidance else 1
-    module = skeleton(architecture, family.denoiser, dtype)
-    workload = family.denoise_workload(architecture, request.size, branches)
-    tracer = _ChunkTracer()
-    with family.chunked(module, settings.chunk_settings, runner=tracer, on_chunk=lambda: None):
-        denoise_bytes = activation_bytes(module, workload, dtype)
+    calls = trace_denoiser(architecture, request.size, branches, settings.compute_dtype, settings.chunk_settings)
+    if settings.streamed:
+        following = (*calls[1:], calls[0])
+        in_place = [call.weights_bytes + after.weights_bytes for call, after in zip(calls, following, strict=True)]
+    else:
+        in_place = [weights_bytes(architecture, family.denoiser, settings.compute_dtype)] * len(calls)
+    call, in_place_bytes = max(zip(calls, in_place, strict=True), key=lambda pair: pair[0].activation_bytes + pair[1])
+    latent_bytes = prod(family.facts.latent_size(request.size).shape_bcthw) * torch.float32.itemsize
+    frames_at_once = [call.chunk_size // branches for call in calls if call.kind in ("resnet", "transformer")]
     return SamplePrediction(
         stage=Stage.SAMPLE,
-        weights_bytes=weights_bytes(architecture, family.denoiser, dtype),
-        activation_bytes=denoise_bytes + _LATENT_COPIES * _latent_bytes(family, request.size),
-        chunk_size=min(tracer.frames_at_once // branches or 1, request.size.frames),
+        weights_bytes=in_place_bytes,
+        activation_bytes=call.activation_bytes + _LATENT_COPIES * latent_bytes,
+        chunk_size=max(1, min(frames_at_once)),
+        layer_calls=sum(call.pieces for call in calls) * (request.branches // branches),
+        layers=len(calls),
     )
-
-
-class _ChunkTracer(DistinctPieces):
-    """Traces one chunk of each shape, and remembers the smallest number of frames in one."""
-
-    def __init__(self) -> None:
-        self.frames_at_once = sys.maxsize
-
-    def enter(self, call: LayerCall) -> AbstractContextManager[None]:
-        if call.kind in ("resnet", "transformer"):
-            self.frames_at_once = min(self.frames_at_once, call.chunk_size)
-        return nullcontext()
 
 
 @lru_cache(maxsize=512)
 def predict_decode(request: Request, settings: DecodeSettings, compute_dtype: torch.dtype) -> StagePrediction:
     architecture = request.architecture
-    family = family_of(architecture)
-    workload = family.decode_workload(request.size, settings.chunk_size, settings.tile)
-    dtype = component_dtype(architecture, family.decoder, compute_dtype)
-    return _predict(Stage.DECODE, architecture, workload, dtype)
+    workload = family_of(architecture).decode_workload(request.size, settings.chunk_size, settings.tile)
+    return _predict(Stage.DECODE, architecture, workload, compute_dtype, streamed=settings.streamed)
 
 
 def component_dtype(architecture: Architecture, component: str, compute_dtype: torch.dtype) -> torch.dtype:
@@ -77,17 +82,14 @@ def component_dtype(architecture: Architecture, component: str, compute_dtype: t
     return torch.float32 if component in fp32 else compute_dtype
 
 
-def _predict(stage: Stage, architecture: Architecture, workload: Workload, dtype: torch.dtype) -> StagePrediction:
+def _predict(
+    stage: Stage, architecture: Architecture, workload: Workload, compute_dtype: torch.dtype, *, streamed: bool
+) -> StagePrediction:
+    dtype = component_dtype(architecture, workload.component, compute_dtype)
     module = skeleton(architecture, workload.component, dtype)
-    return StagePrediction(
-        stage=stage,
-        weights_bytes=weights_bytes(architecture, workload.component, dtype),
-        activation_bytes=activation_bytes(module, workload, dtype),
-    )
-
-
-def _latent_bytes(family: Family, size: VideoSize) -> int:
-    elements = 1
-    for side in family.facts.latent_size(size).shape_bcthw:
-        elements *= side
-    return elements * torch.float32.itemsize
+    if streamed:
+        in_place_bytes = streamed_bytes(architecture, workload.component, dtype, workload.passes)
+    else:
+        in_place_bytes = weights_bytes(architecture, workload.component, dtype)
+    live_bytes = activation_bytes(module, workload, dtype)
+    return StagePrediction(stage=stage, weights_bytes=in_place_bytes, activation_bytes=live_bytes)

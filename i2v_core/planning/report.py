@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..families import family_of
 from ..placement.precision import AUTO, precision_name
 from ..units import format_gib
-from .plan import DecodeSettings, Plan, SampleSettings, StagePrediction
+from .plan import DecodeSettings, EncodeSettings, Plan, SampleSettings, StagePrediction
 from .request import Budget, Request
 
 
@@ -32,6 +32,7 @@ def report(plan: Plan) -> str:
 def plan_reasons(
     request: Request,
     budget: Budget,
+    encode: EncodeSettings,
     sample: SampleSettings,
     decode: DecodeSettings,
     chunk_size: int,
@@ -42,9 +43,14 @@ def plan_reasons(
         reasons.append("denoiser layers run whole: everything fits")
     else:
         reasons.append(
-            f"denoiser layers run in pieces of at most {format_gib(sample.workspace_bytes)} "
+            f"denoiser layers run in pieces of about {format_gib(sample.workspace_bytes)} "
             f"({chunk_size} frames at once at full size), with the same result"
         )
+    streamed = [name for name, it in (("encoders", encode), ("denoiser", sample), ("decoder", decode)) if it.streamed]
+    if streamed:
+        reasons.append(f"weights come from host memory layer by layer for: {', '.join(streamed)}")
+    if sample.park_skips:
+        reasons.append("skip connections wait in host memory")
     reasons.append(f"decode takes {decode.chunk_size} of {request.size.frames} frames at once")
     if decode.tile.size_pixels:
         reasons.append(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import nn
 
-from ..families import Architecture, Workload, family_of
-from .meter import StorageMeter, fused_attention, rounded_bytes
+from ..chunking import ChunkSettings, LayerCall, LayerKind, Outline
+from ..families import Architecture, VideoSize, Workload, family_of
+from ..memory.meter import StorageMeter, fused_attention, rounded_bytes
+from ..placement.streaming import own_tensors
 
 META = torch.device("meta")
 
@@ -27,9 +30,76 @@ def skeleton(architecture: Architecture, component: str, dtype: torch.dtype) -> 
 @lru_cache(maxsize=64)
 def weights_bytes(architecture: Architecture, component: str, dtype: torch.dtype) -> int:
     """Bytes of the component's parameters and buffers on the device, allocator rounding included."""
+    return _module_bytes(skeleton(architecture, component, dtype))
+
+
+@lru_cache(maxsize=4096)
+def _module_bytes(module: nn.Module) -> int:
+    return sum(rounded_bytes(tensor.nbytes) for tensor in (*module.parameters(), *module.buffers()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedCall:
+    """One layer call of a traced forward.
+
+    `activation_bytes` is what is live at its peak, everything that waits outside the layer included, weights left out;
+    `weights_bytes` are the layer's own weights.
+    """
+
+    kind: LayerKind
+    chunk_size: int
+    pieces: int
+    activation_bytes: int
+    weights_bytes: int
+
+
+@lru_cache(maxsize=1024)
+def trace_denoiser(
+    architecture: Architecture, size: VideoSize, branches: int, dtype: torch.dtype, settings: ChunkSettings
+) -> tuple[TracedCall, ...]:
+    """The layer calls of one denoiser pass, in their order."""
+    family = family_of(architecture)
+    module = skeleton(architecture, family.denoiser, dtype)
+    workload = family.denoise_workload(architecture, size, branches)
+    with tracing() as meter:
+        tracer = _CallTracer(meter)
+        with family.chunked(module, settings, runner=tracer, on_chunk=lambda: None):
+            workload.run(module, META, dtype)
+    return tuple(tracer.calls)
+
+
+class _CallTracer(Outline):
+    """Notes what every layer call takes: what is live around it, and its workspace."""
+
+    def __init__(self, meter: StorageMeter) -> None:
+        self.calls: list[TracedCall] = []
+        self._meter = meter
+
+    @contextmanager
+    def enter(self, call: LayerCall) -> Generator[None]:
+        before_bytes = self._meter.current_bytes
+        yield
+        around_bytes = before_bytes if call.workspace_holds_result else self._meter.current_bytes
+        self.calls.append(
+            TracedCall(
+                kind=call.kind,
+                chunk_size=call.chunk_size,
+                pieces=-(-call.total // call.chunk_size),
+                activation_bytes=around_bytes + call.workspace_bytes,
+                weights_bytes=sum(_module_bytes(module) for module in call.modules),
+            )
+        )
+
+
+@lru_cache(maxsize=64)
+def streamed_bytes(architecture: Architecture, component: str, dtype: torch.dtype, passes: int) -> int:
+    """Bytes that are on the device at once of a component's weights, streamed leaf by leaf, at most.
+
+    Those of the largest leaf; from the second pass on the next leaf is known and fetched ahead, so of the largest two.
+    """
     module = skeleton(architecture, component, dtype)
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum(rounded_bytes(tensor.numel() * tensor.element_size()) for tensor in tensors)
+    leaves = sorted(sum(rounded_bytes(tensor.nbytes) for tensor in own_tensors(owner)) for owner in module.modules())
+    return sum(leaves[-2:]) if passes > 1 else leaves[-1]
 
 
 def activation_bytes(module: nn.Module, workload: Workload, dtype: torch.dtype) -> int:

@@ -67,7 +67,7 @@ def test_what_is_predicted_is_what_is_measured(model: I2VModel, seed: int) -> No
     runtime = stages.Runtime(device=torch.device("cpu"))
     prompt = Prompt(image_FHWC=torch.rand(1, 70, 90, 3), text="a red circle", negative_text="", fps=8)
     conditioning, encoded = stages.encode(model, plan, prompt, runtime)
-    settings = stages.SamplerSettings(steps=1, cfg=4.0 if request.guidance else 1.0, seed=seed)
+    settings = stages.SamplerSettings(steps=2, cfg=4.0 if request.guidance else 1.0, seed=seed)
     samples, sampled = stages.sample(model, plan, conditioning, settings, runtime)
     _, decoded = stages.decode(model, plan, samples, runtime)
     for done in (encoded, sampled, decoded):
@@ -94,7 +94,7 @@ def test_a_smaller_budget_gives_a_thriftier_plan_with_the_same_result(model: I2V
 
 
 def test_a_refusal_names_what_fits(architecture: Architecture) -> None:
-    request = request_for(architecture, VideoSize(width_pixels=160, height_pixels=128, frames=12))
+    request = request_for(architecture, VideoSize(width_pixels=96, height_pixels=96, frames=64))
     budget = Budget(free_bytes=int(least_bytes(request) * 0.8))
     with pytest.raises(NothingFitsError) as raised:
         make_plan(request, budget, CPU)
@@ -191,3 +191,13 @@ def test_a_plan_of_another_model_is_refused(architecture: Architecture) -> None:
     other = Architecture(architecture.family, architecture.configs[1:])
     with pytest.raises(PlanMismatchError, match="another model"):
         plan_for(architecture).check_made_for(other)
+
+
+def test_what_shortening_cannot_help_is_not_shortened(architecture: Architecture) -> None:
+    """The encoder of a large picture decides; frames do not matter to it."""
+    request = request_for(architecture, VideoSize(width_pixels=256, height_pixels=256, frames=4))
+    with pytest.raises(NothingFitsError) as raised:
+        make_plan(request, Budget(free_bytes=int(least_bytes(request) * 0.8)), CPU)
+    assert raised.value.nearest.shorter is None
+    assert raised.value.nearest.smaller is not None
+    assert "encode" in raised.value.problem

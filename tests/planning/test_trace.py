@@ -1,0 +1,50 @@
+"""The outline of a forward against a full trace of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import i2v_core.families
+from i2v_core.chunking import ChunkSettings, DistinctPieces
+from i2v_core.families import Architecture, VideoSize, family_of
+from i2v_core.planning.trace import META, skeleton, trace_denoiser, tracing, weights_bytes
+from i2v_core.units import GIB, MIB
+
+CONFIGS = Path(i2v_core.families.__file__).parent / "architectures" / "i2vgen-xl.json"
+PUBLISHED = Architecture.from_configs("i2vgen-xl", json.loads(CONFIGS.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("park_skips", [False, True])
+@pytest.mark.parametrize("workspace_bytes", [sys.maxsize, 256 * MIB, 64 * MIB])
+@pytest.mark.parametrize(("width", "height", "frames", "branches"), [(512, 512, 16, 2), (1000, 520, 5, 1)])
+def test_an_outline_finds_the_peak_of_a_full_trace(
+    width: int, height: int, frames: int, branches: int, workspace_bytes: int, park_skips: bool
+) -> None:
+    """The published model's architecture in fp16: never under by more than 0.1 %, never over by more than 1 %."""
+    size = VideoSize(width_pixels=width, height_pixels=height, frames=frames)
+    settings = ChunkSettings(workspace_bytes=workspace_bytes, park_skips=park_skips)
+    outlined = max(call.activation_bytes for call in trace_denoiser(PUBLISHED, size, branches, torch.float16, settings))
+    family = family_of(PUBLISHED)
+    module = skeleton(PUBLISHED, "unet", torch.float16)
+    with tracing() as meter, family.chunked(module, settings, runner=DistinctPieces(), on_chunk=lambda: None):
+        family.denoise_workload(PUBLISHED, size, branches).run(module, META, torch.float16)
+    assert 0.999 <= outlined / meter.peak_bytes <= 1.01
+
+
+def test_the_published_models_weights() -> None:
+    """Parameters as published, in fp16."""
+    sizes = {"unet": 2.646, "vae": 0.156, "text_encoder": 0.657, "image_encoder": 1.177}
+    for component, expected_gib in sizes.items():
+        assert weights_bytes(PUBLISHED, component, torch.float16) / GIB == pytest.approx(expected_gib, abs=1e-3)
+
+
+def test_every_weight_of_the_denoiser_belongs_to_one_call() -> None:
+    size = VideoSize(width_pixels=256, height_pixels=256, frames=2)
+    calls = trace_denoiser(PUBLISHED, size, 1, torch.float16, ChunkSettings(workspace_bytes=MIB))
+    total = sum(call.weights_bytes for call in calls)
+    assert total == weights_bytes(PUBLISHED, "unet", torch.float16)
