@@ -1,0 +1,130 @@
+"""Child processes that end together with their descendants, whatever ends the script that started them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+PATIENCE_SECONDS = 10.0
+CALM_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""By default OpenMP's threads spin while they wait for each other, and on a machine that is busy with something else a
+small model then takes 60 times as long (seen on two cores: 0.1 s became 6 s)."""
+EXIT_INTERRUPTED = 130
+"""The exit status of a script ended by Ctrl-C, as shells have it."""
+
+
+def start(
+    command: Sequence[str | Path],
+    *,
+    output: IO[str] | int | None = None,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.Popen[str]:
+    """Start `command` as the head of a process tree of its own, which `stop` can end as a whole.
+
+    A terminal's Ctrl-C reaches this script only, so that it decides in which order things end. `output` takes both
+    standard output and error; `environment` is added to this script's own and to `CALM_THREADS`.
+    """
+    windows = sys.platform == "win32"
+    return subprocess.Popen(
+        [str(part) for part in command],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT if output is not None else None,
+        cwd=folder,
+        env={**CALM_THREADS, **os.environ, **(environment or {})},
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=not windows,
+        creationflags=subprocess.CREATE_NEW_PROCESS_GROUP if sys.platform == "win32" else 0,
+    )
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End `process` and all that it started: asked first, forced after `PATIENCE_SECONDS` or at a second Ctrl-C."""
+    if sys.platform == "win32":
+        if process.poll() is None:
+            subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True, check=False)
+            process.wait()
+        return
+    try:
+        _signal_group(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE_SECONDS)
+    finally:
+        _signal_group(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _signal_group(group: int, number: int) -> None:
+    if sys.platform != "win32":
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # Darwin says EPERM of a group of the dead
+            os.killpg(group, number)
+
+
+def run(command: Sequence[str | Path], *, folder: Path | None = None) -> int:
+    """Run `command` with this script's output and return its exit status; its whole tree ends with it."""
+    process = start(command, folder=folder)
+    try:
+        return process.wait()
+    finally:
+        stop(process)
+
+
+def capture(command: Sequence[str | Path]) -> tuple[int, str]:
+    """Run `command` and return its exit status and all that it printed; its whole tree ends with it."""
+    process = start(command, output=subprocess.PIPE)
+    try:
+        printed, _ = process.communicate()
+    finally:
+        stop(process)
+    return process.returncode, printed.strip()
+
+
+def ask(python: Path, code: str) -> str | None:
+    """The last line that `python -c code` prints, or None where it cannot be run or fails."""
+    try:
+        status, printed = capture([python, "-c", code])
+    except OSError:
+        return None
+    return None if status else printed.rpartition("\n")[2]
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, every signal that asks this script to end is a KeyboardInterrupt, so that each `finally` is run.
+
+    Also the interrupt itself, which a shell switches off in what it runs in the background.
+    """
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+    numbers: list[int] = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def hand_over(python: Path, arguments: Sequence[str]) -> int | None:
+    """Run this script again in `python`'s environment: its exit status, or None where that is this environment."""
+    if ask(python, "import sys; print(sys.prefix)") == sys.prefix:
+        return None
+    command = [str(python), *arguments]
+    sys.stdout.flush()
+    if sys.platform != "win32":
+        os.execv(command[0], command)
+    # exec on Windows returns to the shell at once, with the script still running: wait for it instead, and leave
+    # Ctrl-C, which reaches both, to the script itself.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return subprocess.run(command, check=False).returncode
+    finally:
+        signal.signal(signal.SIGINT, before)

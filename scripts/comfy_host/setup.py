@@ -1,0 +1,102 @@
+"""From a bare Python to a host that can be started: which interpreter, which ComfyUI, what is installed.
+
+Two environment variables let a user's own ComfyUI be used: `COMFYUI_PATH`, its folder, and `COMFYUI_PYTHON`, the
+interpreter that it runs in. With the folder alone, the project's environment gets what that host requires; with the
+interpreter too, nothing is installed anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import process, source, venv
+from .errors import SetupError
+
+PACK = Path(__file__).resolve().parents[2]
+SCRIPTS = PACK / "scripts"
+ENVIRONMENT = PACK / ".venv"
+CACHE = PACK / ".host"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """A ComfyUI that is ready to start: its folder, and the interpreter that has what it and this pack need."""
+
+    folder: Path
+    python: Path
+
+
+def prepare(*, tests: bool = False) -> Host:
+    """Make everything ready that is not, and say what is done on the way.
+
+    Args:
+        tests: also make ready the project's environment with the tools of its checks, whatever the host runs in.
+
+    Raises:
+        SetupError: something is missing that this cannot get; the message says what to do.
+    """
+    folder, python = _own_folder(), _own_python()  # what is wrong with them is said before anything is done
+    if python is None or tests:
+        python = _fill_environment(folder, tests=tests)
+    return find(python)
+
+
+def find(python: Path) -> Host:
+    """The host, for a caller whose interpreter `python` has all that is needed; nothing is installed.
+
+    Raises:
+        SetupError: as in `prepare`.
+    """
+    return Host(folder=_own_folder() or source.ensure(CACHE, python), python=_own_python() or python)
+
+
+def _fill_environment(own_folder: Path | None, *, tests: bool) -> Path:
+    python = venv.ensure(ENVIRONMENT, {"setup": SCRIPTS / "requirements-setup.txt"}, label="installer")
+    folder = own_folder or source.ensure(CACHE, python)
+    requirements = {
+        "host": folder / "requirements.txt",
+        "pack": PACK / "requirements.txt",
+        "pins": SCRIPTS / "requirements-host.txt",
+    }
+    if tests:
+        requirements["tests"] = SCRIPTS / "requirements-dev.txt"
+    return venv.ensure(ENVIRONMENT, requirements)
+
+
+def _own_folder() -> Path | None:
+    """The user's own ComfyUI, or None where `COMFYUI_PATH` names none."""
+    value = os.environ.get("COMFYUI_PATH")
+    if not value:
+        return None
+    folder = Path(value).expanduser().resolve()
+    if not (folder / "main.py").is_file() or not (folder / "comfy").is_dir():
+        raise SetupError(f"COMFYUI_PATH={value} is no ComfyUI: there is no main.py beside a folder comfy in it.")
+    return folder
+
+
+def _own_python() -> Path | None:
+    """The interpreter of the user's own ComfyUI, or None where `COMFYUI_PYTHON` names none."""
+    value = os.environ.get("COMFYUI_PYTHON")
+    if not value:
+        return None
+    if _own_folder() is None:
+        raise SetupError("COMFYUI_PYTHON is set and COMFYUI_PATH is not: set both, or COMFYUI_PATH alone.")
+    python = Path(value).expanduser()
+    names = re.findall(r"^[A-Za-z][\w.-]*", (PACK / "requirements.txt").read_text("utf-8"), re.MULTILINE)
+    missing = process.ask(
+        python,
+        "import importlib.metadata as m\n"
+        "have = {d.metadata['Name'].lower().replace('_', '-') for d in m.distributions()}\n"
+        f"print(*(n for n in {names!r} if n.lower().replace('_', '-') not in have))",
+    )
+    if missing is None:
+        raise SetupError(f"COMFYUI_PYTHON={value} does not run.")
+    if missing:
+        raise SetupError(
+            f"{python} lacks {', '.join(missing.split())}, which this pack needs. Install them with:\n"
+            f"  {python} -m pip install -r {PACK / 'requirements.txt'}"
+        )
+    return python

@@ -1,0 +1,105 @@
+"""From a workflow file, which the page reads and writes, to a prompt, which the host runs.
+
+A workflow (format 0.4) keeps the values of a node's widgets as a list, in the order in which the page draws them. Which
+of a node's inputs are widgets, and in which order they are drawn, follows from the host's `/object_info`, as the page
+itself does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+JSON = dict[str, Any]
+
+MUTED, BYPASSED = 2, 4
+NOTES = {"Note", "MarkdownNote"}
+"""Nodes that exist on the page only and say nothing to the host."""
+
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
+SEEDS = {"seed", "noise_seed"}
+"""Inputs that the page gives a control-after-generate widget unless their node says otherwise."""
+
+UPLOADS = ("image_upload", "video_upload", "audio_upload", "file_upload")
+
+
+class WorkflowError(ValueError):
+    """A workflow that cannot be made into a prompt; the message names the node and what is wrong with it."""
+
+
+def to_prompt(workflow: JSON, object_info: dict[str, JSON]) -> JSON:
+    """The API-format prompt of a UI-format workflow.
+
+    Args:
+        workflow: the content of a workflow file, format 0.4.
+        object_info: the host's `/object_info`.
+
+    Raises:
+        WorkflowError: a node is bypassed, or the host does not know it.
+    """
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    sources = {link[0]: (nodes[link[1]], link[2]) for link in workflow["links"]}
+    prompt: JSON = {}
+    for node in workflow["nodes"]:
+        if node["type"] in NOTES or node.get("mode") == MUTED:
+            continue
+        if node["type"] not in object_info or node.get("mode") == BYPASSED:
+            reason = "is bypassed" if node["type"] in object_info else "is not known to the host"
+            raise WorkflowError(f"{_name(node)} {reason}.")
+        drawn = widgets(object_info[node["type"]], node.get("widgets_values", []))
+        inputs = {name: value for name, value in drawn if name is not None and value is not None}
+        for slot in node.get("inputs", []):
+            if slot.get("link") is not None:
+                source, output = sources[slot["link"]]
+                if source.get("mode") != MUTED:
+                    inputs[slot["name"]] = [str(source["id"]), output]
+        prompt[str(node["id"])] = {
+            "class_type": node["type"],
+            "inputs": inputs,
+            "_meta": {"title": node.get("title", node["type"])},
+        }
+    return prompt
+
+
+def widgets(info: JSON, values: Sequence[Any]) -> list[tuple[str | None, Any]]:
+    """The widgets that the page draws for a node, in order: the input's name and its value.
+
+    The name is None for what the page keeps to itself: control after generate, the upload button. Where `values` ends
+    early, as in a file from before the node had its last widgets, the defaults follow, as on the page.
+
+    Args:
+        info: the node's entry in `/object_info`.
+        values: the node's `widgets_values`.
+    """
+    inputs = info["input"]
+    remaining = iter(values)
+    return [
+        widget
+        for section in ("required", "optional")
+        for name, spec in inputs.get(section, {}).items()
+        for widget in _draw(name, spec, remaining)
+    ]
+
+
+def _draw(name: str, spec: list[Any], values: Iterator[Any]) -> Iterator[tuple[str | None, Any]]:
+    """The widgets of the input `name`, those nested in it included; none where it is a socket only."""
+    kind, options = spec[0], spec[1] if len(spec) > 1 else {}
+    if not (isinstance(kind, list) or kind in WIDGET_TYPES) or options.get("forceInput"):
+        return
+    choices = kind if isinstance(kind, list) else options.get("options", [])
+    keys = [choice["key"] if isinstance(choice, dict) else choice for choice in choices]
+    value = next(values, options.get("default", keys[0] if keys else None))
+    yield name, value
+    if options.get("control_after_generate", kind == "INT" and name in SEEDS):
+        yield None, next(values, "fixed")
+    if any(options.get(upload) for upload in UPLOADS):
+        yield None, next(values, "image")
+    if kind == "COMFY_DYNAMICCOMBO_V3" and value in keys:
+        nested = choices[keys.index(value)]["inputs"]
+        for section in ("required", "optional"):
+            for inner, inner_spec in nested.get(section, {}).items():
+                yield from _draw(f"{name}.{inner}", inner_spec, values)
+
+
+def _name(node: JSON) -> str:
+    return f"Node {node['id']} ({node['type']})"

@@ -1,0 +1,131 @@
+"""One real ComfyUI for all tests that need it, and prompts for it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+if str(SCRIPTS) not in sys.path:
+    sys.path.append(str(SCRIPTS))
+
+from comfy_host import setup  # noqa: E402
+from comfy_host.client import Client  # noqa: E402
+from comfy_host.server import Server  # noqa: E402
+
+Prompt = dict[str, dict[str, Any]]
+MakePrompt = Callable[..., Prompt]
+
+PICTURE = "circle.png"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker("host")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A test that fails shows what the host printed."""
+    report = yield
+    server = getattr(item, "funcargs", {}).get("server")
+    if report.failed and isinstance(server, Server):
+        report.sections.append(("ComfyUI", server.log_tail()))
+    return report
+
+
+@pytest.fixture(scope="session")
+def server(tiny_folder: Path) -> Iterator[Server]:
+    """A host with this pack, a small model named `tiny` and a picture; without a way to fetch anything."""
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 16),  # glibc gives a freed tensor back at once: its memory use can be read
+    }
+    with Server(setup.find(Path(sys.executable)), environment=environment) as running:
+        shutil.copytree(tiny_folder, running.models_folder / "diffusers" / "tiny")
+        picture = Image.new("RGB", (96, 64), "navy")
+        ImageDraw.Draw(picture).ellipse((10, 10, 50, 50), fill="orange")
+        picture.save(running.input_folder / PICTURE)
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> Client:
+    return Client(server.url)
+
+
+@pytest.fixture(scope="session")
+def object_info(client: Client) -> dict[str, Any]:
+    return client.object_info()
+
+
+@pytest.fixture(scope="session")
+def make_prompt() -> MakePrompt:
+    """Makes a small prompt from picture to frames; arguments `node={input: value}` change it."""
+
+    def make(**changes: dict[str, Any]) -> Prompt:
+        nodes: dict[str, tuple[str, dict[str, Any]]] = {
+            "picture": ("LoadImage", {"image": PICTURE}),
+            "loader": ("I2VLoader", {"model": "tiny"}),
+            "budget": (
+                "I2VVRAMBudget",
+                {
+                    "model": ["loader", 0],
+                    "width": 64,
+                    "height": 64,
+                    "frames": 4,
+                    "guidance": True,
+                    "precision": "fp32",
+                    "budget": "auto",
+                    "reserve_gib": 0.0,
+                },
+            ),
+            "encode": (
+                "I2VEncode",
+                {
+                    "model": ["loader", 0],
+                    "plan": ["budget", 0],
+                    "image": ["picture", 0],
+                    "prompt": "a circle moves right",
+                    "negative_prompt": "",
+                    "fps": 8,
+                },
+            ),
+            "sampler": (
+                "I2VChunkedSampler",
+                {
+                    "model": ["loader", 0],
+                    "plan": ["budget", 0],
+                    "conditioning": ["encode", 0],
+                    "steps": 2,
+                    "cfg": 2.0,
+                    "seed": 1,
+                    "scheduler": "ddim",
+                },
+            ),
+            "decode": (
+                "I2VVAETiledDecode",
+                {
+                    "model": ["loader", 0],
+                    "plan": ["budget", 0],
+                    "latent": ["sampler", 0],
+                    "tile_size": 0,
+                    "overlap": 0,
+                },
+            ),
+            "save": ("SaveImage", {"images": ["decode", 0], "filename_prefix": "frame"}),
+        }
+        return {
+            name: {"class_type": kind, "inputs": {**inputs, **changes.get(name, {})}}
+            for name, (kind, inputs) in nodes.items()
+        }
+
+    return make
