@@ -18,6 +18,7 @@ from .errors import BadInputError, PlanMismatchError
 from .families import Conditioning, Family, I2VModel, Prompt, TensorMap, family_of
 from .memory.meter import host_memory
 from .memory.stage_meter import StageMeter, stage_meter
+from .placement.attention import AttentionBackend, attention
 from .placement.placed import placed
 from .placement.streaming import streamed, streamed_leaves
 from .planning.plan import Plan, Stage
@@ -48,6 +49,7 @@ class Runtime:
     """
 
     device: torch.device
+    attention: AttentionBackend = AttentionBackend.SDPA
     check_cancelled: Callable[[], None] = _never_cancelled
     on_progress: Callable[[int, int, Tensor | None], None] = _no_progress
 
@@ -172,7 +174,10 @@ def sample(
             runtime.check_cancelled()
 
         chunks = plan.sample.chunk_settings
-        with family.chunked(denoiser, chunks, runner=runner, on_chunk=runtime.check_cancelled):
+        with (
+            attention(denoiser, runtime.attention),
+            family.chunked(denoiser, chunks, runner=runner, on_chunk=runtime.check_cancelled),
+        ):
             latents_BCTHW = sample_loop(
                 lambda latents, timestep: guidance(latents, timestep, dtype),
                 scheduler,

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..i2v_core.errors import BadInputError
 from ..i2v_core.families import I2VModel, VideoSize
+from ..i2v_core.memory.reading import SteadyReading
 from ..i2v_core.placement.precision import AUTO, PRECISIONS
 from ..i2v_core.planning.planner import make_plan
 from ..i2v_core.planning.report import report
@@ -16,7 +17,7 @@ from ..i2v_core.units import GIB, parse_bytes
 from . import host
 from .sockets import CATEGORY, I2VPlanSocket, model_input
 
-_reading = host.SteadyReading()
+_reading = SteadyReading()
 
 
 class VRAMBudget(io.ComfyNode):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..i2v_core.families import I2VModel
 from ..i2v_core.memory.device import DeviceFacts, device_facts
+from ..i2v_core.placement.attention import AttentionBackend
 from ..i2v_core.planning.adjust import refit
 from ..i2v_core.planning.plan import Plan, Stage
 from ..i2v_core.planning.planner import needed_bytes
@@ -78,21 +79,10 @@ def room_bytes() -> int:
     return int(management.get_free_memory(device) + unloadable_bytes)
 
 
-class SteadyReading:
-    """A reading of free memory that keeps its value until the true one is a quarter off.
-
-    Free memory is never the same twice. Were each reading new to the host's cache, every queueing would run the whole
-    graph again; and what shrinks by less than that is caught when a stage starts.
-    """
-
-    def __init__(self, ratio: float = 1.25) -> None:
-        self._ratio = ratio
-        self._value = 0
-
-    def update(self, value: int) -> int:
-        if not self._value / self._ratio <= value <= self._value * self._ratio:
-            self._value = value
-        return self._value
+def attention_backend() -> AttentionBackend:
+    """The host's choice: xformers where it would use that itself, else PyTorch's own."""
+    use_xformers = management.xformers_enabled() and not management.pytorch_attention_enabled()
+    return AttentionBackend.XFORMERS if use_xformers else AttentionBackend.SDPA
 
 
 @contextmanager
@@ -121,6 +111,7 @@ def stage(
             fitting,
             Runtime(
                 device=device,
+                attention=attention_backend(),
                 check_cancelled=management.throw_exception_if_processing_interrupted,
                 on_progress=progress.update,
             ),

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..errors import ModelFolderError
 from .base import WHOLE_FRAMES, Conditioning, DecodeTile, Family, Place, Prompt, TensorMap, Workload
 from .facts import FamilyFacts, LatentSize, VideoSize
+from .folder import read_json
 from .i2vgen_xl import I2VGenXL
 from .model import Architecture, I2VModel
 
@@ -15,6 +16,12 @@ FAMILIES: dict[str, Family] = {family.facts.name: family for family in (I2VGenXL
 
 def family_of(architecture: Architecture) -> Family:
     return FAMILIES[architecture.family]
+
+
+def bundled_architecture(name: str) -> Architecture:
+    """The architecture of a family's published model, which is all that planning needs: no weights."""
+    file = Path(__file__).parent / "architectures" / f"{name}.json"
+    return Architecture.from_configs(name, read_json(file))
 
 
 def load_model(folder: Path) -> I2VModel:
@@ -49,6 +56,7 @@ __all__ = [
     "TensorMap",
     "VideoSize",
     "Workload",
+    "bundled_architecture",
     "family_of",
     "load_model",
 ]

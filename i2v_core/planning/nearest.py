@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import DoesNotFitError
 from ..families import VideoSize, family_of
 from ..units import GIB
+from .plan import StagePrediction
 from .request import Request
 
 
@@ -37,10 +38,11 @@ class Nearest:
 
 
 class NothingFitsError(DoesNotFitError):
-    """Refusal of a request; `nearest` is what would fit."""
+    """Refusal of a request: `least` is the binding stage of its thriftiest plan, `nearest` what would fit."""
 
-    def __init__(self, problem: str, nearest: Nearest) -> None:
+    def __init__(self, problem: str, least: StagePrediction, nearest: Nearest) -> None:
         super().__init__(problem, str(nearest))
+        self.least = least
         self.nearest = nearest
 
 

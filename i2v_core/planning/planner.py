@@ -39,6 +39,7 @@ def make_plan(request: Request, budget: Budget, device: DeviceFacts) -> Plan:
         f"{request.size} with {family_of(request.architecture).facts.display_name} does not fit: the "
         f"{least.stage.value} stage needs {format_gib(needed)} at least, and "
         f"{format_gib(budget.usable_bytes)} can be used",
+        least,
         nearest(request, needed + budget.reserve_bytes, lambda other: fits(other, budget, device)),
     )
 

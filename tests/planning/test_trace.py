@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-import i2v_core.families
 from i2v_core.chunking import ChunkSettings, DistinctPieces
-from i2v_core.families import Architecture, VideoSize, family_of
+from i2v_core.families import VideoSize, bundled_architecture, family_of
 from i2v_core.planning.trace import META, skeleton, trace_denoiser, tracing, weights_bytes
 from i2v_core.units import GIB, MIB
 
-CONFIGS = Path(i2v_core.families.__file__).parent / "architectures" / "i2vgen-xl.json"
-PUBLISHED = Architecture.from_configs("i2vgen-xl", json.loads(CONFIGS.read_text(encoding="utf-8")))
+PUBLISHED = bundled_architecture("i2vgen-xl")
 
 
 @pytest.mark.parametrize("park_skips", [False, True])

@@ -1,0 +1,108 @@
+"""The command line: plans and memory tables of the bundled architectures, for a card of any size.
+
+Exit codes: 0 it fits, 2 bad arguments, 3 refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .errors import BadInputError
+from .families import FAMILIES, VideoSize, bundled_architecture
+from .memory.device import DeviceFacts
+from .placement.precision import AUTO, PRECISIONS, precision_name
+from .planning.memory_table import memory_table
+from .planning.nearest import NothingFitsError
+from .planning.planner import make_plan
+from .planning.report import report
+from .planning.request import Budget, Request
+from .units import format_gib, parse_bytes
+
+FITS, BAD_ARGUMENTS, REFUSED = 0, 2, 3
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except BadInputError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return BAD_ARGUMENTS
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m i2v_core", description="Predict and plan without weights.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    plan = commands.add_parser("plan", help="the plan for one video on a card of a given size")
+    plan.add_argument("--model", choices=sorted(FAMILIES), default="i2vgen-xl")
+    plan.add_argument("--width", type=int, required=True, help="pixels")
+    plan.add_argument("--height", type=int, required=True, help="pixels")
+    plan.add_argument("--frames", type=int, required=True)
+    plan.add_argument("--vram", required=True, metavar="SIZE", help="device memory to use, such as 8GiB")
+    plan.add_argument("--precision", choices=(AUTO, *PRECISIONS), default="fp16")
+    plan.add_argument("--no-guidance", action="store_true", help="one denoiser pass a step")
+    plan.add_argument("--json", action="store_true")
+    plan.set_defaults(run=_plan)
+
+    table = commands.add_parser("memory-table", help="peaks at some sizes: the plain run, in pieces, and streamed")
+    table.add_argument("--model", choices=sorted(FAMILIES), default="i2vgen-xl")
+    table.add_argument("--json", action="store_true")
+    table.set_defaults(run=_memory_table)
+    return parser
+
+
+def _plan(options: argparse.Namespace) -> int:
+    request = Request(
+        architecture=bundled_architecture(options.model),
+        size=VideoSize(width_pixels=options.width, height_pixels=options.height, frames=options.frames),
+        guidance=not options.no_guidance,
+        precision=options.precision,
+    )
+    vram_bytes = parse_bytes(options.vram)
+    card = DeviceFacts(
+        device="cuda", name=f"a card with {format_gib(vram_bytes)}", precisions=(torch.float16, torch.float32)
+    )
+    try:
+        plan = make_plan(request, Budget(free_bytes=vram_bytes, limit_bytes=vram_bytes), card)
+    except NothingFitsError as refusal:
+        least = refusal.least
+        answer = {
+            "fits": False,
+            "plan": None,
+            "stages": [],
+            "peak_bytes": least.peak_bytes,
+            "binding_stage": least.stage.value,
+            "reasons": [refusal.problem],
+            "nearest": refusal.nearest.as_dict(),
+        }
+        _print(options, answer, str(refusal))
+        return REFUSED
+    choices = plan.as_dict()
+    summary = {key: choices.pop(key) for key in ("stages", "peak_bytes", "binding_stage", "reasons")}
+    _print(options, {"fits": True, "plan": choices, **summary, "nearest": None}, report(plan))
+    return FITS
+
+
+def _memory_table(options: argparse.Namespace) -> int:
+    rows = memory_table(bundled_architecture(options.model), torch.float16)
+    columns = ("stock", "resident", "streamed", "decode")
+    lines = [f"{'video':<16}" + "".join(f"{column:>12}" for column in columns)]
+    lines += [
+        f"{row.size!s:<16}" + "".join(f"{format_gib(getattr(row, f'{column}_bytes')):>12}" for column in columns)
+        for row in rows
+    ]
+    lines.append(f"\nPeaks of weights and live tensors in {precision_name(torch.float16)} with guidance, traced.")
+    _print(options, [row.as_dict() for row in rows], "\n".join(lines))
+    return FITS
+
+
+def _print(options: argparse.Namespace, answer: Any, text: str) -> None:
+    print(json.dumps(answer, indent=2) if options.json else text)

@@ -1,0 +1,23 @@
+"""The steady reading of free memory."""
+
+from __future__ import annotations
+
+import random
+
+from i2v_core.memory.reading import SteadyReading
+
+
+def test_noise_does_not_move_it() -> None:
+    reading, rng = SteadyReading(), random.Random(0)
+    first = reading.update(10_000)
+    assert {reading.update(int(10_000 * rng.uniform(0.81, 1.24))) for _ in range(500)} == {first}
+
+
+def test_a_real_change_does_and_noise_around_it_does_not() -> None:
+    reading = SteadyReading()
+    reading.update(10_000)
+    assert reading.update(7_000) == 7_000
+    assert reading.update(7_900) == 7_000
+    assert reading.update(12_000) == 12_000
+    assert reading.update(0) == 0
+    assert reading.update(5) == 5
