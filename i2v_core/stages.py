@@ -21,6 +21,7 @@ from .memory.stage_meter import StageMeter, stage_meter
 from .placement.attention import AttentionBackend, attention
 from .placement.placed import placed
 from .placement.streaming import streamed, streamed_leaves
+from .planning.margin import expected_bytes, uncertainty_bytes
 from .planning.plan import Plan, Stage
 from .sampling.loop import Guidance, sample_loop
 from .sampling.noise import initial_noise
@@ -56,17 +57,19 @@ class Runtime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageReport:
-    """What a stage was predicted to take, what it took, and how long."""
+    """What a stage was predicted to take, give or take, what it took, and how long."""
 
     stage: Stage
     predicted_peak_bytes: int
+    uncertainty_bytes: int
     measured_peak_bytes: int
     seconds: float
 
     def __str__(self) -> str:
         return (
-            f"{self.stage.value}: predicted {format_gib(self.predicted_peak_bytes)}, "
-            f"measured {format_gib(self.measured_peak_bytes)}, {self.seconds:.1f} s"
+            f"{self.stage.value}: predicted {format_gib(self.predicted_peak_bytes)} ± "
+            f"{format_gib(self.uncertainty_bytes)}, measured {format_gib(self.measured_peak_bytes)}, "
+            f"{self.seconds:.1f} s"
         )
 
 
@@ -123,9 +126,11 @@ class _StageRun:
                 yield module, LayerRunner()
 
     def report(self) -> StageReport:
+        prediction = self._plan.stage(self._stage)
         report = StageReport(
             stage=self._stage,
-            predicted_peak_bytes=self._plan.stage(self._stage).peak_bytes,
+            predicted_peak_bytes=expected_bytes(prediction, self._plan.device),
+            uncertainty_bytes=uncertainty_bytes(prediction, self._plan.device),
             measured_peak_bytes=self.meter.peak_bytes,
             seconds=self.meter.seconds,
         )

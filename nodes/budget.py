@@ -120,7 +120,7 @@ class VRAMBudget(io.ComfyNode):
                 limit_bytes=limit_bytes,
                 reserve_bytes=int(reserve_gib * GIB) + host_reserve_bytes,
             ),
-            host.plan_device(),
+            host.plan_device(model.architecture),
         )
         text, tile = report(plan), plan.decode.tile
         return io.NodeOutput(

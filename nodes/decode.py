@@ -58,4 +58,5 @@ class VAETiledDecode(io.ComfyNode):
             plan = with_tile(plan, tile_size, overlap)
         with host.stage(Stage.DECODE, model, plan) as (fitting, runtime, notes):
             frames_FHWC, report = stages.decode(model, fitting, latent["samples"], runtime)
+        host.learn(fitting, report)
         return io.NodeOutput(frames_FHWC, ui=host.stage_ui(report, notes))

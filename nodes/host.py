@@ -16,12 +16,13 @@ import torch
 from comfy.cli_args import args
 from torch import Tensor
 
-from ..i2v_core.families import I2VModel
+from ..i2v_core.families import Architecture, I2VModel
+from ..i2v_core.memory.calibration import CalibrationStore, calibration_key
 from ..i2v_core.memory.device import DeviceFacts, device_facts
 from ..i2v_core.placement.attention import AttentionBackend
 from ..i2v_core.planning.adjust import refit
+from ..i2v_core.planning.margin import needed_bytes
 from ..i2v_core.planning.plan import Plan, Stage
-from ..i2v_core.planning.planner import needed_bytes
 from ..i2v_core.stages import Runtime, StageReport
 from ..i2v_core.units import format_gib
 from .preview import AnimatedPreview
@@ -43,10 +44,14 @@ def model_folders() -> dict[str, Path]:
     return found
 
 
-def plan_device() -> DeviceFacts:
-    """The host's device, with the precisions that the host's flags and its knowledge of the card leave."""
+def plan_device(architecture: Architecture) -> DeviceFacts:
+    """The host's device, with the precisions that the host's flags and its knowledge of the card leave, and with what
+    earlier runs of the model on it have taught.
+    """
     device = management.get_torch_device()
     facts = device_facts(device)
+    learned = _calibration_store().calibration(calibration_key(facts.name, architecture.fingerprint))
+    facts = replace(facts, calibration=learned)
     forced = {
         torch.float32: args.force_fp32 or args.fp32_unet,
         torch.float16: args.force_fp16 or args.fp16_unet,
@@ -133,6 +138,20 @@ class _Progress:
         if latents_BCTHW is not None and self._factors is not None and args.preview_method.value != "none":
             preview = AnimatedPreview.of_latents(latents_BCTHW, self._factors).for_host()
         self._bar.update_absolute(done, total, preview)
+
+
+def learn(plan: Plan, report: StageReport) -> None:
+    """Remember how far off the prediction was, for later plans."""
+    _calibration_store().record(
+        calibration_key(plan.device.name, plan.request.architecture.fingerprint),
+        report.stage.value,
+        predicted_bytes=plan.stage(report.stage).peak_bytes,
+        measured_bytes=report.measured_peak_bytes,
+    )
+
+
+def _calibration_store() -> CalibrationStore:
+    return CalibrationStore(Path(folder_paths.get_user_directory()) / "i2v_budget" / "calibration.json")
 
 
 def stage_ui(report: StageReport, notes: list[str]) -> dict[str, list[Any]]:

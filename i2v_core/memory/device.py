@@ -6,17 +6,23 @@ from dataclasses import dataclass
 
 import torch
 
+from .calibration import UNCALIBRATED, Calibration
+
 # CUDA compute capability from which bf16 and fp16 are fast: Ampere (8.0) and Turing (7.0 has the tensor cores too).
 _BF16_CAPABILITY, _FP16_CAPABILITY = (8, 0), (7, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceFacts:
-    """What planning needs to know of a device. `precisions` are those it runs well, best first."""
+    """What planning needs to know of a device.
+
+    `precisions` are those it runs well, best first; `calibration` is what earlier runs of the model on it have taught.
+    """
 
     device: str
     name: str
     precisions: tuple[torch.dtype, ...]
+    calibration: Calibration = UNCALIBRATED
 
     @property
     def torch_device(self) -> torch.device:

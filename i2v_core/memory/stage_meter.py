@@ -80,15 +80,17 @@ class CountingStageMeter(StageMeter):
 
 
 @contextmanager
-def stage_meter(device: torch.device) -> Generator[StageMeter]:
+def stage_meter(device: torch.device, limit_bytes: int | None = None) -> Generator[StageMeter]:
+    """Measures what runs inside. `limit_bytes` emulates a card of that size, on a device that is not a real card."""
     if device.type == "cuda":
+        assert limit_bytes is None, "a real card has its own limit"
         meter: StageMeter = CudaStageMeter(device)
         try:
             yield meter
         finally:
             meter.stop()
         return
-    with StorageMeter(device_type=device.type) as storages:
+    with StorageMeter(device_type=device.type, limit_bytes=limit_bytes) as storages:
         meter = CountingStageMeter(device, storages)
         try:
             yield meter

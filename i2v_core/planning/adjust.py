@@ -8,8 +8,9 @@ from ..errors import BadInputError, DoesNotFitError
 from ..families import DecodeTile, family_of
 from ..units import format_gib
 from .candidates import TILE_OVERLAP, chunk_sizes
+from .margin import needed_bytes
 from .plan import Plan, Stage
-from .planner import make_plan, needed_bytes
+from .planner import make_plan
 from .predict import predict_decode
 
 

@@ -10,17 +10,13 @@ import torch
 
 from ..families import family_of
 from ..memory.device import DeviceFacts
-from ..units import MIB, format_gib
+from ..units import format_gib
 from .candidates import cheapest_decode, cheapest_encode, cheapest_sample, thriftiest
+from .margin import needed_bytes
 from .nearest import NothingFitsError, nearest
 from .plan import Plan, StagePrediction
 from .report import plan_reasons
 from .request import Budget, Request
-
-# What a prediction is raised by before it is held against the budget: libraries' own workspaces and the allocator's
-# rounding of large blocks, which a trace of live tensors does not see.
-_MARGIN_RATIO = 0.03
-_CUDA_LIBRARIES_BYTES = 64 * MIB
 
 
 def make_plan(request: Request, budget: Budget, device: DeviceFacts) -> Plan:
@@ -42,12 +38,6 @@ def make_plan(request: Request, budget: Budget, device: DeviceFacts) -> Plan:
         least,
         nearest(request, needed + budget.reserve_bytes, lambda other: fits(other, budget, device)),
     )
-
-
-def needed_bytes(prediction: StagePrediction, device: DeviceFacts) -> int:
-    """A predicted peak with its margin: what must be free for the stage to run safely."""
-    libraries_bytes = _CUDA_LIBRARIES_BYTES if device.torch_device.type == "cuda" else 0
-    return int(prediction.peak_bytes * (1 + _MARGIN_RATIO)) + libraries_bytes
 
 
 def fits(request: Request, budget: Budget, device: DeviceFacts) -> bool:

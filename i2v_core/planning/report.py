@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..families import family_of
 from ..placement.precision import AUTO, precision_name
 from ..units import format_gib
+from .margin import expected_bytes, uncertainty_bytes
 from .plan import DecodeSettings, EncodeSettings, Plan, SampleSettings, StagePrediction
 from .request import Budget, Request
 
@@ -16,7 +17,8 @@ def report(plan: Plan) -> str:
     request, binding = plan.request, plan.binding_stage
     name = family_of(request.architecture).facts.display_name
     lines = [
-        f"{name} {request.size} fits: {format_gib(plan.peak_bytes)} of {format_gib(plan.budget.usable_bytes)}"
+        f"{name} {request.size} fits: {format_gib(expected_bytes(binding, plan.device))} ± "
+        f"{format_gib(uncertainty_bytes(binding, plan.device))} of {format_gib(plan.budget.usable_bytes)}"
         f" on {plan.device.name}, decided by {binding.stage.value}",
         "",
         f"{'stage':<8} {'weights':>11} {'activations':>12} {'peak':>11}",

@@ -45,7 +45,8 @@ def play(
     _check_picture(image or IMAGE)
     _make_folder(out)
     starting = console.Step("start")
-    with Server(host, waiting=lambda: starting.show("ComfyUI is starting")) as server:
+    arguments = ("--preview-method", "auto")  # the host shows no previews unless told to
+    with Server(host, arguments, waiting=lambda: starting.show("ComfyUI is starting")) as server:
         starting.done(f"ComfyUI answers at {server.url}")
         shutil.copyfile(image or IMAGE, server.input_folder / (image or IMAGE).name)
         client = Client(server.url)

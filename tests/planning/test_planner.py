@@ -12,11 +12,13 @@ import torch
 from i2v_core import stages
 from i2v_core.errors import BadInputError, DoesNotFitError, PlanMismatchError
 from i2v_core.families import Architecture, I2VModel, Prompt, VideoSize, load_model
+from i2v_core.memory.calibration import Calibration, StageRatios
 from i2v_core.memory.device import DeviceFacts, device_facts
 from i2v_core.planning.adjust import refit, with_tile
+from i2v_core.planning.margin import expected_bytes, needed_bytes, uncertainty_bytes
 from i2v_core.planning.nearest import NothingFitsError
 from i2v_core.planning.plan import Plan, Stage
-from i2v_core.planning.planner import fits, make_plan, needed_bytes
+from i2v_core.planning.planner import fits, make_plan
 from i2v_core.planning.report import report
 from i2v_core.planning.request import Budget, Request
 from i2v_core.units import GIB, MIB
@@ -201,3 +203,17 @@ def test_what_shortening_cannot_help_is_not_shortened(architecture: Architecture
     assert raised.value.nearest.shorter is None
     assert raised.value.nearest.smaller is not None
     assert "encode" in raised.value.problem
+
+
+def test_what_was_measured_changes_what_is_expected(architecture: Architecture) -> None:
+    plan = plan_for(architecture)
+    prediction = plan.stage(Stage.SAMPLE)
+    assert expected_bytes(prediction, CPU) == prediction.peak_bytes
+    learned = Calibration((StageRatios(stage="sample", lowest=1.02, highest=1.10),))
+    taught = replace(CPU, calibration=learned)
+    assert expected_bytes(prediction, taught) == int(prediction.peak_bytes * 1.10)
+    assert uncertainty_bytes(prediction, taught) == pytest.approx(prediction.peak_bytes * 0.08, rel=1e-3)
+    assert needed_bytes(prediction, taught) > needed_bytes(prediction, CPU)
+    just_enough = Budget(free_bytes=max(needed_bytes(stage, CPU) for stage in plan.stages))
+    untaught = make_plan(plan.request, just_enough, CPU)
+    assert make_plan(plan.request, just_enough, taught).sample != untaught.sample

@@ -12,6 +12,7 @@ function reportWidget(node) {
   if (widget.inputEl) widget.inputEl.readOnly = true;
   widget.options.read_only = true;
   // What a run said is no setting: it is neither saved with the workflow nor sent with a prompt.
+  widget.label = "last run";
   widget.serialize = false;
   widget.options.serialize = false;
   return widget;

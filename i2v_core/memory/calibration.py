@@ -1,0 +1,119 @@
+"""Learning from what was measured: how far off predictions were on this card, for this model.
+
+The store is one JSON file: for every key (card, versions, model) and stage the last ratios of measured to predicted
+peak. A file that cannot be read is set aside, never fatal.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+_KEPT_RATIOS = 20
+# A ratio beyond these is no inaccuracy of a prediction but another run than the one predicted (a cfg of 1 in a plan with
+# guidance, say), or something gone wrong, and is not learned.
+_LEAST_RATIO, _HIGHEST_RATIO = 0.8, 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRatios:
+    """Measured over predicted peak of one stage: the lowest and the highest of the last runs."""
+
+    stage: str
+    lowest: float
+    highest: float
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What earlier runs say of predictions for one model on one card. Empty where there were none."""
+
+    stages: tuple[StageRatios, ...] = ()
+
+    def of(self, stage: str) -> StageRatios | None:
+        return next((ratios for ratios in self.stages if ratios.stage == stage), None)
+
+
+UNCALIBRATED = Calibration()
+
+
+def calibration_key(device_name: str, model_fingerprint: str) -> str:
+    """Runs on the same card, driver and torch, with the same model, teach each other."""
+    driver = torch.version.cuda or torch.version.hip or "none"
+    return f"{device_name} | cuda {driver} | torch {torch.__version__} | {model_fingerprint}"
+
+
+class CalibrationStore:
+    """The ratios on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def calibration(self, key: str) -> Calibration:
+        stages = self._read().get(key, {})
+        return Calibration(
+            tuple(
+                StageRatios(stage=stage, lowest=min(ratios), highest=max(ratios))
+                for stage, ratios in sorted(stages.items())
+                if ratios
+            )
+        )
+
+    def record(self, key: str, stage: str, *, predicted_bytes: int, measured_bytes: int) -> None:
+        """Add one run. Written whole under another name and renamed, so that no crash leaves half a file."""
+        ratio = measured_bytes / max(predicted_bytes, 1)
+        if not _LEAST_RATIO <= ratio <= _HIGHEST_RATIO:
+            logger.info("%s took %.2f times what was predicted; this is not learned from", stage, ratio)
+            return
+        entries = self._read()
+        ratios = entries.setdefault(key, {}).setdefault(stage, [])
+        entries[key][stage] = [*ratios, round(ratio, 4)][-_KEPT_RATIOS:]
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(json.dumps({"version": _VERSION, "entries": entries}, indent=1), encoding="utf-8")
+            temporary.replace(self._path)
+        except OSError as error:
+            logger.warning("the calibration in %s cannot be written: %s", self._path, error)
+
+    def _read(self) -> dict[str, dict[str, list[float]]]:
+        try:
+            content = json.loads(self._path.read_text(encoding="utf-8"))
+            return _entries(content)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+            logger.warning("the calibration in %s cannot be read and is set aside: %s", self._path, error)
+            self._set_aside()
+            return {}
+
+    def _set_aside(self) -> None:
+        try:
+            self._path.replace(self._path.with_suffix(".broken"))
+        except OSError as error:
+            logger.warning("%s cannot be moved: %s", self._path, error)
+
+
+def _entries(content: Any) -> dict[str, dict[str, list[float]]]:
+    """The entries of a store's content. Raises ValueError where it is of another kind or holds no sound ratios."""
+    if not isinstance(content, Mapping):
+        raise ValueError("it holds no JSON object")
+    store = cast("Mapping[str, Any]", content)
+    if store.get("version") != _VERSION:
+        raise ValueError(f"its version is {store.get('version')!r}, not {_VERSION}")
+    entries: dict[str, dict[str, list[float]]] = {}
+    for key, stages in store["entries"].items():
+        entries[key] = {stage: [float(ratio) for ratio in ratios] for stage, ratios in stages.items()}
+        if not all(_LEAST_RATIO <= ratio <= _HIGHEST_RATIO for ratios in entries[key].values() for ratio in ratios):
+            raise ValueError(f"a ratio of {key} is out of range")
+    return entries
