@@ -22,6 +22,7 @@ from .planning.nearest import NothingFitsError
 from .planning.planner import make_plan
 from .planning.report import report
 from .planning.request import Budget, Request
+from .planning.trace import loaded_bytes
 from .units import format_gib, parse_bytes
 
 FITS, BAD_ARGUMENTS, REFUSED = 0, 2, 3
@@ -47,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--height", type=int, required=True, help="pixels")
     plan.add_argument("--frames", type=int, required=True)
     plan.add_argument("--vram", required=True, metavar="SIZE", help="device memory to use, such as 8GiB")
+    plan.add_argument(
+        "--ram", metavar="SIZE", help="host memory to use, the model's own weights included; default: any"
+    )
     plan.add_argument("--precision", choices=(AUTO, *PRECISIONS), default="fp16")
     plan.add_argument("--no-guidance", action="store_true", help="one denoiser pass a step")
     plan.add_argument("--json", action="store_true")
@@ -70,8 +74,12 @@ def _plan(options: argparse.Namespace) -> int:
     card = DeviceFacts(
         device="cuda", name=f"a card with {format_gib(vram_bytes)}", precisions=(torch.float16, torch.float32)
     )
+    host_free_bytes = None
+    if options.ram is not None:
+        host_free_bytes = max(0, parse_bytes(options.ram) - loaded_bytes(request.architecture, torch.float16))
+    budget = Budget(free_bytes=vram_bytes, limit_bytes=vram_bytes, host_free_bytes=host_free_bytes)
     try:
-        plan = make_plan(request, Budget(free_bytes=vram_bytes, limit_bytes=vram_bytes), card)
+        plan = make_plan(request, budget, card)
     except NothingFitsError as refusal:
         least = refusal.least
         answer = {

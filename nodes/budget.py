@@ -119,6 +119,7 @@ class VRAMBudget(io.ComfyNode):
                 free_bytes=host.room_bytes(),
                 limit_bytes=limit_bytes,
                 reserve_bytes=int(reserve_gib * GIB) + host_reserve_bytes,
+                host_free_bytes=host.host_free_bytes(),
             ),
             host.plan_device(model.architecture),
         )

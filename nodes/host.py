@@ -90,6 +90,13 @@ def attention_backend() -> AttentionBackend:
     return AttentionBackend.XFORMERS if use_xformers else AttentionBackend.SDPA
 
 
+def host_free_bytes() -> int | None:
+    """Free host memory; None on the CPU, where it is the device's own."""
+    if management.get_torch_device().type == "cpu":
+        return None
+    return int(management.get_free_memory(torch.device("cpu")))
+
+
 @contextmanager
 def stage(
     name: Stage, model: I2VModel, plan: Plan, preview_factors: Tensor | None = None

@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 _VERSION = 1
 _KEPT_RATIOS = 20
-# A ratio beyond these is no inaccuracy of a prediction but another run than the one predicted (a cfg of 1 in a plan with
-# guidance, say), or something gone wrong, and is not learned.
+# A ratio beyond these is no inaccuracy of a prediction but another run than the one predicted (a cfg of 1 in a plan
+# with guidance, say), or something gone wrong, and is not learned.
 _LEAST_RATIO, _HIGHEST_RATIO = 0.8, 2.0
 
 

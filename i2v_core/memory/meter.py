@@ -47,7 +47,8 @@ class StorageMeter(TorchDispatchMode):
     Counted is what an operation inside the context allocates as a result, from its birth to the death of its storage,
     which may come after the context has ended. Not counted are tensors that existed before (`add` counts those),
     views of them, what is born under `host_memory`, and what an operation allocates and frees within itself.
-    The meter holds weak references only: it keeps no tensor alive.
+    The meter holds weak references only: it keeps no tensor alive. `host_peak_bytes` is the peak of what is born under
+    `host_memory`.
 
     Args:
         exclude: modules whose parameters and buffers never count, even if they are born inside the context.
@@ -66,6 +67,8 @@ class StorageMeter(TorchDispatchMode):
         self.device_type = device_type
         self.current_bytes = 0
         self.peak_bytes = 0
+        self.host_peak_bytes = 0
+        self._host_bytes = 0
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         for module in exclude:
             for tensor in _state(module):
@@ -124,7 +127,10 @@ class StorageMeter(TorchDispatchMode):
     def _count(self, tensor: torch.Tensor) -> None:
         if _key(tensor) in self._storages:
             return
-        if _in_host_memory.get() or self.device_type not in (None, tensor.device.type):
+        if _in_host_memory.get():
+            self._watch_host(tensor)
+            return
+        if self.device_type not in (None, tensor.device.type):
             self._watch(tensor, 0)
             return
         size_bytes = rounded_bytes(tensor.untyped_storage().nbytes())
@@ -136,6 +142,17 @@ class StorageMeter(TorchDispatchMode):
         self._watch(tensor, size_bytes)
         self.current_bytes += size_bytes
         self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+
+    def _watch_host(self, tensor: torch.Tensor) -> None:
+        """Remember a storage in host memory, which counts for itself."""
+        size_bytes = tensor.untyped_storage().nbytes()
+        self._watch(tensor, 0)
+        self._host_bytes += size_bytes
+        self.host_peak_bytes = max(self.host_peak_bytes, self._host_bytes)
+        weakref.finalize(tensor.untyped_storage(), self._forget_host, size_bytes)
+
+    def _forget_host(self, size_bytes: int) -> None:
+        self._host_bytes -= size_bytes
 
     def _watch(self, tensor: torch.Tensor, size_bytes: int) -> None:
         """Remember a storage, and give its bytes back when it dies."""

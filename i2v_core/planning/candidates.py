@@ -86,20 +86,25 @@ def cheapest_sample(
     return best
 
 
-def thriftiest(request: Request, dtype: torch.dtype) -> StagePrediction:
-    """The binding stage when every stage runs in the way that takes least, whatever its time."""
-    way = SampleSettings(
-        compute_dtype=dtype,
-        batched_guidance=False,
-        workspace_bytes=_WORKSPACES_BYTES[-1],
-        streamed=True,
-        park_skips=True,
+def thriftiest(request: Request, dtype: torch.dtype, host_free_bytes: int | None) -> StagePrediction:
+    """The binding stage when every stage runs in the way that takes least of the device, whatever its time.
+
+    Ways that host memory does not allow are left out; where it allows none, those that take least of it are taken.
+    """
+    smallest = SampleSettings(compute_dtype=dtype, batched_guidance=False, workspace_bytes=_WORKSPACES_BYTES[-1])
+    by_stage: tuple[list[StagePrediction], ...] = (
+        [predict_encode(request, EncodeSettings(streamed=streamed), dtype) for streamed in (True, False)],
+        [
+            predict_sample(request, replace(smallest, streamed=streamed, park_skips=parked))
+            for streamed, parked in product((True, False), (True, False))
+        ],
+        [predict_decode(request, way, dtype) for way in reversed(_decode_ways(request)[-2:])],
     )
-    stages = (
-        predict_encode(request, EncodeSettings(streamed=True), dtype),
-        predict_sample(request, way),
-        predict_decode(request, _decode_ways(request)[-1], dtype),
-    )
+    stages: list[StagePrediction] = []
+    for ways in by_stage:
+        allowed = [way for way in ways if host_free_bytes is None or way.host_bytes <= host_free_bytes]
+        least_host = min(ways, key=lambda it: it.host_bytes)
+        stages.append(min(allowed, key=lambda it: it.peak_bytes, default=least_host))
     return max(stages, key=lambda it: it.peak_bytes)
 
 

@@ -27,11 +27,16 @@ class Stage(str, Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePrediction:
-    """What a stage takes on the device at its peak: the weights in place then, and live tensors."""
+    """What a stage takes on the device at its peak: the weights in place then, and live tensors.
+
+    `host_bytes` is what it takes of host memory beside the loaded model: weights made ready to stream, parked skip
+    connections, finished frames.
+    """
 
     stage: Stage
     weights_bytes: int
     activation_bytes: int
+    host_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -44,9 +49,9 @@ class SamplePrediction(StagePrediction):
     pieces of all layers in one step, `layers` the layers.
     """
 
-    chunk_size: int
-    layer_calls: int
-    layers: int
+    chunk_size: int = 1
+    layer_calls: int = 1
+    layers: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

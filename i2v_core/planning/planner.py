@@ -29,7 +29,7 @@ def make_plan(request: Request, budget: Budget, device: DeviceFacts) -> Plan:
         plan = _plan_in(request, budget, device, dtype)
         if plan is not None:
             return plan
-    least = least_peak(request, device)
+    least = least_peak(request, device, budget.host_free_bytes)
     needed = needed_bytes(least, device)
     raise NothingFitsError(
         f"{request.size} with {family_of(request.architecture).facts.display_name} does not fit: the "
@@ -42,18 +42,22 @@ def make_plan(request: Request, budget: Budget, device: DeviceFacts) -> Plan:
 
 def fits(request: Request, budget: Budget, device: DeviceFacts) -> bool:
     """Whether the thriftiest way to make the request is within the budget."""
-    return needed_bytes(least_peak(request, device), device) <= budget.usable_bytes
+    return _fits(least_peak(request, device, budget.host_free_bytes), budget, device)
 
 
-def least_peak(request: Request, device: DeviceFacts) -> StagePrediction:
-    """The binding stage of the thriftiest plan, whatever its time."""
-    stages = (thriftiest(request, dtype) for dtype in request.precisions(device.precisions))
+def least_peak(request: Request, device: DeviceFacts, host_free_bytes: int | None = None) -> StagePrediction:
+    """The binding stage of the thriftiest plan that host memory (None: any) allows, whatever its time."""
+    stages = (thriftiest(request, dtype, host_free_bytes) for dtype in request.precisions(device.precisions))
     return min(stages, key=lambda it: it.peak_bytes)
+
+
+def _fits(prediction: StagePrediction, budget: Budget, device: DeviceFacts) -> bool:
+    return needed_bytes(prediction, device) <= budget.usable_bytes and budget.host_allows(prediction.host_bytes)
 
 
 def _plan_in(request: Request, budget: Budget, device: DeviceFacts, dtype: torch.dtype) -> Plan | None:
     def fit(prediction: StagePrediction) -> bool:
-        return needed_bytes(prediction, device) <= budget.usable_bytes
+        return _fits(prediction, budget, device)
 
     encode = cheapest_encode(request, dtype, fit)
     sample = cheapest_sample(request, dtype, fit)

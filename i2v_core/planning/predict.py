@@ -50,12 +50,13 @@ def predict_sample(request: Request, settings: SampleSettings) -> SamplePredicti
     architecture = request.architecture
     family = family_of(architecture)
     branches = request.branches if settings.batched_guidance else 1
-    calls = trace_denoiser(architecture, request.size, branches, settings.compute_dtype, settings.chunk_settings)
+    trace = trace_denoiser(architecture, request.size, branches, settings.compute_dtype, settings.chunk_settings)
+    calls, all_bytes = trace.calls, weights_bytes(architecture, family.denoiser, settings.compute_dtype)
     if settings.streamed:
         following = (*calls[1:], calls[0])
         in_place = [call.weights_bytes + after.weights_bytes for call, after in zip(calls, following, strict=True)]
     else:
-        in_place = [weights_bytes(architecture, family.denoiser, settings.compute_dtype)] * len(calls)
+        in_place = [all_bytes] * len(calls)
     call, in_place_bytes = max(zip(calls, in_place, strict=True), key=lambda pair: pair[0].activation_bytes + pair[1])
     latent_bytes = prod(family.facts.latent_size(request.size).shape_bcthw) * torch.float32.itemsize
     frames_at_once = [call.chunk_size // branches for call in calls if call.kind in ("resnet", "transformer")]
@@ -63,6 +64,7 @@ def predict_sample(request: Request, settings: SampleSettings) -> SamplePredicti
         stage=Stage.SAMPLE,
         weights_bytes=in_place_bytes,
         activation_bytes=call.activation_bytes + _LATENT_COPIES * latent_bytes,
+        host_bytes=trace.parked_bytes + (all_bytes if settings.streamed else 0),
         chunk_size=max(1, min(frames_at_once)),
         layer_calls=sum(call.pieces for call in calls) * (request.branches // branches),
         layers=len(calls),
@@ -73,7 +75,10 @@ def predict_sample(request: Request, settings: SampleSettings) -> SamplePredicti
 def predict_decode(request: Request, settings: DecodeSettings, compute_dtype: torch.dtype) -> StagePrediction:
     architecture = request.architecture
     workload = family_of(architecture).decode_workload(request.size, settings.chunk_size, settings.tile)
-    return _predict(Stage.DECODE, architecture, workload, compute_dtype, streamed=settings.streamed)
+    prediction = _predict(Stage.DECODE, architecture, workload, compute_dtype, streamed=settings.streamed)
+    size = request.size
+    frames_bytes = 3 * size.frames * size.height_pixels * size.width_pixels * torch.float32.itemsize
+    return replace(prediction, host_bytes=prediction.host_bytes + frames_bytes)
 
 
 def component_dtype(architecture: Architecture, component: str, compute_dtype: torch.dtype) -> torch.dtype:
@@ -87,9 +92,12 @@ def _predict(
 ) -> StagePrediction:
     dtype = component_dtype(architecture, workload.component, compute_dtype)
     module = skeleton(architecture, workload.component, dtype)
-    if streamed:
-        in_place_bytes = streamed_bytes(architecture, workload.component, dtype, workload.passes)
-    else:
-        in_place_bytes = weights_bytes(architecture, workload.component, dtype)
-    live_bytes = activation_bytes(module, workload, dtype)
-    return StagePrediction(stage=stage, weights_bytes=in_place_bytes, activation_bytes=live_bytes)
+    all_bytes = weights_bytes(architecture, workload.component, dtype)
+    return StagePrediction(
+        stage=stage,
+        weights_bytes=streamed_bytes(architecture, workload.component, dtype, workload.passes)
+        if streamed
+        else all_bytes,
+        activation_bytes=activation_bytes(module, workload, dtype),
+        host_bytes=all_bytes if streamed else 0,
+    )

@@ -59,6 +59,9 @@ def plan_reasons(
             f"decode is tiled at {decode.tile.size_pixels} pixels with blended borders of "
             f"{decode.tile.overlap_pixels}: close to, but not exactly, the whole frame's result"
         )
+    if budget.host_free_bytes is not None:
+        host_bytes = max(stage.host_bytes for stage in stages)
+        reasons.append(f"of host memory {format_gib(host_bytes)} of {format_gib(budget.host_free_bytes)} is taken")
     unused_bytes = budget.usable_bytes - max(stage.peak_bytes for stage in stages)
     reasons.append(f"{format_gib(unused_bytes)} stays unused")
     return tuple(reasons)

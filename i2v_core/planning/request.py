@@ -42,11 +42,14 @@ class Budget:
     """Device memory that may be used.
 
     `limit_bytes` is the user's number; None leaves it to what is free. `reserve_bytes` stays unused for others.
+    `host_free_bytes` is what is free of host memory with the model loaded; None where that is no limit of its own (on
+    the CPU, whose memory is the device's).
     """
 
     free_bytes: int
     limit_bytes: int | None = None
     reserve_bytes: int = 0
+    host_free_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.limit_bytes is not None and self.limit_bytes <= 0:
@@ -66,3 +69,6 @@ class Budget:
     def usable_bytes(self) -> int:
         limit_bytes = self.free_bytes if self.limit_bytes is None else min(self.limit_bytes, self.free_bytes)
         return limit_bytes - self.reserve_bytes
+
+    def host_allows(self, host_bytes: int) -> bool:
+        return self.host_free_bytes is None or host_bytes <= self.host_free_bytes

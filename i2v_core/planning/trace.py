@@ -33,6 +33,14 @@ def weights_bytes(architecture: Architecture, component: str, dtype: torch.dtype
     return _module_bytes(skeleton(architecture, component, dtype))
 
 
+def loaded_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
+    """Bytes that the model takes of host memory once loaded, if its weights are stored in `dtype`."""
+    family = family_of(architecture)
+    workloads = family.encode_workloads(architecture, family.facts.default_size, guidance=True)
+    components = {family.denoiser, family.decoder, *(workload.component for workload in workloads)}
+    return sum(weights_bytes(architecture, component, dtype) for component in components)
+
+
 @lru_cache(maxsize=4096)
 def _module_bytes(module: nn.Module) -> int:
     return sum(rounded_bytes(tensor.nbytes) for tensor in (*module.parameters(), *module.buffers()))
@@ -53,11 +61,19 @@ class TracedCall:
     weights_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenoiserTrace:
+    """The layer calls of one denoiser pass, in their order, and the bytes of skip connections parked in host memory."""
+
+    calls: tuple[TracedCall, ...]
+    parked_bytes: int
+
+
 @lru_cache(maxsize=1024)
 def trace_denoiser(
     architecture: Architecture, size: VideoSize, branches: int, dtype: torch.dtype, settings: ChunkSettings
-) -> tuple[TracedCall, ...]:
-    """The layer calls of one denoiser pass, in their order."""
+) -> DenoiserTrace:
+    """One denoiser pass in outline."""
     family = family_of(architecture)
     module = skeleton(architecture, family.denoiser, dtype)
     workload = family.denoise_workload(architecture, size, branches)
@@ -65,7 +81,7 @@ def trace_denoiser(
         tracer = _CallTracer(meter)
         with family.chunked(module, settings, runner=tracer, on_chunk=lambda: None):
             workload.run(module, META, dtype)
-    return tuple(tracer.calls)
+    return DenoiserTrace(calls=tuple(tracer.calls), parked_bytes=meter.host_peak_bytes)
 
 
 class _CallTracer(Outline):

@@ -46,7 +46,7 @@ def play(
     _make_folder(out)
     starting = console.Step("start")
     arguments = ("--preview-method", "auto")  # the host shows no previews unless told to
-    with Server(host, arguments, waiting=lambda: starting.show("ComfyUI is starting")) as server:
+    with Server(host, arguments=arguments, waiting=lambda: starting.show("ComfyUI is starting")) as server:
         starting.done(f"ComfyUI answers at {server.url}")
         shutil.copyfile(image or IMAGE, server.input_folder / (image or IMAGE).name)
         client = Client(server.url)

@@ -94,6 +94,6 @@ def test_the_demo_makes_a_video_that_starts_with_the_picture_and_moves(
     with Image.open(INPUT) as picture:
         expected_HWC = np.asarray(picture.convert("RGB").resize((96, 96), Image.Resampling.LANCZOS), float)
     error_RMS = np.sqrt(np.mean((frames_FHWC[0] - expected_HWC) ** 2, axis=None))
-    assert 20 * np.log10(255 / error_RMS) > 17, "frame 0 is not recognisably the picture"
+    assert 20 * np.log10(255 / error_RMS) > 20, "frame 0 is not recognisably the picture"
     motion = np.abs(np.diff(frames_FHWC.astype(float), axis=0)).max(axis=(1, 2, 3))
-    assert motion.min() > 10, "two neighbouring frames are the same"
+    assert motion.min() > 40, "two neighbouring frames are the same"

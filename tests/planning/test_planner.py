@@ -217,3 +217,18 @@ def test_what_was_measured_changes_what_is_expected(architecture: Architecture) 
     just_enough = Budget(free_bytes=max(needed_bytes(stage, CPU) for stage in plan.stages))
     untaught = make_plan(plan.request, just_enough, CPU)
     assert make_plan(plan.request, just_enough, taught).sample != untaught.sample
+
+
+def test_host_memory_is_a_limit_too(architecture: Architecture) -> None:
+    """Streaming and parking take host memory; without it the plan does without them, or is refused."""
+    request = request_for(architecture)
+    budget = Budget(free_bytes=least_bytes(request))
+    plan = make_plan(request, budget, CPU)
+    assert plan.sample.streamed
+    taken = max(stage.host_bytes for stage in plan.stages)
+    assert make_plan(request, replace(budget, host_free_bytes=taken), CPU).sample.streamed
+    short = replace(budget, host_free_bytes=plan.stage(Stage.SAMPLE).host_bytes - 1)
+    with pytest.raises(NothingFitsError) as raised:
+        make_plan(request, short, CPU)
+    more = replace(short, free_bytes=raised.value.nearest.budget_bytes)
+    assert not make_plan(request, more, CPU).sample.streamed

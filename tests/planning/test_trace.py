@@ -24,7 +24,9 @@ def test_an_outline_finds_the_peak_of_a_full_trace(
     """The published model's architecture in fp16: never under by more than 0.1 %, never over by more than 1 %."""
     size = VideoSize(width_pixels=width, height_pixels=height, frames=frames)
     settings = ChunkSettings(workspace_bytes=workspace_bytes, park_skips=park_skips)
-    outlined = max(call.activation_bytes for call in trace_denoiser(PUBLISHED, size, branches, torch.float16, settings))
+    outlined = max(
+        call.activation_bytes for call in trace_denoiser(PUBLISHED, size, branches, torch.float16, settings).calls
+    )
     family = family_of(PUBLISHED)
     module = skeleton(PUBLISHED, "unet", torch.float16)
     with tracing() as meter, family.chunked(module, settings, runner=DistinctPieces(), on_chunk=lambda: None):
@@ -41,6 +43,6 @@ def test_the_published_models_weights() -> None:
 
 def test_every_weight_of_the_denoiser_belongs_to_one_call() -> None:
     size = VideoSize(width_pixels=256, height_pixels=256, frames=2)
-    calls = trace_denoiser(PUBLISHED, size, 1, torch.float16, ChunkSettings(workspace_bytes=MIB))
+    calls = trace_denoiser(PUBLISHED, size, 1, torch.float16, ChunkSettings(workspace_bytes=MIB)).calls
     total = sum(call.weights_bytes for call in calls)
     assert total == weights_bytes(PUBLISHED, "unet", torch.float16)

@@ -36,7 +36,9 @@ OBJECT_INFO: dict[str, Any] = {
 }
 
 
-def node(number: int, kind: str, values: list[Any], links: Mapping[str, int | None] | None = None, **more: Any) -> dict[str, Any]:
+def node(
+    number: int, kind: str, values: list[Any], links: Mapping[str, int | None] | None = None, **more: Any
+) -> dict[str, Any]:
     inputs = [{"name": name, "type": "*", "link": link} for name, link in (links or {}).items()]
     return {"id": number, "type": kind, "widgets_values": values, "inputs": inputs, **more}
 
