@@ -9,15 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comfy_host import setup
+from comfy_host.client import Client
+from comfy_host.server import Server
 from PIL import Image, ImageDraw
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-if str(SCRIPTS) not in sys.path:
-    sys.path.append(str(SCRIPTS))
-
-from comfy_host import setup  # noqa: E402
-from comfy_host.client import Client  # noqa: E402
-from comfy_host.server import Server  # noqa: E402
 
 Prompt = dict[str, dict[str, Any]]
 MakePrompt = Callable[..., Prompt]
