@@ -1,0 +1,161 @@
+"""The denoiser: an I2VGenXLUNet, taught on cached latents.
+
+Shapes: ``clip_BCFHW`` latents, ``states_BLD`` text, ``embeds_BE`` picture embedding.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import I2VGenXLUNet
+from diffusers.models.attention_processor import AttnProcessor
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from training.demo_model.groups import Groups
+from training.demo_model.muon import Pair
+from training.demo_model.noise import build_scheduler, image_latents, random_timesteps
+from training.demo_model.prompts import ACTIONS
+from training.demo_model.scenes import DIRECTIONS
+from training.demo_model.schedule import warm_cosine, warm_hold
+from training.demo_model.settings import DenoiserSettings, Helping, Phase, Settings
+from training.demo_model.text import text_states, tokenize
+from training.demo_model.threads import ThreadTuner
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Clips with what the denoiser is told of them; every ``ways`` in a row share a picture and their noise."""
+
+    clip_BCFHW: torch.Tensor
+    states_BLD: torch.Tensor
+    embeds_BE: torch.Tensor
+    ways: int
+
+
+def build_denoiser(settings: DenoiserSettings, context_width: int, size: int) -> I2VGenXLUNet:
+    return I2VGenXLUNet(
+        sample_size=size,
+        down_block_types=settings.down_blocks,
+        up_block_types=settings.up_blocks,
+        block_out_channels=settings.channels,
+        layers_per_block=1,
+        norm_num_groups=settings.groups,
+        cross_attention_dim=context_width,
+        attention_head_dim=settings.head_width,
+    )
+
+
+class DenoiserTraining:
+    """One run: the denoiser, its running average and its optimiser, through all phases."""
+
+    def __init__(self, settings: Settings, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
+        torch.manual_seed(settings.seed)
+        self._chosen = settings.denoiser
+        self._tokenizer, self._text_encoder = tokenizer, text_encoder
+        self._rng = np.random.default_rng(settings.seed)
+        self._generator = torch.Generator().manual_seed(settings.seed)
+        self._alphas = build_scheduler().alphas_cumprod
+        self.denoiser = build_denoiser(settings.denoiser, settings.text.width, settings.clip.size // 8)
+        # Fused attention is made for long sequences; six frames or 36 places are faster without it.
+        self.denoiser.set_attn_processor(AttnProcessor())
+        average = get_ema_multi_avg_fn(self._chosen.average)
+        self.average = AveragedModel(self.denoiser, multi_avg_fn=average)
+        self._optimizer = Pair(self.denoiser, self._chosen.learning_rate)
+
+    def run(self, phase: Phase, groups: Groups, place: Path, save_every: int = 100) -> None:
+        """One phase; the state is written to the given file on the way and at the end."""
+        rate = warm_cosine(phase.steps, warm=20) if phase.cooling else warm_hold()
+        threads = ThreadTuner()
+        bar = tqdm(range(phase.steps), desc=phase.name, unit="step")
+        smooth = 0.0
+        # Training, but without the dropout that diffusers builds in: too much for a model this small.
+        self.denoiser.eval()
+        for step in bar:
+            helping = phase.helpings[int(self._rng.integers(len(phase.helpings)))]
+            loss = self._loss(self._batch(groups, helping))
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
+            self._optimizer.step(rate(step))
+            self.average.update_parameters(self.denoiser)
+            threads.tick()
+            smooth = float(loss.detach()) if step == 0 else 0.98 * smooth + 0.02 * float(loss.detach())
+            bar.set_postfix(loss=f"{smooth:.4f}")
+            if (step + 1) % save_every == 0:
+                torch.save(self.state(), place)
+        torch.save(self.state(), place)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "denoiser": self.denoiser.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        self.denoiser.load_state_dict(state["denoiser"])
+        self.average.load_state_dict(state["average"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def averaged(self) -> I2VGenXLUNet:
+        return self.average.module
+
+    def _batch(self, groups: Groups, helping: Helping) -> Batch:
+        rows = self._rng.choice(len(groups), size=helping.groups, replace=False)
+        clips, prompts = [], []
+        embeds = groups.embeds_NE[rows].repeat_interleave(helping.ways, dim=0)
+        for place, row in enumerate(rows):
+            ways = self._rng.choice(len(DIRECTIONS), size=helping.ways, replace=False)
+            cast, clip = groups.casts[row], groups.latents_NDFCHW[row, ways, :: helping.stride].float()
+            actions = [ACTIONS[way] for way in ways]
+            if cast.may_stand and self._rng.random() < self._chosen.stand:
+                actions[0] = "stays"
+                clip[0] = clip[0, :1]
+            if self._rng.random() < self._chosen.drop:
+                prompts += [""] * len(actions)
+                embeds[place * len(actions) : (place + 1) * len(actions)] = 0
+            else:
+                prompts += [cast.prompt(action, self._rng) for action in actions]
+            clips.append(clip)
+        with torch.no_grad():
+            states = text_states(self._text_encoder, tokenize(self._tokenizer, prompts))
+        clip_BCFHW = torch.cat(clips).transpose(1, 2)
+        return Batch(clip_BCFHW=clip_BCFHW, states_BLD=states, embeds_BE=embeds, ways=helping.ways)
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        clip, ways = batch.clip_BCFHW, batch.ways
+        count = clip.shape[0] // ways
+        noise = torch.randn(count, *clip.shape[1:], generator=self._generator).repeat_interleave(ways, dim=0)
+        steps = random_timesteps(count, self._generator).repeat_interleave(ways)
+        fps = torch.randint(4, 31, (count,), generator=self._generator).repeat_interleave(ways)
+        signal, grain = (part.sqrt().view(-1, 1, 1, 1, 1) for part in (self._alphas[steps], 1 - self._alphas[steps]))
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = self.denoiser(
+                signal * clip + grain * noise,
+                steps,
+                fps=fps,
+                image_latents=image_latents(clip[:, :, 0], clip.shape[2]),
+                image_embeddings=batch.embeds_BE.unsqueeze(1),
+                encoder_hidden_states=batch.states_BLD,
+                return_dict=False,
+            )[0]
+        error = (predicted.float() - (signal * noise - grain * clip)).square()
+        return (error * change_weight(clip)).mean()
+
+
+def change_weight(clip_BCFHW: torch.Tensor, extra: float = 3.0) -> torch.Tensor:
+    """Weights (B, 1, F, H, W): most places never change, and those that do are what the prompt is about."""
+    change = (clip_BCFHW - clip_BCFHW[:, :, :1]).abs().mean(1, keepdim=True)
+    weight = 1 + extra * change.clamp(max=1)
+    # The first frame must be the picture itself, and it is only one of sixteen.
+    weight[:, :, 0] = extra
+    return weight
