@@ -22,7 +22,7 @@ from i2v_core.planning.planner import make_plan  # noqa: E402
 from i2v_core.planning.request import Budget, Request  # noqa: E402
 from i2v_core.units import GIB  # noqa: E402
 
-PROMPTS = ("a red circle moves right", "a red circle moves up")
+PROMPTS = ("a red circle moves right and a blue square stays", "a red circle moves up and a blue square stays")
 SHOWN_FRAMES = (0, 5, 10, 15)
 CPU = torch.device("cpu")
 SIDE_PIXELS, GAP_PIXELS, TEXT_PIXELS = 160, 6, 18

@@ -46,7 +46,9 @@ def build_feature_extractor(settings: VisionSettings) -> CLIPImageProcessor:
 @torch.no_grad()
 def embed_pictures(encoder: CLIPVisionModelWithProjection, pictures_BCHW: torch.Tensor) -> torch.Tensor:
     """Embeddings (B, D); does to tensors what the feature extractor does to files."""
-    return encoder(_normalised(pictures_BCHW, encoder.config.image_size)).image_embeds
+    # Resized in float32: half precision has no antialiasing on the CPU.
+    ready = _normalised(pictures_BCHW.float(), encoder.config.image_size)
+    return encoder(ready.to(encoder.dtype)).image_embeds
 
 
 def train_image_encoder(settings: Settings) -> CLIPVisionModelWithProjection:
