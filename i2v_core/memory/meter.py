@@ -5,6 +5,8 @@ values: real CPU or CUDA tensors, fake tensors and meta tensors are counted alik
 traces a forward that never runs, and emulates a card of N bytes.
 """
 
+from __future__ import annotations
+
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -149,10 +151,7 @@ class StorageMeter(TorchDispatchMode):
         self._watch(tensor, 0)
         self._host_bytes += size_bytes
         self.host_peak_bytes = max(self.host_peak_bytes, self._host_bytes)
-        weakref.finalize(tensor.untyped_storage(), self._forget_host, size_bytes)
-
-    def _forget_host(self, size_bytes: int) -> None:
-        self._host_bytes -= size_bytes
+        weakref.finalize(tensor.untyped_storage(), _forget_host, weakref.ref(self), size_bytes)
 
     def _watch(self, tensor: torch.Tensor, size_bytes: int) -> None:
         """Remember a storage, and give its bytes back when it dies."""
@@ -164,6 +163,12 @@ class StorageMeter(TorchDispatchMode):
 
         if key not in self._storages:
             self._storages[key] = weakref.ref(tensor.untyped_storage(), forget)
+
+
+def _forget_host(meter: weakref.ref[StorageMeter], size_bytes: int) -> None:
+    """A storage in host memory has died; its meter may have died before."""
+    if (alive := meter()) is not None:
+        alive._host_bytes -= size_bytes  # pyright: ignore[reportPrivateUsage]
 
 
 class _OutputOnlyAttention(TorchFunctionMode):

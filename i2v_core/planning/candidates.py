@@ -20,7 +20,7 @@ from .request import Request
 Settings = TypeVar("Settings")
 Prediction = TypeVar("Prediction", bound=StagePrediction)
 
-_WORKSPACES_BYTES = (None, GIB, 512 * MIB, 256 * MIB, 128 * MIB, 64 * MIB, 16 * MIB, 4 * MIB, MIB)
+_WORKSPACES_BYTES = (None, 4 * GIB, 2 * GIB, GIB, 512 * MIB, 256 * MIB, 128 * MIB, 64 * MIB, 16 * MIB, 4 * MIB, MIB)
 _TILES_PIXELS = (512, 256, 128)
 
 TILE_OVERLAP = 0.25
@@ -86,8 +86,8 @@ def cheapest_sample(
     return best
 
 
-def thriftiest(request: Request, dtype: torch.dtype, host_free_bytes: int | None) -> StagePrediction:
-    """The binding stage when every stage runs in the way that takes least of the device, whatever its time.
+def thriftiest(request: Request, dtype: torch.dtype, host_free_bytes: int | None) -> tuple[StagePrediction, ...]:
+    """The stages when each runs in the way that takes least of the device, whatever its time.
 
     Ways that host memory does not allow are left out; where it allows none, those that take least of it are taken.
     """
@@ -105,7 +105,7 @@ def thriftiest(request: Request, dtype: torch.dtype, host_free_bytes: int | None
         allowed = [way for way in ways if host_free_bytes is None or way.host_bytes <= host_free_bytes]
         least_host = min(ways, key=lambda it: it.host_bytes)
         stages.append(min(allowed, key=lambda it: it.peak_bytes, default=least_host))
-    return max(stages, key=lambda it: it.peak_bytes)
+    return tuple(stages)
 
 
 def chunk_sizes(request: Request) -> list[int]:

@@ -8,24 +8,29 @@ from typing import Any
 
 from ..errors import DoesNotFitError
 from ..families import VideoSize, family_of
-from ..units import GIB
+from ..units import GIB, format_gib
 from .plan import StagePrediction
 from .request import Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Nearest:
-    """What would fit: the same video shorter, or smaller (None: not even the least of it), or with more budget."""
+    """What would fit: the same video shorter, or smaller (None: not even the least of it), or with more budget, or with
+    so much free host memory (None: more of that would not help).
+    """
 
     shorter: VideoSize | None
     smaller: VideoSize | None
     budget_bytes: int
+    host_bytes: int | None = None
 
     def __str__(self) -> str:
         ways = [f"{self.shorter.frames} frames"] if self.shorter else []
         ways += [f"{self.smaller.width_pixels}×{self.smaller.height_pixels}"] if self.smaller else []
         # Rounded up, so that what is read here and typed in does fit.
         ways.append(f"a budget of {-(-self.budget_bytes * 100 // GIB) / 100:.2f} GiB")
+        if self.host_bytes is not None:
+            ways.append(f"{format_gib(self.host_bytes)} of free host memory")
         return "use " + ", or ".join(ways)
 
     def as_dict(self) -> dict[str, Any]:
@@ -34,6 +39,7 @@ class Nearest:
             "width": self.smaller.width_pixels if self.smaller else None,
             "height": self.smaller.height_pixels if self.smaller else None,
             "budget_bytes": self.budget_bytes,
+            "host_bytes": self.host_bytes,
         }
 
 
@@ -46,13 +52,18 @@ class NothingFitsError(DoesNotFitError):
         self.nearest = nearest
 
 
-def nearest(request: Request, budget_bytes: int, fits: Callable[[Request], bool]) -> Nearest:
-    """`fits` must be monotonic in frames and in size; `budget_bytes` is the least that the request itself needs."""
+def nearest(request: Request, *, budget_bytes: int, host_bytes: int | None, fits: Callable[[Request], bool]) -> Nearest:
+    """`fits` must be monotonic in frames and in size; `budget_bytes` and `host_bytes` are what the request needs."""
 
     def largest(sizes: list[VideoSize]) -> VideoSize | None:
         return _last_that(sizes, lambda size: fits(replace(request, size=size)))
 
-    return Nearest(shorter=largest(_shorter(request)), smaller=largest(_smaller(request)), budget_bytes=budget_bytes)
+    return Nearest(
+        shorter=largest(_shorter(request)),
+        smaller=largest(_smaller(request)),
+        budget_bytes=budget_bytes,
+        host_bytes=host_bytes,
+    )
 
 
 def _shorter(request: Request) -> list[VideoSize]:

@@ -29,15 +29,38 @@ def make_plan(request: Request, budget: Budget, device: DeviceFacts) -> Plan:
         plan = _plan_in(request, budget, device, dtype)
         if plan is not None:
             return plan
+    raise _refusal(request, budget, device)
+
+
+def _refusal(request: Request, budget: Budget, device: DeviceFacts) -> NothingFitsError:
     least = least_peak(request, device, budget.host_free_bytes)
     needed = needed_bytes(least, device)
-    raise NothingFitsError(
+    problem = (
         f"{request.size} with {family_of(request.architecture).facts.display_name} does not fit: the "
         f"{least.stage.value} stage needs {format_gib(needed)} at least, and "
-        f"{format_gib(budget.usable_bytes)} can be used",
-        least,
-        nearest(request, needed + budget.reserve_bytes, lambda other: fits(other, budget, device)),
+        f"{format_gib(budget.usable_bytes)} can be used"
     )
+    host_bytes = _host_bytes_that_would_do(request, budget, device)
+    if host_bytes is not None:
+        problem += f" (less would do with {format_gib(host_bytes)} of free host memory to stream from)"
+    near = nearest(
+        request,
+        budget_bytes=needed + budget.reserve_bytes,
+        host_bytes=host_bytes,
+        fits=lambda other: fits(other, budget, device),
+    )
+    return NothingFitsError(problem, least, near)
+
+
+def _host_bytes_that_would_do(request: Request, budget: Budget, device: DeviceFacts) -> int | None:
+    """The free host memory with which the request would fit as it is; None where that is not what is missing."""
+    if budget.host_free_bytes is None:
+        return None
+    for dtype in request.precisions(device.precisions):
+        stages = thriftiest(request, dtype, host_free_bytes=None)
+        if all(needed_bytes(stage, device) <= budget.usable_bytes for stage in stages):
+            return max(stage.host_bytes for stage in stages)
+    return None
 
 
 def fits(request: Request, budget: Budget, device: DeviceFacts) -> bool:
@@ -47,8 +70,12 @@ def fits(request: Request, budget: Budget, device: DeviceFacts) -> bool:
 
 def least_peak(request: Request, device: DeviceFacts, host_free_bytes: int | None = None) -> StagePrediction:
     """The binding stage of the thriftiest plan that host memory (None: any) allows, whatever its time."""
-    stages = (thriftiest(request, dtype, host_free_bytes) for dtype in request.precisions(device.precisions))
-    return min(stages, key=lambda it: it.peak_bytes)
+    plans = (thriftiest(request, dtype, host_free_bytes) for dtype in request.precisions(device.precisions))
+    return min((max(stages, key=_peak) for stages in plans), key=_peak)
+
+
+def _peak(prediction: StagePrediction) -> int:
+    return prediction.peak_bytes
 
 
 def _fits(prediction: StagePrediction, budget: Budget, device: DeviceFacts) -> bool:

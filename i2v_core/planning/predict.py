@@ -8,7 +8,7 @@ from math import prod
 
 import torch
 
-from ..families import Architecture, Workload, family_of
+from ..families import Architecture, VideoSize, Workload, family_of
 from .plan import DecodeSettings, EncodeSettings, SamplePrediction, SampleSettings, Stage, StagePrediction
 from .request import Request
 from .trace import activation_bytes, skeleton, streamed_bytes, trace_denoiser, weights_bytes
@@ -24,8 +24,10 @@ def predict_encode(request: Request, settings: EncodeSettings, compute_dtype: to
     family = family_of(architecture)
     predictions = [
         _predict_encoder(
+            architecture,
             # What does not depend on the size is predicted once for all sizes.
-            replace(request, size=request.size if workload.depends_on_size else family.facts.default_size),
+            request.size if workload.depends_on_size else family.facts.default_size,
+            request.guidance,
             workload.name,
             settings,
             compute_dtype,
@@ -37,10 +39,14 @@ def predict_encode(request: Request, settings: EncodeSettings, compute_dtype: to
 
 @lru_cache(maxsize=512)
 def _predict_encoder(
-    request: Request, name: str, settings: EncodeSettings, compute_dtype: torch.dtype
+    architecture: Architecture,
+    size: VideoSize,
+    guidance: bool,
+    name: str,
+    settings: EncodeSettings,
+    compute_dtype: torch.dtype,
 ) -> StagePrediction:
-    architecture = request.architecture
-    workloads = family_of(architecture).encode_workloads(architecture, request.size, request.guidance)
+    workloads = family_of(architecture).encode_workloads(architecture, size, guidance)
     workload = next(workload for workload in workloads if workload.name == name)
     return _predict(Stage.ENCODE, architecture, workload, compute_dtype, streamed=settings.streamed)
 
@@ -71,14 +77,19 @@ def predict_sample(request: Request, settings: SampleSettings) -> SamplePredicti
     )
 
 
-@lru_cache(maxsize=512)
 def predict_decode(request: Request, settings: DecodeSettings, compute_dtype: torch.dtype) -> StagePrediction:
-    architecture = request.architecture
-    workload = family_of(architecture).decode_workload(request.size, settings.chunk_size, settings.tile)
-    prediction = _predict(Stage.DECODE, architecture, workload, compute_dtype, streamed=settings.streamed)
+    prediction = _predict_decoder(request.architecture, request.size, settings, compute_dtype)
     size = request.size
     frames_bytes = 3 * size.frames * size.height_pixels * size.width_pixels * torch.float32.itemsize
     return replace(prediction, host_bytes=prediction.host_bytes + frames_bytes)
+
+
+@lru_cache(maxsize=512)
+def _predict_decoder(
+    architecture: Architecture, size: VideoSize, settings: DecodeSettings, compute_dtype: torch.dtype
+) -> StagePrediction:
+    workload = family_of(architecture).decode_workload(size, settings.chunk_size, settings.tile)
+    return _predict(Stage.DECODE, architecture, workload, compute_dtype, streamed=settings.streamed)
 
 
 def component_dtype(architecture: Architecture, component: str, compute_dtype: torch.dtype) -> torch.dtype:

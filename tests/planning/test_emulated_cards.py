@@ -20,10 +20,11 @@ from i2v_core import stages
 from i2v_core.families import I2VModel, Prompt, VideoSize, load_model
 from i2v_core.memory.device import device_facts
 from i2v_core.memory.stage_meter import stage_meter
+from i2v_core.planning.margin import needed_bytes
 from i2v_core.planning.plan import Plan, Stage
-from i2v_core.planning.planner import least_peak, make_plan, needed_bytes
+from i2v_core.planning.planner import least_peak, make_plan
 from i2v_core.planning.request import Budget, Request
-from i2v_core.units import GIB
+from i2v_core.units import GIB, KIB
 
 CPU = device_facts(torch.device("cpu"))
 RUNTIME = stages.Runtime(device=torch.device("cpu"))
@@ -33,7 +34,10 @@ PROMPT = Prompt(
     negative_text="",
     fps=8,
 )
-SIZES, REQUESTS = 25, 200
+SIZES, REQUESTS = 16, 200
+
+VECTORS_BYTES = 8 * KIB
+"""For what predictions leave out: statistics, scales and shifts, of one number a channel."""
 
 # Plans leave room for the scheduler that keeps most beside the denoiser: UniPC, from its second step on.
 SETTINGS = stages.SamplerSettings(steps=2, cfg=4.0, seed=1, scheduler="unipc")
@@ -120,8 +124,8 @@ def run(model: I2VModel, plan: Plan) -> tuple[Tensor, list[stages.StageReport]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", random_cases(), ids=str)
 def test_a_plan_for_a_card_runs_on_that_card(model: I2VModel, put_in_card: PutInCard, case: Case) -> None:
-    """With its margin a prediction is never below what is measured. Without it, it is at most 1 % below (vectors of a
-    number a channel weigh that much in so small a model) and at most 5 % above.
+    """With its margin a prediction is never below what is measured. Without it, it is at most some KiB below, whatever
+    the size, and at most 5 % above.
     """
     plan = plan_for(model, case)
     put_in_card(plan.budget.usable_bytes)
@@ -131,9 +135,10 @@ def test_a_plan_for_a_card_runs_on_that_card(model: I2VModel, put_in_card: PutIn
     for report in reports:
         predicted, measured = plan.stage(report.stage), report.measured_peak_bytes
         assert measured <= needed_bytes(predicted, CPU) <= plan.budget.usable_bytes, report
-        assert 0.99 * measured <= predicted.peak_bytes <= 1.05 * measured, report
+        assert measured - VECTORS_BYTES <= predicted.peak_bytes <= 1.05 * measured, report
 
 
+@pytest.mark.slow
 def test_the_random_cases_take_every_way_that_plans_have(model: I2VModel) -> None:
     """Else the test above would say little."""
     plans = [plan_for(model, case) for case in random_cases()]

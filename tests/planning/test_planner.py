@@ -230,5 +230,9 @@ def test_host_memory_is_a_limit_too(architecture: Architecture) -> None:
     short = replace(budget, host_free_bytes=plan.stage(Stage.SAMPLE).host_bytes - 1)
     with pytest.raises(NothingFitsError) as raised:
         make_plan(request, short, CPU)
-    more = replace(short, free_bytes=raised.value.nearest.budget_bytes)
+    near = raised.value.nearest
+    assert near.host_bytes is not None
+    assert "host memory" in raised.value.remedy
+    make_plan(request, replace(short, host_free_bytes=near.host_bytes), CPU)
+    more = replace(short, free_bytes=near.budget_bytes)
     assert not make_plan(request, more, CPU).sample.streamed

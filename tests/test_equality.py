@@ -1,0 +1,146 @@
+"""Every way to save memory, alone and all together, against the model's own forward: 20 steps of DDIM with guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from i2v_core import stages
+from i2v_core.families import Conditioning, I2VModel, Prompt, VideoSize, family_of, load_model
+from i2v_core.memory.device import device_facts
+from i2v_core.placement.placed import placed
+from i2v_core.placement.precision import PRECISIONS
+from i2v_core.planning.plan import Plan, SampleSettings
+from i2v_core.planning.planner import make_plan
+from i2v_core.planning.request import Budget, Request
+from i2v_core.sampling.loop import Guidance, sample_loop
+from i2v_core.sampling.noise import initial_noise
+from i2v_core.sampling.schedulers import make_scheduler
+from i2v_core.units import GIB
+
+pytestmark = pytest.mark.slow
+
+CPU = torch.device("cpu")
+SIZE = VideoSize(width_pixels=64, height_pixels=64, frames=3)
+SETTINGS = stages.SamplerSettings(steps=20, cfg=9.0, seed=3, scheduler="ddim")
+PROMPT = Prompt(
+    image_FHWC=torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0)),
+    text="a red circle",
+    negative_text="blue",
+    fps=8,
+)
+# Of this little, the larger layers of the small model take several chunks.
+WORKSPACE_BYTES = 50_000
+LAYERS = 44
+"""Layer calls of one pass of the small model's denoiser."""
+
+WAYS = {
+    "chunked": SampleSettings(compute_dtype=torch.float32, batched_guidance=True, workspace_bytes=WORKSPACE_BYTES),
+    "sequential": SampleSettings(compute_dtype=torch.float32, batched_guidance=False),
+    "streamed": SampleSettings(compute_dtype=torch.float32, batched_guidance=True, streamed=True),
+    "parked": SampleSettings(compute_dtype=torch.float32, batched_guidance=True, park_skips=True),
+    "together": SampleSettings(
+        compute_dtype=torch.float32,
+        batched_guidance=False,
+        workspace_bytes=WORKSPACE_BYTES,
+        streamed=True,
+        park_skips=True,
+    ),
+}
+TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Many threads slow tiny operations down."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: Path) -> I2VModel:
+    """Every parameter matters: diffusers starts some at zero, which would hide mistakes."""
+    model = load_model(tiny_folder)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.modules["unet"].parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.mul_(0.5).add_(noise, alpha=0.5 / max(1, parameter[0].numel()) ** 0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def plan(model: I2VModel) -> Plan:
+    request = Request(architecture=model.architecture, size=SIZE, precision="fp32")
+    return make_plan(request, Budget(free_bytes=GIB), device_facts(CPU))
+
+
+@pytest.fixture(scope="module")
+def conditioning(model: I2VModel, plan: Plan) -> Conditioning:
+    return stages.encode(model, plan, PROMPT, stages.Runtime(device=CPU))[0]
+
+
+@pytest.fixture(scope="module")
+def plain(model: I2VModel, conditioning: Conditioning) -> Callable[[str], Tensor]:
+    """The latents (F, C, H, W) of the model's own forward, both guidance branches in one pass, by precision."""
+    family, unet = family_of(model.architecture), model.modules["unet"]
+    assert conditioning.negative is not None
+    negative = conditioning.negative
+
+    @lru_cache
+    def latents(precision: str) -> Tensor:
+        dtype = PRECISIONS[precision]
+        scheduler = make_scheduler(SETTINGS.scheduler, model.architecture.config("scheduler"))
+        scheduler.set_timesteps(SETTINGS.steps)
+        noise = initial_noise(family.facts.latent_size(SIZE), SETTINGS.seed) * scheduler.init_noise_sigma
+        with torch.no_grad(), placed(unet, CPU, dtype):
+            guidance = Guidance(
+                lambda latents, timestep, inputs: family.denoise(unet, latents, timestep, inputs),
+                {name: tensor.to(dtype) for name, tensor in conditioning.positive.items()},
+                {name: tensor.to(dtype) for name, tensor in negative.items()},
+                SETTINGS.cfg,
+                batched=True,
+            )
+            final = sample_loop(lambda at, time: guidance(at, time, dtype), scheduler, noise, lambda *_: None)
+        return family.latents_to_host(model.architecture, final).float()
+
+    return latents
+
+
+def relative_rms(result: Tensor, reference: Tensor) -> float:
+    return ((result - reference).double().norm() / reference.double().norm()).item()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_equals_the_models_own_forward(
+    model: I2VModel,
+    plan: Plan,
+    conditioning: Conditioning,
+    plain: Callable[[str], Tensor],
+    way: str,
+    precision: str,
+) -> None:
+    settings = replace(WAYS[way], compute_dtype=PRECISIONS[precision])
+    pieces = 0
+
+    def count() -> None:
+        nonlocal pieces
+        pieces += 1
+
+    runtime = stages.Runtime(device=CPU, check_cancelled=count)
+    result, _ = stages.sample(model, replace(plan, sample=settings), conditioning, SETTINGS, runtime)
+    assert relative_rms(result, plain(precision)) <= TOLERANCES[precision]
+    if precision != "fp32":
+        assert relative_rms(result, plain("fp32")) <= 1.1 * relative_rms(plain(precision), plain("fp32"))
+    if settings.workspace_bytes is not None:
+        passes = SETTINGS.steps if settings.batched_guidance else 2 * SETTINGS.steps
+        assert pieces > 1.2 * LAYERS * passes, "the workspace should cut layers up"
