@@ -27,11 +27,12 @@ _LEAST_RATIO, _HIGHEST_RATIO = 0.8, 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageRatios:
-    """Measured over predicted peak of one stage: the lowest and the highest of the last runs."""
+    """Measured over predicted peak of one stage: the lowest and the highest of the last runs, and their number."""
 
     stage: str
     lowest: float
     highest: float
+    runs: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class CalibrationStore:
         stages = self._read().get(key, {})
         return Calibration(
             tuple(
-                StageRatios(stage=stage, lowest=min(ratios), highest=max(ratios))
+                StageRatios(stage=stage, lowest=min(ratios), highest=max(ratios), runs=len(ratios))
                 for stage, ratios in sorted(stages.items())
                 if ratios
             )

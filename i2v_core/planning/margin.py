@@ -11,6 +11,9 @@ from .plan import StagePrediction
 _MARGIN_RATIO = 0.03
 _CUDA_LIBRARIES_BYTES = 64 * MIB
 
+# Runs from which on their spread says more than the margin.
+_TELLING_RUNS = 3
+
 
 def expected_bytes(prediction: StagePrediction, device: DeviceFacts) -> int:
     """The traced peak, corrected by the worst of what runs on this device have shown."""
@@ -19,10 +22,10 @@ def expected_bytes(prediction: StagePrediction, device: DeviceFacts) -> int:
 
 
 def uncertainty_bytes(prediction: StagePrediction, device: DeviceFacts) -> int:
-    """How far off the expectation may be: the spread of earlier runs, or without any the margin."""
+    """How far off the expectation may be: the spread of earlier runs, or as long as they are few the margin."""
     ratios = device.calibration.of(prediction.stage.value)
-    if ratios is None:
-        return needed_bytes(prediction, device) - prediction.peak_bytes
+    if ratios is None or ratios.runs < _TELLING_RUNS:
+        return needed_bytes(prediction, device) - expected_bytes(prediction, device)
     return int(prediction.peak_bytes * (ratios.highest - ratios.lowest))
 
 

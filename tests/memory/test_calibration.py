@@ -20,7 +20,7 @@ def test_ratios_are_kept_by_key_and_stage(tmp_path: Path) -> None:
         store.record(KEY, "sample", predicted_bytes=100, measured_bytes=measured)
     store.record(calibration_key("another card", "abc"), "sample", predicted_bytes=100, measured_bytes=180)
     found = CalibrationStore(path).calibration(KEY)
-    assert found.of("sample") == StageRatios(stage="sample", lowest=0.95, highest=1.04)
+    assert found.of("sample") == StageRatios(stage="sample", lowest=0.95, highest=1.04, runs=3)
     assert found.of("decode") is None
     assert [file.name for file in path.parent.iterdir()] == ["calibration.json"]
 
@@ -30,7 +30,7 @@ def test_old_ratios_are_forgotten(tmp_path: Path) -> None:
     store.record(KEY, "sample", predicted_bytes=100, measured_bytes=150)
     for _ in range(20):
         store.record(KEY, "sample", predicted_bytes=100, measured_bytes=101)
-    assert store.calibration(KEY).of("sample") == StageRatios(stage="sample", lowest=1.01, highest=1.01)
+    assert store.calibration(KEY).of("sample") == StageRatios(stage="sample", lowest=1.01, highest=1.01, runs=20)
 
 
 @pytest.mark.parametrize("measured", [0, 10, 900])
