@@ -85,7 +85,9 @@ def room_bytes() -> int:
 
 
 def attention_backend() -> AttentionBackend:
-    """The host's choice: xformers where it would use that itself, else PyTorch's own."""
+    """The host's choice: SageAttention or xformers where it would use that itself, else PyTorch's own."""
+    if management.sage_attention_enabled():
+        return AttentionBackend.SAGE
     use_xformers = management.xformers_enabled() and not management.pytorch_attention_enabled()
     return AttentionBackend.XFORMERS if use_xformers else AttentionBackend.SDPA
 

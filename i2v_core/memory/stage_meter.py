@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -16,7 +17,7 @@ from .meter import StorageMeter
 logger = logging.getLogger(__name__)
 
 
-class StageMeter:
+class StageMeter(ABC):
     """Peak bytes that one stage has on its device, and its seconds. Made by `stage_meter`.
 
     Counted is what the stage itself brings: its weights (`weights`) and the tensors it makes.
@@ -28,15 +29,16 @@ class StageMeter:
         self.seconds = 0.0
 
     @property
-    def peak_bytes(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def peak_bytes(self) -> int: ...
+
+    @abstractmethod
+    def log_step(self, step: int) -> None:
+        """What is in use after a step, for who debugs."""
 
     def weights(self, module: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
         """Counts a module's weights while they are in place, where placing them allocated nothing (on the CPU)."""
         return nullcontext()
-
-    def log_step(self, step: int) -> None:
-        logger.debug("step %d: peak %s", step, format_gib(self.peak_bytes))
 
     def stop(self) -> None:
         self.seconds = time.perf_counter() - self._started_seconds
@@ -77,6 +79,14 @@ class CountingStageMeter(StageMeter):
 
     def weights(self, module: nn.Module) -> AbstractContextManager[None]:
         return self._storages.counted(module)
+
+    def log_step(self, step: int) -> None:
+        logger.debug(
+            "step %d: allocated %s, peak %s",
+            step,
+            format_gib(self._storages.current_bytes),
+            format_gib(self._storages.peak_bytes),
+        )
 
 
 @contextmanager

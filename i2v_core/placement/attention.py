@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 
 class AttentionBackend(str, Enum):
-    """PyTorch's own fused attention, or xformers where it is installed. Both need no more memory than their output."""
+    """PyTorch's own fused attention, or xformers or SageAttention where they are installed.
+
+    None needs more memory than its output. SageAttention computes in 8 bits, so its result is close to the others'.
+    """
 
     SDPA = "sdpa"
     XFORMERS = "xformers"
+    SAGE = "sage"
 
 
 @contextmanager
 def attention(module: nn.Module, backend: AttentionBackend) -> Generator[None]:
     """While the context lasts, a diffusers module's attention runs on the backend; then on what it ran on before."""
-    if backend is AttentionBackend.SDPA:
+    with _CONTEXTS[backend](module):
         yield
-        return
+
+
+@contextmanager
+def _sdpa(_: nn.Module) -> Generator[None]:
+    yield
+
+
+@contextmanager
+def _xformers(module: nn.Module) -> Generator[None]:
     from diffusers.models.attention_processor import XFormersAttnProcessor
 
     model: Any = module
@@ -33,3 +48,40 @@ def attention(module: nn.Module, backend: AttentionBackend) -> Generator[None]:
         yield
     finally:
         model.set_attn_processor(dict(before))
+
+
+@contextmanager
+def _sage(_: nn.Module) -> Generator[None]:
+    import sageattention  # pyright: ignore[reportMissingImports]
+
+    with _SageCalls(sageattention.sageattn):  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+        yield
+
+
+_CONTEXTS = {AttentionBackend.SDPA: _sdpa, AttentionBackend.XFORMERS: _xformers, AttentionBackend.SAGE: _sage}
+
+
+class _SageCalls(TorchFunctionMode):
+    """Sends the calls of PyTorch's attention that SageAttention can take to it; for this thread, while it lasts."""
+
+    def __init__(self, sageattn: Callable[..., Tensor]) -> None:
+        self._sageattn = sageattn
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention and len(args) == 3 and _suits_sage(args[0], kwargs):
+            causal, scale = kwargs.get("is_causal", False), kwargs.get("scale")
+            return self._sageattn(*args, tensor_layout="HND", is_causal=causal, sm_scale=scale)
+        return func(*args, **kwargs)
+
+
+def _suits_sage(query: Tensor, options: Mapping[str, Any]) -> bool:
+    """Half precision, a head width that its kernels have, and neither mask nor dropout."""
+    plain = options.get("attn_mask") is None and not options.get("dropout_p")
+    return plain and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] in (64, 96, 128)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from diffusers.models.attention_processor import XFormersAttnProcessor
+from torch.nn import functional
 
 from i2v_core.families import load_model
 from i2v_core.placement.attention import AttentionBackend, attention
@@ -23,3 +27,26 @@ def test_the_models_own_processors_come_back(tiny_folder: Path) -> None:
     with pytest.raises(RuntimeError, match="inside"), attention(unet, AttentionBackend.XFORMERS):
         raise RuntimeError("inside")
     assert unet.attn_processors == before
+
+
+def test_sage_takes_the_calls_that_it_can_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SageAttention needs a CUDA card; what is tested is which calls would reach it."""
+    seen: list[tuple[int, ...]] = []
+
+    def sageattn(query: torch.Tensor, *_: torch.Tensor, **options: object) -> torch.Tensor:
+        assert options == {"tensor_layout": "HND", "is_causal": False, "sm_scale": 0.5}
+        seen.append(tuple(query.shape))
+        return query
+
+    monkeypatch.setitem(sys.modules, "sageattention", SimpleNamespace(sageattn=sageattn))
+    attend = functional.scaled_dot_product_attention
+    half, single = torch.ones(1, 2, 3, 64, dtype=torch.bfloat16), torch.ones(1, 2, 3, 64)
+    narrow = torch.ones(1, 2, 3, 8, dtype=torch.bfloat16)
+    mask = torch.zeros(3, 3, dtype=torch.bfloat16)
+    with attention(torch.nn.Identity(), AttentionBackend.SAGE):
+        attend(half, half, half, dropout_p=0.0, scale=0.5)
+        attend(single, single, single)
+        attend(narrow, narrow, narrow)
+        attend(half, half, half, attn_mask=mask)
+    attend(half, half, half)
+    assert seen == [(1, 2, 3, 64)]
