@@ -31,10 +31,14 @@ class _Arrival:
     copies: tuple[tuple[Tensor, Tensor], ...]
     event: Any
 
-    @contextmanager
-    def in_place(self) -> Generator[None]:
+    def wait(self) -> None:
+        """Order the current stream behind the copy: before the weights are used, and before their memory is."""
         if self.event is not None:
             self.event.wait()
+
+    @contextmanager
+    def in_place(self) -> Generator[None]:
+        self.wait()
         on_host = [tensor.data for tensor, _ in self.copies]
         try:
             for tensor, on_device in self.copies:
@@ -74,8 +78,16 @@ class WeightStream(LayerRunner):
             following = self._following.get(modules)
             if following is not None:
                 # Only one layer ahead: what was fetched for a layer that did not come is dropped.
-                self._fetched = {following: self._fetched.get(following) or self._fetch(following)}
+                ahead = self._fetched.pop(following, None)
+                self.drop_fetched()
+                self._fetched[following] = ahead or self._fetch(following)
             yield
+
+    def drop_fetched(self) -> None:
+        """Give up what was fetched ahead. Its memory may go to others only after the copy that still writes to it."""
+        for arrival in self._fetched.values():
+            arrival.wait()
+        self._fetched.clear()
 
     def _fetch(self, modules: Modules) -> _Arrival:
         tensors = [tensor for module in modules for tensor in self._tensors_of(module)]
@@ -97,7 +109,11 @@ class WeightStream(LayerRunner):
 def streamed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Generator[WeightStream]:
     """For a module whose forward runs layer by layer through a `LayerRunner`: the runner that brings weights in."""
     with staged(module, dtype, pinned=device.type == "cuda"):
-        yield WeightStream(device, lambda layer: [*layer.parameters(), *layer.buffers()])
+        stream = WeightStream(device, lambda layer: [*layer.parameters(), *layer.buffers()])
+        try:
+            yield stream
+        finally:
+            stream.drop_fetched()
 
 
 @contextmanager
@@ -119,6 +135,7 @@ def streamed_leaves(module: nn.Module, device: torch.device, dtype: torch.dtype)
                 if own_tensors(owner):
                     hooks.callback(owner.register_forward_pre_hook(bring_in).remove)
                     hooks.callback(owner.register_forward_hook(take_out, always_call=True).remove)
+            hooks.callback(stream.drop_fetched)
             yield stream
 
 
