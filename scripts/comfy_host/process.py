@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from types import FrameType
+from typing import IO, Any
 
 PATIENCE_SECONDS = 10.0
 CALM_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -71,21 +73,27 @@ def _signal_group(group: int, number: int) -> None:
 
 def run(command: Sequence[str | Path], *, folder: Path | None = None) -> int:
     """Run `command` with this script's output and return its exit status; its whole tree ends with it."""
-    process = start(command, folder=folder)
+    process = None
     try:
+        with interrupts_later():
+            process = start(command, folder=folder)
         return process.wait()
     finally:
-        stop(process)
+        if process is not None:
+            stop(process)
 
 
 def capture(command: Sequence[str | Path]) -> tuple[int, str]:
     """Run `command` and return its exit status and all that it printed; its whole tree ends with it."""
-    process = start(command, output=subprocess.PIPE)
+    process = None
     try:
+        with interrupts_later():
+            process = start(command, output=subprocess.PIPE)
         printed, _ = process.communicate()
+        return process.returncode, printed.strip()
     finally:
-        stop(process)
-    return process.returncode, printed.strip()
+        if process is not None:
+            stop(process)
 
 
 def ask(python: Path, code: str) -> str | None:
@@ -103,14 +111,37 @@ def interruptible() -> Iterator[None]:
 
     Also the interrupt itself, which a shell switches off in what it runs in the background.
     """
+    with _handled_by(signal.default_int_handler):
+        yield
+
+
+@contextlib.contextmanager
+def interrupts_later() -> Iterator[None]:
+    """An interrupt that comes inside is raised at the end.
+
+    For starting a process and keeping hold of it: an interrupt between the two would leave it running.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are for the main thread
+        return
+    asked: list[int] = []
+    with _handled_by(lambda number, _: asked.append(number)):
+        yield
+    if asked:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Inside, signals that ask this script to end go to `handler`."""
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
     numbers: list[int] = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def hand_over(python: Path, arguments: Sequence[str]) -> int | None:

@@ -102,7 +102,7 @@ class Server:
             self._lay_out()
             temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(self._folder / "scratch"))
             environment = {**temporary, **(self._environment or {})}
-            with (self._folder / "comfyui.log").open("w", encoding="utf-8") as log:
+            with (self._folder / "comfyui.log").open("w", encoding="utf-8") as log, process.interrupts_later():
                 self._process = process.start(
                     self._command(), output=log, folder=self._host.folder, environment=environment
                 )

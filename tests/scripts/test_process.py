@@ -91,3 +91,27 @@ def test_capture_returns_status_and_output() -> None:
     status, printed = process.capture([sys.executable, "-c", code])
     assert status == 3
     assert set(printed.split()) == {"out", "err"}
+
+
+def interrupt_itself() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there os.kill ends the process")
+def test_an_interrupt_while_a_process_starts_is_raised_when_it_is_held() -> None:
+    held: list[str] = []
+
+    def start() -> None:
+        with process.interrupts_later():
+            interrupt_itself()
+            held.append("the process")
+
+    with process.interruptible():
+        with pytest.raises(KeyboardInterrupt):
+            start()
+        assert held
+        with process.interrupts_later():
+            held.append("another")
+        with pytest.raises(KeyboardInterrupt):
+            interrupt_itself()
