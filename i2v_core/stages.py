@@ -23,6 +23,7 @@ from .placement.placed import placed
 from .placement.streaming import streamed, streamed_leaves
 from .planning.margin import expected_bytes, uncertainty_bytes
 from .planning.plan import Plan, Stage
+from .planning.predict import component_dtype
 from .sampling.loop import Guidance, sample_loop
 from .sampling.noise import initial_noise
 from .sampling.schedulers import make_scheduler
@@ -96,11 +97,10 @@ class _StageRun:
         self._stage, self._model, self._plan, self._runtime = stage, model, plan, runtime
         settings = {Stage.ENCODE: plan.encode, Stage.SAMPLE: plan.sample, Stage.DECODE: plan.decode}[stage]
         self._streamed = settings.streamed
-        self._fp32 = family_of(model.architecture).full_precision_components(model.architecture)
         self.meter = meter
 
     def dtype(self, component: str) -> torch.dtype:
-        return torch.float32 if component in self._fp32 else self._plan.sample.compute_dtype
+        return component_dtype(self._model.architecture, component, self._plan.sample.compute_dtype)
 
     @contextmanager
     def place(self, component: str) -> Generator[nn.Module]:

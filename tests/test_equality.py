@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from i2v_core.sampling.noise import initial_noise
 from i2v_core.sampling.schedulers import make_scheduler
 from i2v_core.units import GIB
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 CPU = torch.device("cpu")
 SIZE = VideoSize(width_pixels=64, height_pixels=64, frames=3)
@@ -54,15 +54,6 @@ WAYS = {
     ),
 }
 TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Many threads slow tiny operations down."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from itertools import chain
 
 import torch
 from torch import nn
+
+from .swap import all_tensors, swapped
 
 
 @contextmanager
@@ -17,12 +18,9 @@ def placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Gener
     The host's copies stay where they are and come back afterwards bit for bit, so nothing is copied back from the
     device and no rounding accumulates.
     """
-    originals = [(tensor, tensor.data) for tensor in chain(module.parameters(), module.buffers())]
-    try:
-        for tensor, original in originals:
-            target = dtype if original.is_floating_point() else original.dtype
-            tensor.data = original.to(device=device, dtype=target)
+    tensors = all_tensors(module)
+    copies = [
+        tensor.data.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype) for tensor in tensors
+    ]
+    with swapped(tensors, copies):
         yield module
-    finally:
-        for tensor, original in originals:
-            tensor.data = original

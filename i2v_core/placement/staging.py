@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from ..memory.meter import host_memory, rounded_bytes
 from ..units import MIB
+from .swap import all_tensors, swapped
 
 # PyTorch rounds pinned allocations up to a power of two, so tensors share blocks of such a size.
 _SLAB_BYTES = 256 * MIB
@@ -23,17 +23,12 @@ def staged(module: nn.Module, dtype: torch.dtype, *, pinned: bool) -> Generator[
     Afterwards the module holds its own tensors again, bit for bit. Takes as much host memory again as the module's
     weights, except where neither precision nor pinning asks for a copy.
     """
-    tensors = list(chain(module.parameters(), module.buffers()))
+    tensors = all_tensors(module)
     originals = [tensor.data for tensor in tensors]
-    try:
-        with host_memory():
-            copies = _pinned(originals, dtype) if pinned else [_cast(original, dtype) for original in originals]
-        for tensor, copy in zip(tensors, copies, strict=True):
-            tensor.data = copy
+    with host_memory():
+        copies = _pinned(originals, dtype) if pinned else [_cast(original, dtype) for original in originals]
+    with swapped(tensors, copies):
         yield
-    finally:
-        for tensor, original in zip(tensors, originals, strict=True):
-            tensor.data = original
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

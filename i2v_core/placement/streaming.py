@@ -17,18 +17,20 @@ from torch import Tensor, nn
 
 from ..chunking import LayerCall, LayerRunner
 from .staging import staged
+from .swap import all_tensors, own_tensors, swapped
 
 Modules = tuple[nn.Module, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Arrival:
-    """The weights of one layer, on the device or on their way there: (module's tensor, copy on the device).
+    """The weights of one layer, on the device or on their way there: the module's tensors, and their copies.
 
-    `event` is the CUDA event of the copy's end; None where the copy has ended already.
+    `event` is the CUDA event of the copies' end; None where they have ended already.
     """
 
-    copies: tuple[tuple[Tensor, Tensor], ...]
+    tensors: list[Tensor]
+    copies: list[Tensor]
     event: Any
 
     def wait(self) -> None:
@@ -36,17 +38,9 @@ class _Arrival:
         if self.event is not None:
             self.event.wait()
 
-    @contextmanager
-    def in_place(self) -> Generator[None]:
+    def in_place(self) -> AbstractContextManager[None]:
         self.wait()
-        on_host = [tensor.data for tensor, _ in self.copies]
-        try:
-            for tensor, on_device in self.copies:
-                tensor.data = on_device
-            yield
-        finally:
-            for (tensor, _), data in zip(self.copies, on_host, strict=True):
-                tensor.data = data
+        return swapped(self.tensors, self.copies)
 
 
 class WeightStream(LayerRunner):
@@ -93,23 +87,23 @@ class WeightStream(LayerRunner):
         tensors = [tensor for module in modules for tensor in self._tensors_of(module)]
         self.loaded_bytes += sum(tensor.nbytes for tensor in tensors)
         # Allocated on the current stream, which frees them too; so the copy must wait for the memory's last use there.
-        copies = tuple((tensor, torch.empty_like(tensor.data, device=self._device)) for tensor in tensors)
+        copies = [torch.empty_like(tensor.data, device=self._device) for tensor in tensors]
         if self._copy_stream is None:
-            for tensor, on_device in copies:
+            for tensor, on_device in zip(tensors, copies, strict=True):
                 on_device.copy_(tensor.data)
-            return _Arrival(copies, None)
+            return _Arrival(tensors, copies, None)
         self._copy_stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copy_stream):
-            for tensor, on_device in copies:
+            for tensor, on_device in zip(tensors, copies, strict=True):
                 on_device.copy_(tensor.data, non_blocking=True)
-            return _Arrival(copies, self._copy_stream.record_event())
+            return _Arrival(tensors, copies, self._copy_stream.record_event())
 
 
 @contextmanager
 def streamed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Generator[WeightStream]:
     """For a module whose forward runs layer by layer through a `LayerRunner`: the runner that brings weights in."""
     with staged(module, dtype, pinned=device.type == "cuda"):
-        stream = WeightStream(device, lambda layer: [*layer.parameters(), *layer.buffers()])
+        stream = WeightStream(device, all_tensors)
         try:
             yield stream
         finally:
@@ -137,8 +131,3 @@ def streamed_leaves(module: nn.Module, device: torch.device, dtype: torch.dtype)
                     hooks.callback(owner.register_forward_hook(take_out, always_call=True).remove)
             hooks.callback(stream.drop_fetched)
             yield stream
-
-
-def own_tensors(module: nn.Module) -> list[Tensor]:
-    """A module's parameters and buffers without those of its submodules."""
-    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]

@@ -13,7 +13,7 @@ from torch import nn
 from ..chunking import ChunkSettings, LayerCall, LayerKind, Outline
 from ..families import Architecture, VideoSize, Workload, family_of
 from ..memory.meter import StorageMeter, fused_attention, rounded_bytes
-from ..placement.streaming import own_tensors
+from ..placement.swap import all_tensors, own_tensors
 
 META = torch.device("meta")
 
@@ -43,7 +43,7 @@ def loaded_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
 
 @lru_cache(maxsize=4096)
 def _module_bytes(module: nn.Module) -> int:
-    return sum(rounded_bytes(tensor.nbytes) for tensor in (*module.parameters(), *module.buffers()))
+    return sum(rounded_bytes(tensor.nbytes) for tensor in all_tensors(module))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
