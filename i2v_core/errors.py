@@ -29,3 +29,11 @@ class DoesNotFitError(I2VError):
 
 class PlanMismatchError(I2VError):
     """A plan, a conditioning and a model that were not made for each other."""
+
+
+class MissingPackageError(I2VError):
+    """A package that a chosen option needs and that is not installed."""
+
+
+class FileError(I2VError):
+    """A file that cannot be written, or that cannot be read as what it should be."""

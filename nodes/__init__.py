@@ -1,4 +1,4 @@
-"""The host side: five thin nodes. Only this package imports ComfyUI."""
+"""The host side: thin nodes. Only this package imports ComfyUI."""
 
 from __future__ import annotations
 
@@ -7,10 +7,21 @@ from comfy_api.latest import ComfyExtension, io
 from .budget import VRAMBudget
 from .decode import VAETiledDecode
 from .encode import Encode
+from .latents import LoadLatent, SaveLatent
 from .loader import Loader
 from .sampler import ChunkedSampler
+from .save_video import SaveVideo
 
 
 class I2VBudgetExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [Loader, VRAMBudget, Encode, ChunkedSampler, VAETiledDecode]
+        return [
+            Loader,
+            VRAMBudget,
+            Encode,
+            ChunkedSampler,
+            VAETiledDecode,
+            SaveVideo,
+            SaveLatent,
+            LoadLatent,
+        ]

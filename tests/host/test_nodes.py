@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-NODES = ("I2VLoader", "I2VVRAMBudget", "I2VEncode", "I2VChunkedSampler", "I2VVAETiledDecode")
+NODES = (
+    "I2VLoader",
+    "I2VVRAMBudget",
+    "I2VEncode",
+    "I2VChunkedSampler",
+    "I2VVAETiledDecode",
+    "I2VSaveVideo",
+    "I2VSaveLatent",
+    "I2VLoadLatent",
+)
 SURFACE = Path(__file__).with_name("surface.json")
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
@@ -28,8 +37,8 @@ def surface_of(node: dict[str, Any]) -> dict[str, Any]:
         name: {"section": section, "type": kind, **{key: options[key] for key in kept if key in options}}
         for section, name, kind, options in inputs_of(node)
     }
-    if node["name"] == "I2VLoader":
-        inputs["model"]["options"] = inputs["model"]["options"][:1]  # the others are the user's own folders
+    for name in {"I2VLoader": ["model"], "I2VLoadLatent": ["file"]}.get(node["name"], []):
+        inputs[name]["options"] = inputs[name]["options"][:1]  # the others are the user's own
     outputs = [list(pair) for pair in zip(node["output_name"], node["output"], strict=True)]
     return {"inputs": inputs, "outputs": outputs, "output_node": node["output_node"]}
 

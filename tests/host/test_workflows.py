@@ -97,3 +97,16 @@ def test_the_demo_makes_a_video_that_starts_with_the_picture_and_moves(
     assert 20 * np.log10(255 / error_RMS) > 20, "frame 0 is not recognisably the picture"
     motion = np.abs(np.diff(frames_FHWC.astype(float), axis=0)).max(axis=(1, 2, 3))
     assert motion.min() > 40, "two neighbouring frames are the same"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "frames"), [("i2v_decode_latent", 16), ("i2v_long_clip", 48)])
+def test_a_workflow_saves_a_video_that_moves(
+    name: str, frames: int, client: Client, server: Server, object_info: dict[str, Any]
+) -> None:
+    shutil.copyfile(INPUT, server.input_folder / INPUT.name)
+    run = client.run(to_prompt(read(PACK / "workflows" / f"{name}.json"), object_info))
+    (video,) = (file for output in run.outputs.values() for file in output.get("images", ()))
+    frames_FHWC = iio.imread(server.output_folder / video["subfolder"] / video["filename"], plugin="pyav")
+    assert frames_FHWC.shape == (frames, 96, 96, 3)
+    assert np.abs(frames_FHWC[-1].astype(float) - frames_FHWC[0]).max() > 80

@@ -2,7 +2,15 @@
 import { app } from "../../../scripts/app.js";
 import { ComfyWidgets } from "../../../scripts/widgets.js";
 
-const NODES = ["I2VVRAMBudget", "I2VEncode", "I2VChunkedSampler", "I2VVAETiledDecode"];
+const NODES = [
+  "I2VVRAMBudget",
+  "I2VEncode",
+  "I2VChunkedSampler",
+  "I2VVAETiledDecode",
+  "I2VSaveVideo",
+  "I2VSaveLatent",
+  "I2VLoadLatent",
+];
 const WIDGET = "i2v_report";
 
 function reportWidget(node) {

@@ -1,0 +1,132 @@
+"""The adapter's part for files: where ComfyUI keeps them, how it names them, and what it stores in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as management
+import comfy.utils
+import folder_paths
+from comfy.cli_args import args
+
+from ..i2v_core.errors import BadInputError, FileError
+from ..i2v_core.files import file_errors, with_date
+from ..i2v_core.latent_file import SUFFIX as LATENT_SUFFIX
+
+DEMO_LATENT = "demo (bundled)"
+_DEMO_LATENT_FILE = Path(__file__).parent.parent / "assets" / "demo_latent.latent"
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
+PREFIX_TOOLTIP = (
+    "Name of the file in ComfyUI's output folder, with folders before it. %date%, %date:yyyy-MM-dd hhmmss%, %year%, "
+    "%month%, %day%, %hour%, %minute%, %second%, %width% and %height% are filled in, and a number is added."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputPath:
+    """A new name in the host's output folder. `subfolder` is where it is in there, as the page asks for it."""
+
+    path: Path
+    subfolder: str
+
+    @property
+    def name(self) -> str:
+        """As people read it: from the output folder on."""
+        return f"{self.subfolder}/{self.path.name}".lstrip("/")
+
+    def as_result(self) -> dict[str, str]:
+        """As the page takes a file."""
+        return {"filename": self.path.name, "subfolder": self.subfolder, "type": "output"}
+
+
+def check_prefix(prefix: str) -> None:
+    """Raise `BadInputError` unless the prefix is a name within the output folder."""
+    root = Path(folder_paths.get_output_directory()).resolve()
+    printable = _CONTROL_CHARACTER.sub("", prefix)
+    if printable != prefix or not prefix.strip() or Path(prefix).name in {"", ".."}:
+        raise BadInputError(f"a filename_prefix of '{printable}' is no name", "write for example video/i2v")
+    if not (root / prefix).resolve().is_relative_to(root):
+        raise BadInputError(
+            f"a filename_prefix of '{prefix}' leads out of the output folder {root}",
+            "use a name, with folders before it if you like, such as video/i2v",
+        )
+
+
+def new_output(prefix: str, suffix: str, width_pixels: int = 0, height_pixels: int = 0) -> OutputPath:
+    """The next free name for a prefix, numbered as the host numbers its own files.
+
+    Raises:
+        BadInputError: the prefix is no name, or leads out of the output folder.
+        FileError: its folder cannot be made.
+    """
+    dated = with_date(prefix, datetime.now().astimezone())
+    check_prefix(dated)
+    root = folder_paths.get_output_directory()
+    with file_errors(Path(root) / dated):
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(dated, root, width_pixels, height_pixels)
+    return OutputPath(path=Path(folder) / f"{name}_{counter:05}_{suffix}", subfolder=subfolder)
+
+
+def workflow_metadata(hidden: Any) -> dict[str, str]:
+    """The prompt and the workflow as texts, for a file; none where the host was started not to store them."""
+    if args.disable_metadata:
+        return {}
+    found: Mapping[str, Any] = hidden.extra_pnginfo or {}
+    if hidden.prompt is not None:
+        found = {"prompt": hidden.prompt, **found}
+    return {name: json.dumps(value) for name, value in found.items()}
+
+
+def frame_progress(total_frames: int) -> Callable[[int], None]:
+    """Called with the number of frames done, moves the node's progress bar; raises when the user has interrupted."""
+    bar = comfy.utils.ProgressBar(total_frames)
+
+    def update(done_frames: int) -> None:
+        management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done_frames, total_frames)
+
+    return update
+
+
+def latent_names() -> list[str]:
+    """The bundled latent, and every latent file in the host's output and input folders, the newest first."""
+    found: dict[str, float] = {}
+    for root, mark in ((folder_paths.get_output_directory(), " [output]"), (folder_paths.get_input_directory(), "")):
+        for folder, _, files in os.walk(root):
+            for path in (Path(folder) / file for file in files if file.endswith(LATENT_SUFFIX)):
+                with suppress(FileNotFoundError):  # a link that leads nowhere
+                    found[path.relative_to(root).as_posix() + mark] = path.stat().st_mtime
+    return [DEMO_LATENT, *sorted(found, key=lambda name: -found[name])]
+
+
+def latent_path(name: str) -> Path:
+    """The file that a name in `latent_names` means.
+
+    Raises:
+        BadInputError: the name leads elsewhere than to a latent file in those folders.
+        FileError: there is no such file.
+    """
+    if name == DEMO_LATENT:
+        return _DEMO_LATENT_FILE
+    plain, root = folder_paths.annotated_filepath(name)
+    root = Path(root or folder_paths.get_input_directory()).resolve()
+    path = root / plain
+    inside = "\0" not in name and path.resolve().is_relative_to(root)
+    if not inside or path.suffix != LATENT_SUFFIX:
+        raise BadInputError(
+            f"'{name}' is no {LATENT_SUFFIX} file in ComfyUI's input or output folder",
+            "choose one from the list in I2V Load Latent",
+        )
+    if not path.is_file():
+        raise FileError(
+            f"there is no file {path}", "choose another in I2V Load Latent; press R on the page to see new files"
+        )
+    return path
