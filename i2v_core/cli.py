@@ -53,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--precision", choices=(AUTO, *PRECISIONS), default="fp16")
     plan.add_argument("--no-guidance", action="store_true", help="one denoiser pass a step")
+    plan.add_argument(
+        "--allow-approximate",
+        action="store_true",
+        help="where no exact way fits, weights in 8 bits or windows over the frames may do: not quite the exact result",
+    )
     plan.add_argument("--json", action="store_true")
     plan.set_defaults(run=_plan)
 
@@ -69,6 +74,7 @@ def _plan(options: argparse.Namespace) -> int:
         size=VideoSize(width_pixels=options.width, height_pixels=options.height, frames=options.frames),
         guidance=not options.no_guidance,
         precision=options.precision,
+        allow_approximate=options.allow_approximate,
     )
     vram_bytes = parse_bytes(options.vram)
     card = DeviceFacts(

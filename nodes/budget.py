@@ -73,13 +73,20 @@ class VRAMBudget(io.ComfyNode):
                     step=0.1,
                     tooltip="Device memory in GiB to leave to other programs, beside what ComfyUI reserves. Default 0.",
                 ),
+                io.Boolean.Input(
+                    "allow_approximate",
+                    default=False,
+                    optional=True,
+                    tooltip="Where nothing exact fits, allow what changes the result: a little, the denoiser's weights "
+                    "in 8 bits; then, more, windows over the frames. Default off.",
+                ),
             ],
             outputs=[
                 I2VPlanSocket.Output("plan", tooltip="The plan, for the other nodes of this pack."),
                 io.String.Output("report", tooltip="The plan in words."),
                 io.Int.Output("chunk_size", tooltip="Frames that the denoiser takes at once at full size."),
                 io.Int.Output("tile_size", tooltip="Tile of the decoder in pixels; 0 where whole frames are decoded."),
-                io.Int.Output("overlap", tooltip="Overlap of the decoder's tiles in pixels."),
+                io.Int.Output("overlap", tooltip="Overlap of the decoder's tiles in pixels; 0, since they are exact."),
                 io.Float.Output("peak_gib", tooltip="Highest predicted peak of any stage, in GiB."),
                 io.String.Output("precision", tooltip="Precision of computation: fp32, fp16 or bf16."),
             ],
@@ -101,12 +108,14 @@ class VRAMBudget(io.ComfyNode):
         precision: str,
         budget: str,
         reserve_gib: float,
+        allow_approximate: bool = False,
     ) -> io.NodeOutput:
         request = Request(
             architecture=model.architecture,
             size=VideoSize(width_pixels=width, height_pixels=height, frames=frames),
             guidance=guidance,
             precision=precision,
+            allow_approximate=allow_approximate,
         )
         if not 0 <= reserve_gib < float("inf"):
             raise BadInputError(f"a reserve of {reserve_gib} GiB is not possible", "give zero or more")
@@ -123,13 +132,13 @@ class VRAMBudget(io.ComfyNode):
             ),
             host.plan_device(model.architecture),
         )
-        text, tile = report(plan), plan.decode.tile
+        text = report(plan)
         return io.NodeOutput(
             plan,
             text,
             plan.chunk_size,
-            tile.size_pixels,
-            tile.overlap_pixels,
+            plan.decode.frames.tile_pixels,
+            0,
             plan.peak_bytes / GIB,
             plan.precision,
             ui={"text": [text], "i2v_plan": [plan.as_dict()]},

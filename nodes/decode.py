@@ -21,8 +21,8 @@ class VAETiledDecode(io.ComfyNode):
             node_id="I2VVAETiledDecode",
             display_name="VAE Tiled Decode",
             category=CATEGORY,
-            description="Turns latents into frames, a few at a time and in tiles where the plan needs them. Frames go "
-            "to host memory as they are made.",
+            description="Turns latents into frames, a few at a time and in tiles where the plan needs them, without "
+            "seams. Frames go to host memory as they are made.",
             search_aliases=["i2v decode", "vae decode tiled", "decode video", "low vram decode"],
             inputs=[
                 model_input(),
@@ -34,8 +34,8 @@ class VAETiledDecode(io.ComfyNode):
                     min=0,
                     max=8192,
                     step=8,
-                    tooltip="Side of a tile in pixels, a multiple of 8 and at least 64; 0 leaves it to the plan. "
-                    "Tiles blend their borders, so the result is close to whole frames but not the same. Default 0.",
+                    tooltip="Largest piece of a frame that a layer takes at once, as the side of a square in pixels, "
+                    "at least 32; 0 leaves it to the plan. The frames are the same whatever the tile. Default 0.",
                 ),
                 io.Int.Input(
                     "overlap",
@@ -43,8 +43,8 @@ class VAETiledDecode(io.ComfyNode):
                     min=0,
                     max=4096,
                     step=8,
-                    tooltip="Overlap of neighbouring tiles in pixels, at most half a tile; 0 leaves it to the plan "
-                    "(a quarter of a tile). Default 0.",
+                    tooltip="Overlap of blended tiles in pixels. Leave it at 0: I2VGen-XL is decoded exactly, with no "
+                    "seams to blend. Default 0.",
                 ),
             ],
             outputs=[io.Image.Output("images", tooltip="The frames, in host memory.")],
@@ -54,9 +54,7 @@ class VAETiledDecode(io.ComfyNode):
     def execute(
         cls, model: I2VModel, plan: Plan, latent: dict[str, Any], tile_size: int, overlap: int
     ) -> io.NodeOutput:
-        if tile_size or overlap:
-            plan = with_tile(plan, tile_size, overlap)
         with host.stage(Stage.DECODE, model, plan) as (fitting, runtime, notes):
-            frames_FHWC, report = stages.decode(model, fitting, latent["samples"], runtime)
-        host.learn(fitting, report)
-        return io.NodeOutput(frames_FHWC, ui=host.stage_ui(report, notes))
+            tiled = with_tile(fitting, tile_size, overlap)
+            frames_FHWC, report = stages.decode(model, tiled, latent["samples"], runtime)
+        return io.NodeOutput(frames_FHWC, ui=host.concluded(report, notes))

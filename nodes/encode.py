@@ -65,5 +65,4 @@ class Encode(io.ComfyNode):
         wish = Prompt(image_FHWC=image, text=prompt, negative_text=negative_prompt, fps=fps)
         with host.stage(Stage.ENCODE, model, plan) as (fitting, runtime, notes):
             conditioning, report = stages.encode(model, fitting, wish, runtime)
-        host.learn(fitting, report)
-        return io.NodeOutput(conditioning, ui=host.stage_ui(report, notes))
+        return io.NodeOutput(conditioning, ui=host.concluded(report, notes))

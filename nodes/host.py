@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,11 +26,13 @@ from ..i2v_core.planning.margin import needed_bytes
 from ..i2v_core.planning.plan import Plan, Stage
 from ..i2v_core.stages import Runtime, StageReport
 from ..i2v_core.units import format_gib
-from .preview import AnimatedPreview
+from .preview import AnimatedPreview, FinishedFrames
 
 logger = logging.getLogger(__name__)
 
 DEMO_MODEL = "demo (bundled)"
+# Frames come faster than a page can show animations of them.
+_FRAMES_SHOWN_EVERY_SECONDS = 0.5
 _DEMO_FOLDER = Path(__file__).parent.parent / "assets" / "demo_model"
 
 
@@ -129,6 +132,7 @@ def stage(
                 attention=attention_backend(),
                 check_cancelled=management.throw_exception_if_processing_interrupted,
                 on_progress=progress.update,
+                on_frames=progress.add_frames,
             ),
             notes,
         )
@@ -137,35 +141,44 @@ def stage(
 
 
 class _Progress:
-    """The host's progress bar, with an animated preview where latents and preview factors are given."""
+    """The host's progress bar, with an animated preview of latents, where their preview factors are given, or of frames
+    that are done.
+    """
 
     def __init__(self, preview_factors: Tensor | None) -> None:
         self._bar = comfy.utils.ProgressBar(1)
         self._factors = preview_factors
+        self._finished = FinishedFrames()
+        self._shown_seconds = 0.0
+
+    def add_frames(self, frames_FHWC: Tensor) -> None:
+        if args.preview_method.value != "none":
+            self._finished.add(frames_FHWC)
 
     def update(self, done: int, total: int, latents_BCTHW: Tensor | None) -> None:
-        preview: Any = None
-        if latents_BCTHW is not None and self._factors is not None and args.preview_method.value != "none":
-            preview = AnimatedPreview.of_latents(latents_BCTHW, self._factors).for_host()
-        self._bar.update_absolute(done, total, preview)
+        preview = self._preview(latents_BCTHW) if args.preview_method.value != "none" else None
+        self._bar.update_absolute(done, total, preview.for_host() if preview else None)
+
+    def _preview(self, latents_BCTHW: Tensor | None) -> AnimatedPreview | None:
+        if latents_BCTHW is not None:
+            return None if self._factors is None else AnimatedPreview.of_latents(latents_BCTHW, self._factors)
+        if time.monotonic() - self._shown_seconds < _FRAMES_SHOWN_EVERY_SECONDS:
+            return None
+        self._shown_seconds = time.monotonic()
+        return self._finished.preview()
 
 
-def learn(plan: Plan, report: StageReport) -> None:
-    """Remember how far off the prediction was, for later plans."""
+def concluded(report: StageReport, notes: list[str]) -> dict[str, list[Any]]:
+    """Remembers how far off the prediction was, for later plans; and what a stage node shows: the numbers for scripts,
+    the line for people.
+    """
+    plan = report.plan
     _calibration_store().record(
         calibration_key(plan.device.name, plan.request.architecture.fingerprint),
         report.stage.value,
         predicted_bytes=plan.stage(report.stage).peak_bytes,
         measured_bytes=report.measured_peak_bytes,
     )
-
-
-def _calibration_store() -> CalibrationStore:
-    return CalibrationStore(Path(folder_paths.get_user_directory()) / "i2v_budget" / "calibration.json")
-
-
-def stage_ui(report: StageReport, notes: list[str]) -> dict[str, list[Any]]:
-    """What a stage node shows: the numbers for scripts, the line for people."""
     return {
         "i2v_stage": [
             {
@@ -175,5 +188,9 @@ def stage_ui(report: StageReport, notes: list[str]) -> dict[str, list[Any]]:
                 "seconds": report.seconds,
             }
         ],
-        "text": ["\n".join([str(report), *notes])],
+        "text": ["\n".join([str(report), *notes, *report.notes])],
     }
+
+
+def _calibration_store() -> CalibrationStore:
+    return CalibrationStore(Path(folder_paths.get_user_directory()) / "i2v_budget" / "calibration.json")

@@ -12,6 +12,7 @@ from ..i2v_core.families.preview import preview_frames
 
 _SIDE_PIXELS = 384
 _FRAME_MILLISECONDS = 125
+_MOST_FRAMES = 32
 
 
 class AnimatedPreview(Image.Image):
@@ -42,6 +43,28 @@ class AnimatedPreview(Image.Image):
     def for_host(self) -> tuple[str, Image.Image, None]:
         """As the host's progress bar takes a preview: format, picture, and no further resizing."""
         return ("JPEG", self, None)
+
+
+class FinishedFrames:
+    """Small copies of the frames that are done, for a preview; every other is dropped when there are too many."""
+
+    def __init__(self) -> None:
+        self._kept: list[Image.Image] = []
+        self._seen, self._every = 0, 1
+
+    def add(self, frames_FHWC: Tensor) -> None:
+        """Frames in 0…1."""
+        for frame_HWC in frames_FHWC:
+            if self._seen % self._every == 0:
+                small = Image.fromarray((frame_HWC * 255).byte().numpy())
+                small.thumbnail((_SIDE_PIXELS, _SIDE_PIXELS))
+                self._kept.append(small)
+            self._seen += 1
+            if len(self._kept) > _MOST_FRAMES:
+                self._kept, self._every = self._kept[::2], 2 * self._every
+
+    def preview(self) -> AnimatedPreview | None:
+        return AnimatedPreview(list(self._kept)) if self._kept else None
 
 
 def _enlarged(pixels_hw3: np.ndarray[Any, Any]) -> Image.Image:

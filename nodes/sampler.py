@@ -73,5 +73,4 @@ class ChunkedSampler(io.ComfyNode):
         settings = stages.SamplerSettings(steps=steps, cfg=cfg, seed=seed, scheduler=scheduler)
         with host.stage(Stage.SAMPLE, model, plan, conditioning.preview_factors) as (fitting, runtime, notes):
             samples, report = stages.sample(model, fitting, conditioning, settings, runtime)
-        host.learn(fitting, report)
-        return io.NodeOutput({"samples": samples}, ui=host.stage_ui(report, notes))
+        return io.NodeOutput({"samples": samples}, ui=host.concluded(report, notes))

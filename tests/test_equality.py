@@ -16,6 +16,7 @@ from i2v_core.families import Conditioning, I2VModel, Prompt, VideoSize, family_
 from i2v_core.memory.device import device_facts
 from i2v_core.placement.placed import placed
 from i2v_core.placement.precision import PRECISIONS
+from i2v_core.placement.storage import WeightStorage
 from i2v_core.planning.plan import Plan, SampleSettings
 from i2v_core.planning.planner import make_plan
 from i2v_core.planning.request import Budget, Request
@@ -54,6 +55,8 @@ WAYS = {
     ),
 }
 TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
+# What weights in 8 bits change, from what they must change at least to have been used.
+APPROXIMATE = [(WeightStorage.INT8, 1e-3, 2e-2), (WeightStorage.FP8, 5e-3, 5e-2)]
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +138,22 @@ def test_equals_the_models_own_forward(
     if settings.workspace_bytes is not None:
         passes = SETTINGS.steps if settings.batched_guidance else 2 * SETTINGS.steps
         assert pieces > 1.2 * LAYERS * passes, "the workspace should cut layers up"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("storage", "least", "most"), APPROXIMATE)
+def test_weights_in_8_bits_come_close_to_the_models_own_forward(
+    model: I2VModel,
+    plan: Plan,
+    conditioning: Conditioning,
+    plain: Callable[[str], Tensor],
+    storage: WeightStorage,
+    least: float,
+    most: float,
+    precision: str,
+    streamed: bool,
+) -> None:
+    settings = replace(WAYS["chunked"], compute_dtype=PRECISIONS[precision], weight_storage=storage, streamed=streamed)
+    result, _ = stages.sample(model, replace(plan, sample=settings), conditioning, SETTINGS, stages.Runtime(device=CPU))
+    assert least <= relative_rms(result, plain("fp32")) <= most

@@ -23,6 +23,7 @@ LayerKind = Literal[
     "temporal_transformer",
     "downsample",
     "out",
+    "band",
 ]
 
 
@@ -31,8 +32,9 @@ class LayerCall:
     """One call of one layer.
 
     `modules` hold all the weights that the call needs. `total` and `chunk_size` count frames (batch × frames) in
-    per-frame layers, pixels of the layer's resolution in temporal layers. `workspace_bytes` is the estimate of what
-    one chunk takes beside the layer's input and output; `whole` says that the layer's own forward runs, in one call.
+    per-frame layers, pixels of the layer's resolution in temporal layers, rows in bands. `workspace_bytes` is the
+    estimate of what one chunk takes beside the layer's input and output; `whole` says that the layer's own forward
+    runs, in one call.
     """
 
     kind: LayerKind
@@ -46,9 +48,10 @@ class LayerCall:
     def workspace_holds_result(self) -> bool:
         """Whether `workspace_bytes` counts the result too: that of a layer that runs in one go.
 
-        A temporal convolution in chunks has its scratch tensor beside its workspace even if there is one chunk only.
+        A temporal convolution in chunks has its scratch tensor beside its workspace even if there is one chunk only;
+        bands go to a map that was there before them.
         """
-        return self.whole or (self.chunk_size == self.total and self.kind != "temporal_conv")
+        return self.whole or (self.chunk_size == self.total and self.kind not in ("temporal_conv", "band"))
 
 
 class LayerRunner:
@@ -131,9 +134,15 @@ class Execution:
             whole=whole,
             workspace_bytes=whole_bytes if whole else max(size * unit_bytes, beforehand_bytes),
         )
+        with self.enter(call):
+            yield call
+
+    @contextmanager
+    def enter(self, call: LayerCall) -> Generator[None]:
+        """The runner's context around a call, announced by `on_chunk`."""
         with self.runner.enter(call):
             self.on_chunk()
-            yield call
+            yield
 
     def chunk_size(self, total: int, unit_bytes: int, *, smallest: int = 1, largest: int | None = None) -> int:
         """How many units, between `smallest` and `largest`, fit into the workspace at once.

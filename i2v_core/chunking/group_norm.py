@@ -14,6 +14,33 @@ from . import workspace
 from .execution import Execution
 
 
+class GroupMoments:
+    """Mean and biased variance (B, G) in fp32, of values that come a piece at a time.
+
+    Each piece has its own mean and centred second moment; they are merged as in Chan, Golub and LeVeque, "Updating
+    formulae and a pairwise algorithm for computing sample variances" (1979), so nothing large cancels.
+    """
+
+    def __init__(self, batch: int, groups: int, device: torch.device) -> None:
+        self.mean = self.variance = torch.zeros(batch, groups, device=device)
+        self._seen = 0
+
+    def add(self, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
+        """Merges the moments (B, G) of a further piece of `count` values a group."""
+        self._seen += count
+        share = count / self._seen
+        apart = mean - self.mean
+        self.mean = self.mean + share * apart
+        self.variance = self.variance.lerp(variance, share) + share * (1 - share) * apart.square()
+
+    def scale_and_shift(self, norm: nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `norm` makes of values with these moments: `values × scale + shift`, both (B, C) in fp32."""
+        width = norm.num_channels // norm.num_groups
+        scale = torch.rsqrt(self.variance + norm.eps).repeat_interleave(width, dim=1) * norm.weight.float()
+        shift = norm.bias.float() - self.mean.repeat_interleave(width, dim=1) * scale
+        return scale, shift
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelAffine:
     """A group normalisation whose statistics are known: `values × scale + shift`, both (B, 1, C, 1) in fp32."""
@@ -28,32 +55,20 @@ class ChannelAffine:
 
 def over_all_frames(execution: Execution, norm: nn.GroupNorm, values: torch.Tensor) -> ChannelAffine:
     """The first pass: `norm` for statistics over frames, height and width of `values` (B, F, C, P)."""
-    mean, variance = _group_moments(execution, values, norm.num_groups)
-    channels = values.shape[2]
-    rstd = torch.rsqrt(variance + norm.eps).repeat_interleave(channels // norm.num_groups, dim=1)
-    mean = mean.repeat_interleave(channels // norm.num_groups, dim=1)
-    scale = rstd * norm.weight.float()
-    shift = norm.bias.float() - mean * scale
+    scale, shift = _group_moments(execution, values, norm.num_groups).scale_and_shift(norm)
     return ChannelAffine(scale=scale[:, None, :, None], shift=shift[:, None, :, None])
 
 
-def _group_moments(execution: Execution, values: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance (B, G) in fp32.
-
-    Each piece of frames has its own mean and centred second moment; they are merged as in Chan, Golub and LeVeque,
-    "Updating formulae and a pairwise algorithm for computing sample variances" (1979), so nothing large cancels.
-    """
+def _group_moments(execution: Execution, values: torch.Tensor, groups: int) -> GroupMoments:
     batch, frames = values.shape[:2]
-    mean = variance = torch.zeros(batch, groups, device=values.device)
+    moments = GroupMoments(batch, groups, values.device)
     for piece in execution.pieces(frames, execution.chunk_size(frames, _frame_bytes(values))):
         grouped = values[:, piece].float().reshape(batch, piece.stop - piece.start, groups, -1)
-        piece_variance, piece_mean = torch.var_mean(grouped, dim=(1, 3), correction=0)
+        variance, mean = torch.var_mean(grouped, dim=(1, 3), correction=0)
+        count = grouped[:, :, 0].numel() // batch
         del grouped  # not beside the next piece's
-        share = (piece.stop - piece.start) / piece.stop
-        apart = piece_mean - mean
-        mean = mean + share * apart
-        variance = variance.lerp(piece_variance, share) + share * (1 - share) * apart.square()
-    return mean, variance
+        moments.add(mean, variance, count)
+    return moments
 
 
 def statistics_bytes(execution: Execution, values: torch.Tensor) -> int:

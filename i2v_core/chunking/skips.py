@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..memory.meter import host_memory
+from ..memory.parking import empty_parked, fetch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +20,7 @@ class Skip:
         """Some of its frames, on the device: a view, or a copy of what is parked."""
         if not self.parked:
             return self.tensor[frames]
-        source = self.tensor[frames]
-        return torch.empty_like(source, device=device).copy_(source, non_blocking=device.type == "cuda")
+        return fetch(self.tensor[frames], device)
 
 
 class Skips:
@@ -44,12 +43,5 @@ class Skips:
 
 def _parked(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in host memory. From CUDA it is asynchronous, in order with the other work of the stream."""
-    from_cuda = tensor.device.type == "cuda"
-    on_host = tensor.device.type in ("cpu", "meta")
-    with host_memory():
-        parked = torch.empty_like(
-            tensor,
-            device=tensor.device if on_host else "cpu",
-            pin_memory=from_cuda and torch.cuda.is_available(),  # fake CUDA tensors are found without CUDA as well
-        )
-    return parked.copy_(tensor, non_blocking=from_cuda)
+    parked = empty_parked(tuple(tensor.shape), tensor.dtype, tensor.device)
+    return parked.copy_(tensor, non_blocking=tensor.device.type == "cuda")

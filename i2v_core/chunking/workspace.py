@@ -100,8 +100,13 @@ def embeddings(
     itemsize: int,
 ) -> int:
     """Bytes of all embeddings, these themselves included: the embedding of time for every frame, and beside it either
-    the first convolution on the first frame's latent with its SiLU, or the context's parts and the context."""
-    convolving = 2 * conv_width * pixels
+    the convolutions of the first frame's latent, or the context's parts and the context.
+
+    The first convolution has its SiLU beside it, then what that is pooled to: 32 × 32 pixels whatever the latent's
+    size, which the second convolution makes a quarter of, of twice the width.
+    """
+    pooled = 32 * 32
+    convolving = conv_width * max(2 * pixels, pixels + pooled, pooled + 2 * pooled // 4)
     joining = (text_tokens + 2 * image_tokens) * context_width
     return (frames * width + batch * max(convolving, joining)) * itemsize
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import ModelFolderError
-from .base import WHOLE_FRAMES, Conditioning, DecodeTile, Family, Place, Prompt, TensorMap, Workload
+from .base import Conditioning, Family, Place, Placed, Prompt, TensorMap, Workload
 from .facts import FamilyFacts, LatentSize, VideoSize
 from .folder import read_json
 from .i2vgen_xl import I2VGenXL
@@ -43,15 +43,14 @@ def load_model(folder: Path) -> I2VModel:
 
 __all__ = [
     "FAMILIES",
-    "WHOLE_FRAMES",
     "Architecture",
     "Conditioning",
-    "DecodeTile",
     "Family",
     "FamilyFacts",
     "I2VModel",
     "LatentSize",
     "Place",
+    "Placed",
     "Prompt",
     "TensorMap",
     "VideoSize",

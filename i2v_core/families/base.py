@@ -6,7 +6,7 @@ Shape legend: B batch (guidance branches), C latent channels, T latent frames, F
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,30 @@ import torch
 from torch import Tensor, nn
 
 from ..chunking import ChunkSettings, LayerRunner
+from ..decoding import FramePieces
 from .facts import FamilyFacts, VideoSize
 from .model import Architecture, I2VModel
 
 TensorMap = Mapping[str, Tensor]
 
-# Puts one component on the device for as long as the context lasts, and yields it.
-Place = Callable[[str], AbstractContextManager[nn.Module]]
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Placed:
+    """A component that is ready to run on `device` in `dtype`, whichever its parameters are in between its calls.
+
+    `runner` brings in the weights of a component that was placed to run layer by layer.
+    """
+
+    module: Any
+    device: torch.device
+    dtype: torch.dtype
+    runner: LayerRunner
+
+
+class Place(Protocol):
+    """Makes a component ready to run for as long as the context lasts: by its own forward, or layer by layer."""
+
+    def __call__(self, component: str, *, by_layer: bool = False) -> AbstractContextManager[Placed]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,27 +69,17 @@ class Conditioning:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """One component's work within a stage. `run` takes the component, a device and a dtype, and makes its own inputs,
-    so that the same code can run on meta tensors, where its memory is predicted without weights. `passes` is how often
-    it runs, one after another; `depends_on_size` says whether the video's size matters to it.
+    """One component's work within a stage. `run` makes its own inputs, so that the same code can run on meta tensors,
+    where its memory is predicted without weights. `passes` is how often it runs, one after another; `depends_on_size`
+    says whether the video's size matters to it, `by_layer` whether it runs layer by layer.
     """
 
     name: str
     component: str
-    run: Callable[[Any, torch.device, torch.dtype], object]
+    run: Callable[[Placed], object]
     passes: int = 1
     depends_on_size: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeTile:
-    """A spatial tile of the decoder, in pixel space. `size_pixels` 0 means whole frames."""
-
-    size_pixels: int = 0
-    overlap_pixels: int = 0
-
-
-WHOLE_FRAMES = DecodeTile()
+    by_layer: bool = False
 
 
 class Family(Protocol):
@@ -107,18 +114,41 @@ class Family(Protocol):
         """Components that the model's own config wants in fp32 whatever the plan's precision."""
         ...
 
-    def encode_workloads(self, architecture: Architecture, size: VideoSize, guidance: bool) -> tuple[Workload, ...]: ...
+    def encode_workloads(
+        self, architecture: Architecture, size: VideoSize, guidance: bool, pieces: FramePieces
+    ) -> tuple[Workload, ...]: ...
 
     def denoise_workload(self, architecture: Architecture, size: VideoSize, branches: int) -> Workload: ...
 
-    def decode_workload(self, size: VideoSize, frames: int, tile: DecodeTile) -> Workload: ...
+    def decode_workload(self, size: VideoSize, pieces: FramePieces) -> Workload:
+        """One chunk of frames."""
+        ...
+
+    def cuts_frames(self, architecture: Architecture) -> bool:
+        """Whether the autoencoder can run in tiles with the result of whole frames."""
+        ...
 
     def encode(
-        self, model: I2VModel, prompt: Prompt, size: VideoSize, guidance: bool, place: Place
-    ) -> Conditioning: ...
+        self,
+        model: I2VModel,
+        prompt: Prompt,
+        size: VideoSize,
+        guidance: bool,
+        pieces: FramePieces,
+        place: Place,
+        on_chunk: Callable[[], None],
+    ) -> Conditioning:
+        """`pieces` are for the autoencoder, which takes the picture."""
+        ...
 
     def denoise(self, denoiser: nn.Module, latents_BCTHW: Tensor, timestep: Tensor, inputs: TensorMap) -> Tensor:
         """The denoiser's prediction, (B, C, T, H, W); what it predicts is the scheduler's to know."""
+        ...
+
+    def inputs_for_frames(self, inputs: TensorMap, frames: Tensor) -> TensorMap:
+        """A branch's inputs for a denoiser that is given these latent frames of the clip alone: their indices (t,),
+        rising, `facts.anchor_frames` first. What tells a frame its place in the clip must go on telling that.
+        """
         ...
 
     def chunked(
@@ -133,6 +163,21 @@ class Family(Protocol):
         """The sampler's latents as the host's LATENT: unscaled; frames on the batch axis for an image VAE."""
         ...
 
-    def decode(self, decoder: nn.Module, samples: Tensor, tile: DecodeTile) -> Tensor:
-        """A chunk of the host's LATENT samples as frames (F, H, W, 3) in 0…1, fp32, on the decoder's device."""
+    def decoded_frames(self, samples: Tensor) -> int:
+        """How many frames the host's LATENT samples decode to."""
+        ...
+
+    def decode(
+        self,
+        decoder: Placed,
+        samples: Tensor,
+        first_frame: int,
+        pieces: FramePieces,
+        on_chunk: Callable[[], None],
+    ) -> Iterator[Tensor]:
+        """Chunks of frames (f, H, W, 3) in 0…1, fp32, in host memory: in order, from `first_frame` on.
+
+        An image autoencoder takes up at any frame. A causal one runs again through the frames before, which fill its
+        cache, and does not give them out a second time.
+        """
         ...

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..memory.meter import host_memory
+from .base import Placed
 from .pictures import to_tensor
 
 logger = logging.getLogger(__name__)
@@ -60,10 +62,11 @@ def encode_text(text_encoder: nn.Module, token_ids: Tensor, clip_skip: int) -> T
     return body.final_layer_norm(hidden_states)
 
 
-def encode_picture(image_encoder: nn.Module, picture: Image.Image, wanted: VisionInput) -> Tensor:
+def encode_picture(image_encoder: Placed, picture: Image.Image, wanted: VisionInput) -> Tensor:
     """Projected image embedding (1, 1, D) of a square picture."""
-    parameter = next(image_encoder.parameters())
     resized = picture.resize((wanted.width_pixels, wanted.height_pixels), resample=Image.Resampling.BILINEAR)
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (wanted.mean, wanted.std))
-    pixels = ((to_tensor(resized) - mean) / std).to(parameter.device, parameter.dtype)
-    return image_encoder(pixels).image_embeds.unsqueeze(1)
+    with host_memory():
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (wanted.mean, wanted.std))
+        pixels = (to_tensor(resized) - mean) / std
+    on_device = torch.empty_like(pixels, device=image_encoder.device, dtype=image_encoder.dtype).copy_(pixels)
+    return image_encoder.module(on_device).image_embeds.unsqueeze(1)

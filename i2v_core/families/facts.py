@@ -38,13 +38,15 @@ class FamilyFacts:
     """Constants of one family.
 
     `size_multiple` is what width and height in pixels must be divisible by; frames must be
-    `temporal_compression`·k + 1 (any number where that is 1).
+    `temporal_compression`·k + 1 (any number where that is 1). `anchor_frames` are the clip's first latent frames that
+    the denoiser must see even where it is given a window of the others; None: it must see the whole clip.
     """
 
     name: str
     display_name: str
     spatial_compression: int
     temporal_compression: int
+    anchor_frames: int | None
     latent_channels: int
     size_multiple: int
     min_side_pixels: int
@@ -82,3 +84,6 @@ class FamilyFacts:
             latent_height=size.height_pixels // self.spatial_compression,
             latent_width=size.width_pixels // self.spatial_compression,
         )
+
+    def pixel_frames(self, latent_frames: int) -> int:
+        return (latent_frames - 1) * self.temporal_compression + 1

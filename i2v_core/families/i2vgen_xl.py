@@ -8,7 +8,7 @@ H/W pixel size, F frames in one decode, L tokens, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..chunking import ChunkSettings, LayerRunner, chunked
+from ..decoding import FramePieces, runs_in_bands
 from ..errors import ModelFolderError
+from ..memory.meter import host_memory
+from ..memory.parking import empty_parked
 from . import autoencoder_kl, clip
-from .base import Conditioning, DecodeTile, Place, Prompt, TensorMap, Workload
+from .base import Conditioning, Place, Placed, Prompt, TensorMap, Workload
 from .facts import FamilyFacts, VideoSize
 from .folder import ComponentSpec, check_folder, load_diffusers, load_transformers, pipeline_class, read_json
 from .model import Architecture, I2VModel
@@ -57,6 +60,7 @@ class I2VGenXL:
         display_name="I2VGen-XL",
         spatial_compression=8,
         temporal_compression=1,
+        anchor_frames=1,  # the picture's latents: the denoiser takes its context from the first frame that it is given
         latent_channels=4,
         size_multiple=8,
         min_side_pixels=64,
@@ -109,27 +113,30 @@ class I2VGenXL:
     def full_precision_components(self, architecture: Architecture) -> frozenset[str]:
         return frozenset({"vae"} if autoencoder_kl.wants_full_precision(architecture.config("vae")) else ())
 
-    def encode_workloads(self, architecture: Architecture, size: VideoSize, guidance: bool) -> tuple[Workload, ...]:
+    def encode_workloads(
+        self, architecture: Architecture, size: VideoSize, guidance: bool, pieces: FramePieces
+    ) -> tuple[Workload, ...]:
         wanted = clip.VisionInput.from_config(architecture.config("feature_extractor"))
         length = _text_length(architecture)
 
-        def text(module: Any, device: torch.device, _: torch.dtype) -> Tensor:
-            return clip.encode_text(module, torch.zeros(1, length, dtype=torch.long, device=device), _CLIP_SKIP)
+        def text(encoder: Placed) -> Tensor:
+            token_ids = torch.zeros(1, length, dtype=torch.long, device=encoder.device)
+            return clip.encode_text(encoder.module, token_ids, _CLIP_SKIP)
 
-        def picture(module: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-            pixels = torch.empty(1, 3, wanted.height_pixels, wanted.width_pixels, device=device, dtype=dtype)
-            return module(pixels).image_embeds
+        def picture(encoder: Placed) -> Tensor:
+            shape = (1, 3, wanted.height_pixels, wanted.width_pixels)
+            return encoder.module(torch.empty(shape, device=encoder.device, dtype=encoder.dtype)).image_embeds
 
-        def latents(module: Any, device: torch.device, _: torch.dtype) -> Tensor:
-            picture_13HW = torch.empty(1, 3, size.height_pixels, size.width_pixels, device=device)
-            return autoencoder_kl.encode_mode(module, picture_13HW)
+        def latents(vae: Placed) -> Tensor:
+            picture_13HW = empty_parked((1, 3, size.height_pixels, size.width_pixels), torch.float32, vae.device)
+            return autoencoder_kl.encode_mode(vae, picture_13HW, pieces, on_chunk=lambda: None)
 
         return (
             Workload(
                 name="prompt", component="text_encoder", run=text, passes=2 if guidance else 1, depends_on_size=False
             ),
             Workload(name="picture", component="image_encoder", run=picture, depends_on_size=False),
-            Workload(name="latents", component="vae", run=latents),
+            Workload(name="latents", component="vae", run=latents, by_layer=pieces.by_layer),
         )
 
     def denoise_workload(self, architecture: Architecture, size: VideoSize, branches: int) -> Workload:
@@ -137,35 +144,49 @@ class I2VGenXL:
         text_width = architecture.config("unet")["cross_attention_dim"]
         length = _text_length(architecture)
 
-        def denoise(module: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+        def denoise(unet: Placed) -> Tensor:
             def empty(*shape: int) -> Tensor:
-                return torch.empty(branches, *shape, device=device, dtype=dtype)
+                return torch.empty(branches, *shape, device=unet.device, dtype=unet.dtype)
 
             inputs = {
                 "encoder_hidden_states": empty(length, text_width),
                 "image_embeddings": empty(1, text_width),
                 "image_latents": empty(channels, frames, height, width),
-                "fps": torch.empty(branches, device=device),
+                "fps": torch.empty(branches, device=unet.device),
             }
             latents_BCThw = empty(channels, frames, height, width)
-            return self.denoise(module, latents_BCThw, torch.zeros((), device=device), inputs)
+            return self.denoise(unet.module, latents_BCThw, torch.zeros((), device=unet.device), inputs)
 
         return Workload(name="denoise", component=self.denoiser, run=denoise)
 
-    def decode_workload(self, size: VideoSize, frames: int, tile: DecodeTile) -> Workload:
+    def decode_workload(self, size: VideoSize, pieces: FramePieces) -> Workload:
         latent = self.facts.latent_size(size)
+        frames = min(pieces.chunk_size, size.frames)
 
-        def decode(module: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-            if tile.size_pixels:
-                return autoencoder_kl.decode_outline(module, (latent.latent_height, latent.latent_width), tile, dtype)
+        def decode(vae: Placed) -> Tensor:
             shape = (frames, latent.channels, latent.latent_height, latent.latent_width)
-            return self.decode(module, torch.empty(shape, device=device, dtype=dtype), tile)
+            return next(self.decode(vae, torch.empty(shape, device=vae.device), 0, pieces, on_chunk=lambda: None))
 
-        return Workload(name="decode", component=self.decoder, run=decode, passes=-(-size.frames // frames))
+        passes = -(-size.frames // frames)
+        return Workload(name="decode", component=self.decoder, run=decode, passes=passes, by_layer=pieces.by_layer)
 
-    def encode(self, model: I2VModel, prompt: Prompt, size: VideoSize, guidance: bool, place: Place) -> Conditioning:
-        picture = first_picture(prompt.image_FHWC)
-        fitted = cover(picture, size.width_pixels, size.height_pixels)
+    def cuts_frames(self, architecture: Architecture) -> bool:
+        return runs_in_bands(architecture.config("vae"))
+
+    def encode(
+        self,
+        model: I2VModel,
+        prompt: Prompt,
+        size: VideoSize,
+        guidance: bool,
+        pieces: FramePieces,
+        place: Place,
+        on_chunk: Callable[[], None],
+    ) -> Conditioning:
+        with host_memory():
+            picture = first_picture(prompt.image_FHWC)
+            fitted = cover(picture, size.width_pixels, size.height_pixels)
+            picture_13HW = to_tensor(fitted)
         with place("text_encoder") as text_encoder:
             text = _encode_text(text_encoder, model.tokenizer, prompt.text)
             negative_text = _encode_text(text_encoder, model.tokenizer, prompt.negative_text) if guidance else None
@@ -174,8 +195,8 @@ class I2VGenXL:
             square = cover(picture, size.width_pixels, size.width_pixels)
             wanted = clip.VisionInput.from_config(model.architecture.config("feature_extractor"))
             embeds = clip.encode_picture(image_encoder, square, wanted).float().cpu()
-        with place("vae") as vae:
-            latents_1Chw = autoencoder_kl.encode_mode(vae, to_tensor(fitted)).float().cpu()
+        with place("vae", by_layer=pieces.by_layer) as vae:
+            latents_1Chw = autoencoder_kl.encode_mode(vae, picture_13HW, pieces, on_chunk).cpu()
         shared = {
             "image_latents": _with_ramp(latents_1Chw, size.frames),
             "fps": torch.tensor([float(prompt.fps)]),
@@ -198,6 +219,10 @@ class I2VGenXL:
     def denoise(self, denoiser: nn.Module, latents_BCTHW: Tensor, timestep: Tensor, inputs: TensorMap) -> Tensor:
         return denoiser(latents_BCTHW, timestep, **inputs, return_dict=False)[0]
 
+    def inputs_for_frames(self, inputs: TensorMap, frames: Tensor) -> TensorMap:
+        """The picture's latents and the clip's own ramp: a frame keeps its plane i / (T − 1)."""
+        return {**inputs, "image_latents": inputs["image_latents"][:, :, frames]}
+
     def chunked(
         self, denoiser: nn.Module, settings: ChunkSettings, *, runner: LayerRunner, on_chunk: Callable[[], None]
     ) -> AbstractContextManager[None]:
@@ -206,8 +231,18 @@ class I2VGenXL:
     def latents_to_host(self, architecture: Architecture, latents_BCTHW: Tensor) -> Tensor:
         return latents_BCTHW[0].transpose(0, 1) / _scaling_factor(architecture)
 
-    def decode(self, decoder: nn.Module, samples: Tensor, tile: DecodeTile) -> Tensor:
-        return autoencoder_kl.decode_frames(decoder, samples, tile)
+    def decoded_frames(self, samples: Tensor) -> int:
+        return len(samples)
+
+    def decode(
+        self,
+        decoder: Placed,
+        samples: Tensor,
+        first_frame: int,
+        pieces: FramePieces,
+        on_chunk: Callable[[], None],
+    ) -> Iterator[Tensor]:
+        return autoencoder_kl.decode(decoder, samples[first_frame:], pieces, on_chunk)
 
 
 def _module_classes() -> Mapping[str, Any]:
@@ -224,9 +259,9 @@ def _module_classes() -> Mapping[str, Any]:
     }
 
 
-def _encode_text(text_encoder: nn.Module, tokenizer: Any, text: str) -> Tensor:
-    token_ids = clip.tokenize(tokenizer, text).to(next(text_encoder.parameters()).device)
-    return clip.encode_text(text_encoder, token_ids, _CLIP_SKIP).float().cpu()
+def _encode_text(text_encoder: Placed, tokenizer: Any, text: str) -> Tensor:
+    token_ids = clip.tokenize(tokenizer, text).to(text_encoder.device)
+    return clip.encode_text(text_encoder.module, token_ids, _CLIP_SKIP).float().cpu()
 
 
 def _with_ramp(latents_1Chw: Tensor, frames: int) -> Tensor:

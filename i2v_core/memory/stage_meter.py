@@ -25,12 +25,16 @@ class StageMeter(ABC):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._started_seconds = time.perf_counter()
+        self._since = time.perf_counter()
         self.seconds = 0.0
 
     @property
     @abstractmethod
     def peak_bytes(self) -> int: ...
+
+    @abstractmethod
+    def restart_peak(self) -> None:
+        """Forget the peak so far, of an attempt that failed."""
 
     @abstractmethod
     def log_step(self, step: int) -> None:
@@ -40,8 +44,17 @@ class StageMeter(ABC):
         """Counts a module's weights while they are in place, where placing them allocated nothing (on the CPU)."""
         return nullcontext()
 
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """While the context lasts, which must be in the thread of the stage, neither time nor storages count."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter()
+
     def stop(self) -> None:
-        self.seconds = time.perf_counter() - self._started_seconds
+        self.seconds += time.perf_counter() - self._since
 
 
 class CudaStageMeter(StageMeter):
@@ -55,6 +68,9 @@ class CudaStageMeter(StageMeter):
     @property
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated(self._device) - self._before_bytes
+
+    def restart_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
 
     def log_step(self, step: int) -> None:
         logger.debug(
@@ -77,8 +93,20 @@ class CountingStageMeter(StageMeter):
     def peak_bytes(self) -> int:
         return self._storages.peak_bytes
 
+    def restart_peak(self) -> None:
+        self._storages.reset_peak()
+
     def weights(self, module: nn.Module) -> AbstractContextManager[None]:
         return self._storages.counted(module)
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        with super().paused():
+            self._storages.__exit__(None, None, None)  # pyright: ignore[reportUnknownMemberType]
+            try:
+                yield
+            finally:
+                self._storages.__enter__()
 
     def log_step(self, step: int) -> None:
         logger.debug(

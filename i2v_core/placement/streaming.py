@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..chunking import LayerCall, LayerRunner
 from .staging import staged
+from .storage import StoredWeights, WeightStorage
 from .swap import all_tensors, own_tensors, swapped
 
 Modules = tuple[nn.Module, ...]
@@ -24,13 +25,15 @@ Modules = tuple[nn.Module, ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Arrival:
-    """The weights of one layer, on the device or on their way there: the module's tensors, and their copies.
+    """The weights of one layer, on the device or on their way there: the module's tensors, and their copies, which lie
+    as `weights` says.
 
     `event` is the CUDA event of the copies' end; None where they have ended already.
     """
 
     tensors: list[Tensor]
     copies: list[Tensor]
+    weights: StoredWeights
     event: Any
 
     def wait(self) -> None:
@@ -40,6 +43,9 @@ class _Arrival:
 
     def in_place(self) -> AbstractContextManager[None]:
         self.wait()
+        # One after another, so that what lay in 8 bits is given up at once: the host has it.
+        for index, tensor in enumerate(self.tensors):
+            self.copies[index] = self.weights.restored(tensor, self.copies[index])
         return swapped(self.tensors, self.copies)
 
 
@@ -49,9 +55,12 @@ class WeightStream(LayerRunner):
     `loaded_bytes` is the traffic so far: what has been copied to the device.
     """
 
-    def __init__(self, device: torch.device, tensors_of: Callable[[nn.Module], list[Tensor]]) -> None:
+    def __init__(
+        self, device: torch.device, weights: StoredWeights, tensors_of: Callable[[nn.Module], list[Tensor]]
+    ) -> None:
         self.loaded_bytes = 0
         self._device = device
+        self._weights = weights
         self._tensors_of = tensors_of
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._following: dict[Modules, Modules] = {}
@@ -91,19 +100,25 @@ class WeightStream(LayerRunner):
         if self._copy_stream is None:
             for tensor, on_device in zip(tensors, copies, strict=True):
                 on_device.copy_(tensor.data)
-            return _Arrival(tensors, copies, None)
+            return _Arrival(tensors, copies, self._weights, None)
         self._copy_stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copy_stream):
             for tensor, on_device in zip(tensors, copies, strict=True):
                 on_device.copy_(tensor.data, non_blocking=True)
-            return _Arrival(tensors, copies, self._copy_stream.record_event())
+            return _Arrival(tensors, copies, self._weights, self._copy_stream.record_event())
 
 
 @contextmanager
-def streamed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Generator[WeightStream]:
+def streamed(
+    module: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    storage: WeightStorage = WeightStorage.AS_COMPUTED,
+) -> Generator[WeightStream]:
     """For a module whose forward runs layer by layer through a `LayerRunner`: the runner that brings weights in."""
-    with staged(module, dtype, pinned=device.type == "cuda"):
-        stream = WeightStream(device, all_tensors)
+    weights = StoredWeights(module, device, dtype, storage)
+    with staged(module, weights, pinned=device.type == "cuda"):
+        stream = WeightStream(device, weights, all_tensors)
         try:
             yield stream
         finally:
@@ -113,8 +128,9 @@ def streamed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Gen
 @contextmanager
 def streamed_leaves(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Generator[WeightStream]:
     """For a module that runs as it is: hooks bring in every submodule's own weights around its call."""
-    with staged(module, dtype, pinned=device.type == "cuda"):
-        stream = WeightStream(device, own_tensors)
+    weights = StoredWeights(module, device, dtype, WeightStorage.AS_COMPUTED)
+    with staged(module, weights, pinned=device.type == "cuda"):
+        stream = WeightStream(device, weights, own_tensors)
         inside: dict[nn.Module, ExitStack] = {}
 
         def bring_in(owner: nn.Module, _: object) -> None:

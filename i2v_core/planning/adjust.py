@@ -1,17 +1,21 @@
-"""Changing a plan after it was made: for less free memory, or for a tile that the user sets."""
+"""Changing a plan after it was made: for less free memory, for a tile that the user sets, or after an out-of-memory."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from ..decoding import FramePieces
 from ..errors import BadInputError, DoesNotFitError
-from ..families import DecodeTile, family_of
+from ..families import family_of
 from ..units import format_gib
-from .candidates import TILE_OVERLAP, chunk_sizes
+from .frame_ways import Candidate, decode_ways, first_that_fits, with_maps_parked
 from .margin import needed_bytes
-from .plan import Plan, Stage
+from .plan import DecodeSettings, Plan, Stage, StagePrediction
 from .planner import make_plan
 from .predict import predict_decode
+
+LEAST_TILE_PIXELS = 32
+"""Smaller tiles would save nothing: what a layer holds beside its tile is more by then."""
 
 
 def refit(plan: Plan, stage: Stage, free_bytes: int) -> Plan:
@@ -27,42 +31,57 @@ def refit(plan: Plan, stage: Stage, free_bytes: int) -> Plan:
 
 
 def with_tile(plan: Plan, tile_pixels: int, overlap_pixels: int) -> Plan:
-    """The plan with the user's tile, each 0 meaning the plan's own; as many frames at once as fit.
+    """The plan with the user's tile for decode; 0 leaves it to the plan. What the layers pass on stays on the device as
+    far as it fits.
 
     Raises:
-        BadInputError: a tile or an overlap that cannot be.
+        BadInputError: a tile that cannot be, or an overlap, which exact tiles do not have.
         DoesNotFitError: one frame in such tiles does not fit the budget.
     """
-    facts, own = family_of(plan.request.architecture).facts, plan.decode.tile
-    size_pixels = tile_pixels or own.size_pixels
-    if not size_pixels:
+    facts = family_of(plan.request.architecture).facts
+    if overlap_pixels:
         raise BadInputError(
-            f"an overlap of {overlap_pixels} pixels needs tiles, and the plan decodes whole frames",
-            "set a tile size too, or set the overlap to 0",
+            f"an overlap of {overlap_pixels} pixels has no use: {facts.display_name} is decoded with no seams to blend",
+            "set the overlap to 0",
         )
-    least_pixels = 8 * facts.spatial_compression
-    if size_pixels % facts.spatial_compression or size_pixels < least_pixels:
+    if not tile_pixels:
+        return plan
+    if tile_pixels < LEAST_TILE_PIXELS:
         raise BadInputError(
-            f"a tile of {size_pixels} pixels is not possible",
-            f"use a multiple of {facts.spatial_compression}, at least {least_pixels}, or 0",
+            f"a tile of {tile_pixels} pixels is too small", f"use at least {LEAST_TILE_PIXELS} pixels, or 0"
         )
-    overlap = overlap_pixels or int(size_pixels * TILE_OVERLAP)
-    if overlap > size_pixels // 2:
-        raise BadInputError(
-            f"an overlap of {overlap} pixels is more than half of a tile of {size_pixels}",
-            f"use at most {size_pixels // 2}",
+    whole = FramePieces(chunk_size=1, tile_pixels=tile_pixels)
+    ways = [replace(plan.decode, frames=pieces) for pieces in (whole, *with_maps_parked(whole))]
+    found = first_that_fits(ways, lambda it: _predicted(plan, it), lambda it: _fits(plan, it))
+    if found is None:
+        needed = needed_bytes(_predicted(plan, ways[-1]), plan.device)
+        raise DoesNotFitError(
+            f"decode in tiles of {tile_pixels} pixels needs {format_gib(needed)}, and "
+            f"{format_gib(plan.budget.usable_bytes)} can be used",
+            "use a smaller tile, or 0 for the plan's own",
         )
-    tile = DecodeTile(size_pixels=size_pixels, overlap_pixels=overlap)
-    needed = 0
-    for chunk_size in chunk_sizes(plan.request):
-        settings = replace(plan.decode, chunk_size=chunk_size, tile=tile)
-        prediction = predict_decode(plan.request, settings, plan.sample.compute_dtype)
-        needed = needed_bytes(prediction, plan.device)
-        if needed <= plan.budget.usable_bytes:
-            stages = tuple(prediction if old.stage is Stage.DECODE else old for old in plan.stages)
-            return replace(plan, decode=settings, stages=stages)
-    raise DoesNotFitError(
-        f"decode in tiles of {size_pixels} pixels needs {format_gib(needed)}, and "
-        f"{format_gib(plan.budget.usable_bytes)} can be used",
-        "use a smaller tile, or 0 for the plan's own",
-    )
+    return _with_decode(plan, found)
+
+
+def thriftier_decode(plan: Plan) -> Plan | None:
+    """The plan with the next way to decode that takes less of the device; None where there is none."""
+    peak_bytes = plan.stage(Stage.DECODE).peak_bytes
+    for way in (way for group in decode_ways(plan.request) for way in group):
+        prediction = _predicted(plan, way)
+        if prediction.peak_bytes < peak_bytes and plan.budget.host_allows(prediction.host_bytes):
+            return _with_decode(plan, Candidate(way, prediction))
+    return None
+
+
+def _predicted(plan: Plan, settings: DecodeSettings) -> StagePrediction:
+    return predict_decode(plan.request, settings, plan.sample.compute_dtype)
+
+
+def _fits(plan: Plan, prediction: StagePrediction) -> bool:
+    needed = needed_bytes(prediction, plan.device)
+    return needed <= plan.budget.usable_bytes and plan.budget.host_allows(prediction.host_bytes)
+
+
+def _with_decode(plan: Plan, way: Candidate[DecodeSettings, StagePrediction]) -> Plan:
+    stages = tuple(way.prediction if old.stage is Stage.DECODE else old for old in plan.stages)
+    return replace(plan, decode=way.settings, stages=stages)

@@ -7,7 +7,7 @@ streaming at best hides behind the arithmetic, and published measurements of suc
 
 from __future__ import annotations
 
-from .plan import DecodeSettings, SamplePrediction, SampleSettings
+from .plan import SamplePrediction, SampleSettings
 from .request import Request
 
 WEIGHT_PASS = 0.05
@@ -17,11 +17,6 @@ WEIGHT_PASS = 0.05
 _CALLS_AGAIN = 0.01
 # Skip connections to host memory and back.
 _PARKED_SKIPS = 0.10
-
-# Any exact way comes before one that changes the result.
-_APPROXIMATE = 100.0
-# Decoding: each further chunk of frames is one more round of launches; a tile decodes its overlap twice.
-_DECODE_CHUNK = 0.002
 
 
 def sample_cost(request: Request, settings: SampleSettings, prediction: SamplePrediction) -> float:
@@ -40,13 +35,3 @@ def _cost(request: Request, settings: SampleSettings, calls: float) -> float:
 def least_sample_cost(request: Request, way: SampleSettings) -> float:
     """What these settings cost at least, whatever the workspace: each layer called once a pass."""
     return _cost(request, way, calls=1 if way.batched_guidance else request.branches)
-
-
-def decode_cost(request: Request, settings: DecodeSettings) -> float:
-    """Time of a decode over the plain run's, minus one."""
-    chunks = -(-request.size.frames // settings.chunk_size)
-    cost = _DECODE_CHUNK * (chunks - 1) + (WEIGHT_PASS * chunks if settings.streamed else 0)
-    tile = settings.tile
-    if tile.size_pixels:
-        cost += _APPROXIMATE + (tile.size_pixels / (tile.size_pixels - tile.overlap_pixels)) ** 2 - 1
-    return cost

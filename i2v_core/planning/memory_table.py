@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..decoding import ONE_WHOLE_FRAME
 from ..families import Architecture, VideoSize, family_of
 from ..units import MIB
 from .plan import DecodeSettings, SampleSettings
@@ -65,7 +66,7 @@ def _row(request: Request, dtype: torch.dtype) -> MemoryRow:
         stock_bytes=_stock_bytes(request, dtype),
         resident_bytes=sample_bytes(streamed=False),
         streamed_bytes=sample_bytes(streamed=True),
-        decode_bytes=predict_decode(request, DecodeSettings(chunk_size=1), dtype).peak_bytes,
+        decode_bytes=predict_decode(request, DecodeSettings(frames=ONE_WHOLE_FRAME), dtype).peak_bytes,
     )
 
 

@@ -16,13 +16,15 @@ from .request import Request
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Nearest:
     """What would fit: the same video shorter, or smaller (None: not even the least of it), or with more budget, or with
-    so much free host memory (None: more of that would not help).
+    so much free host memory (None: more of that would not help), or approximately, such as with `fp8 weights` (None:
+    that is allowed already, or would not help).
     """
 
     shorter: VideoSize | None
     smaller: VideoSize | None
     budget_bytes: int
     host_bytes: int | None = None
+    approximation: str | None = None
 
     def __str__(self) -> str:
         ways = [f"{self.shorter.frames} frames"] if self.shorter else []
@@ -31,6 +33,8 @@ class Nearest:
         ways.append(f"a budget of {-(-self.budget_bytes * 100 // GIB) / 100:.2f} GiB")
         if self.host_bytes is not None:
             ways.append(f"{format_gib(self.host_bytes)} of free host memory")
+        if self.approximation is not None:
+            ways.append(f"allow approximate plans ({self.approximation})")
         return "use " + ", or ".join(ways)
 
     def as_dict(self) -> dict[str, Any]:
@@ -40,6 +44,7 @@ class Nearest:
             "height": self.smaller.height_pixels if self.smaller else None,
             "budget_bytes": self.budget_bytes,
             "host_bytes": self.host_bytes,
+            "approximation": self.approximation,
         }
 
 
@@ -52,8 +57,15 @@ class NothingFitsError(DoesNotFitError):
         self.nearest = nearest
 
 
-def nearest(request: Request, *, budget_bytes: int, host_bytes: int | None, fits: Callable[[Request], bool]) -> Nearest:
-    """`fits` must be monotonic in frames and in size; `budget_bytes` and `host_bytes` are what the request needs."""
+def nearest(
+    request: Request,
+    *,
+    budget_bytes: int,
+    host_bytes: int | None,
+    approximation: str | None,
+    fits: Callable[[Request], bool],
+) -> Nearest:
+    """`fits` must be monotonic in frames and in size; the others are what the request needs, as in `Nearest`."""
 
     def largest(sizes: list[VideoSize]) -> VideoSize | None:
         return _last_that(sizes, lambda size: fits(replace(request, size=size)))
@@ -63,6 +75,7 @@ def nearest(request: Request, *, budget_bytes: int, host_bytes: int | None, fits
         smaller=largest(_smaller(request)),
         budget_bytes=budget_bytes,
         host_bytes=host_bytes,
+        approximation=approximation,
     )
 
 

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 
 from ..chunking import ChunkSettings
+from ..decoding import ONE_WHOLE_FRAME, FramePieces
 from ..errors import PlanMismatchError
-from ..families import WHOLE_FRAMES, Architecture, DecodeTile
+from ..families import Architecture
 from ..memory.device import DeviceFacts
 from ..placement.precision import precision_name
+from ..placement.storage import WeightStorage
+from ..sampling.context import ContextWindows
 from .request import Budget, Request
 
 
@@ -56,9 +59,14 @@ class SamplePrediction(StagePrediction):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeSettings:
-    """How the encoders run; `streamed`: their weights come in leaf by leaf."""
+    """How the encoders run.
+
+    `streamed`: their weights come in leaf by leaf, or layer by layer where `picture` has tiles. `picture`: how the
+    autoencoder takes the picture.
+    """
 
     streamed: bool = False
+    picture: FramePieces = ONE_WHOLE_FRAME
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +74,9 @@ class SampleSettings:
     """How the denoiser runs.
 
     `workspace_bytes` None: layers run whole; else no layer call takes more than that. `streamed`: weights come in
-    layer by layer. `park_skips`: skip connections wait in host memory.
+    layer by layer. `park_skips`: skip connections wait in host memory. `weight_storage`: what the weights lie in, on
+    the device or where they stream from, between the calls of their layer; in 8 bits the result is approximate.
+    `context`: the denoiser sees windows of the clip, which is approximate too; None: all of it.
     """
 
     compute_dtype: torch.dtype
@@ -74,6 +84,8 @@ class SampleSettings:
     workspace_bytes: int | None = None
     streamed: bool = False
     park_skips: bool = False
+    weight_storage: WeightStorage = WeightStorage.AS_COMPUTED
+    context: ContextWindows | None = None
 
     @property
     def chunk_settings(self) -> ChunkSettings:
@@ -83,10 +95,9 @@ class SampleSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeSettings:
-    """How latents become frames: `chunk_size` at once, whole or in spatial tiles; weights in place or streamed."""
+    """How latents become frames. `streamed`: weights come in leaf by leaf, or layer by layer where there are tiles."""
 
-    chunk_size: int
-    tile: DecodeTile = WHOLE_FRAMES
+    frames: FramePieces
     streamed: bool = False
 
 
@@ -153,10 +164,14 @@ class Plan:
                 if settings.streamed
             ],
             "park_skips": self.sample.park_skips,
+            "weight_storage": self.sample.weight_storage.value,
+            "context_length": self.sample.context.context_length if self.sample.context else None,
+            "context_overlap": self.sample.context.context_overlap if self.sample.context else None,
             "chunk_size": self.chunk_size,
-            "decode_chunk_size": self.decode.chunk_size,
-            "tile_size": self.decode.tile.size_pixels,
-            "overlap": self.decode.tile.overlap_pixels,
+            "encode_tile_size": self.encode.picture.tile_pixels,
+            "decode_chunk_size": self.decode.frames.chunk_size,
+            "tile_size": self.decode.frames.tile_pixels,
+            "maps_bytes": self.decode.frames.maps_bytes,
             "usable_bytes": self.budget.usable_bytes,
             "stages": [
                 {

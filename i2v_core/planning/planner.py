@@ -6,12 +6,17 @@ margin, is within the budget, the cheapest by the cost model (`cost`) is taken, 
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
+
 import torch
 
 from ..families import family_of
 from ..memory.device import DeviceFacts
 from ..units import format_gib
-from .candidates import cheapest_decode, cheapest_encode, cheapest_sample, thriftiest
+from .approximations import Approximation, approximations
+from .candidates import cheapest_sample, thriftiest
+from .frame_ways import cheapest_decode, cheapest_encode
 from .margin import needed_bytes
 from .nearest import NothingFitsError, nearest
 from .plan import Plan, StagePrediction
@@ -25,11 +30,19 @@ def make_plan(request: Request, budget: Budget, device: DeviceFacts) -> Plan:
     Raises:
         NothingFitsError: nothing fits; it names the nearest requests and budgets that would.
     """
-    for dtype in request.precisions(device.precisions):
-        plan = _plan_in(request, budget, device, dtype)
+    plan = _find(request, budget, device)
+    if plan is None:
+        raise _refusal(request, budget, device)
+    return plan
+
+
+def _find(request: Request, budget: Budget, device: DeviceFacts) -> Plan | None:
+    """An exact plan in any of the precisions before an approximate one in the best."""
+    for approximation, dtype in product(approximations(request), request.precisions(device.precisions)):
+        plan = _plan_in(request, budget, device, dtype, approximation)
         if plan is not None:
             return plan
-    raise _refusal(request, budget, device)
+    return None
 
 
 def _refusal(request: Request, budget: Budget, device: DeviceFacts) -> NothingFitsError:
@@ -47,6 +60,7 @@ def _refusal(request: Request, budget: Budget, device: DeviceFacts) -> NothingFi
         request,
         budget_bytes=needed + budget.reserve_bytes,
         host_bytes=host_bytes,
+        approximation=_approximation_that_would_do(request, budget, device),
         fits=lambda other: fits(other, budget, device),
     )
     return NothingFitsError(problem, least, near)
@@ -61,6 +75,14 @@ def _host_bytes_that_would_do(request: Request, budget: Budget, device: DeviceFa
         if all(needed_bytes(stage, device) <= budget.usable_bytes for stage in stages):
             return max(stage.host_bytes for stage in stages)
     return None
+
+
+def _approximation_that_would_do(request: Request, budget: Budget, device: DeviceFacts) -> str | None:
+    """What the request would give up to fit as it is, if it allowed that; None where even that does not do."""
+    if request.allow_approximate:
+        return None
+    plan = _find(replace(request, allow_approximate=True), budget, device)
+    return None if plan is None else str(Approximation.of(plan.sample))
 
 
 def fits(request: Request, budget: Budget, device: DeviceFacts) -> bool:
@@ -82,14 +104,18 @@ def _fits(prediction: StagePrediction, budget: Budget, device: DeviceFacts) -> b
     return needed_bytes(prediction, device) <= budget.usable_bytes and budget.host_allows(prediction.host_bytes)
 
 
-def _plan_in(request: Request, budget: Budget, device: DeviceFacts, dtype: torch.dtype) -> Plan | None:
+def _plan_in(
+    request: Request, budget: Budget, device: DeviceFacts, dtype: torch.dtype, approximation: Approximation
+) -> Plan | None:
     def fit(prediction: StagePrediction) -> bool:
         return _fits(prediction, budget, device)
 
     encode = cheapest_encode(request, dtype, fit)
-    sample = cheapest_sample(request, dtype, fit)
     decode = cheapest_decode(request, dtype, fit)
-    if encode is None or sample is None or decode is None:
+    if encode is None or decode is None:
+        return None
+    sample = cheapest_sample(request, dtype, fit, approximation)
+    if sample is None:
         return None
     stages = (encode.prediction, sample.prediction, decode.prediction)
     return Plan(

@@ -7,11 +7,15 @@ from functools import lru_cache
 from math import prod
 
 import torch
+from torch import nn
 
+from ..decoding import ONE_WHOLE_FRAME
 from ..families import Architecture, VideoSize, Workload, family_of
+from ..placement.storage import WeightStorage
 from .plan import DecodeSettings, EncodeSettings, SamplePrediction, SampleSettings, Stage, StagePrediction
 from .request import Request
-from .trace import activation_bytes, skeleton, streamed_bytes, trace_denoiser, weights_bytes
+from .trace import activation_bytes, skeleton, streamed_bytes, trace_bands, trace_denoiser, weights_bytes
+from .weights import denoiser_weights, highest_moment
 
 # Copies of the latents in fp32 that the loop and the scheduler hold beside the denoiser's own tensors: the state, the
 # model's input, two predictions, and two old outputs of a multistep scheduler.
@@ -29,10 +33,11 @@ def predict_encode(request: Request, settings: EncodeSettings, compute_dtype: to
             request.size if workload.depends_on_size else family.facts.default_size,
             request.guidance,
             workload.name,
-            settings,
+            # What does not depend on the pieces is predicted once for all pieces.
+            settings if workload.by_layer else replace(settings, picture=ONE_WHOLE_FRAME),
             compute_dtype,
         )
-        for workload in family.encode_workloads(architecture, request.size, request.guidance)
+        for workload in family.encode_workloads(architecture, request.size, request.guidance, settings.picture)
     ]
     return max(predictions, key=lambda prediction: prediction.peak_bytes)
 
@@ -46,7 +51,7 @@ def _predict_encoder(
     settings: EncodeSettings,
     compute_dtype: torch.dtype,
 ) -> StagePrediction:
-    workloads = family_of(architecture).encode_workloads(architecture, size, guidance)
+    workloads = family_of(architecture).encode_workloads(architecture, size, guidance, settings.picture)
     workload = next(workload for workload in workloads if workload.name == name)
     return _predict(Stage.ENCODE, architecture, workload, compute_dtype, streamed=settings.streamed)
 
@@ -55,24 +60,26 @@ def predict_sample(request: Request, settings: SampleSettings) -> SamplePredicti
     """The denoiser's layer calls decide: with all its weights in place, or with those of a call and of the next."""
     architecture = request.architecture
     family = family_of(architecture)
+    facts, latent = family.facts, family.facts.latent_size(request.size)
     branches = request.branches if settings.batched_guidance else 1
-    trace = trace_denoiser(architecture, request.size, branches, settings.compute_dtype, settings.chunk_settings)
-    calls, all_bytes = trace.calls, weights_bytes(architecture, family.denoiser, settings.compute_dtype)
-    if settings.streamed:
-        following = (*calls[1:], calls[0])
-        in_place = [call.weights_bytes + after.weights_bytes for call, after in zip(calls, following, strict=True)]
-    else:
-        in_place = [all_bytes] * len(calls)
-    call, in_place_bytes = max(zip(calls, in_place, strict=True), key=lambda pair: pair[0].activation_bytes + pair[1])
-    latent_bytes = prod(family.facts.latent_size(request.size).shape_bcthw) * torch.float32.itemsize
+    windows = 1 if settings.context is None else settings.context.count(latent.latent_frames, facts.anchor_frames)
+    seen_frames = latent.latent_frames if settings.context is None or windows == 1 else settings.context.context_length
+    size = replace(request.size, frames=facts.pixel_frames(seen_frames))
+    trace = trace_denoiser(architecture, size, branches, settings.compute_dtype, settings.chunk_settings)
+    calls = trace.calls
+    weights = denoiser_weights(trace.module, settings.weight_storage, tuple(call.modules for call in calls))
+    highest = highest_moment(calls, weights, streamed=settings.streamed)
+    latent_bytes = prod(latent.shape_bcthw) * torch.float32.itemsize
+    # Beside a window's own inputs there are those of the clip, and the blended prediction.
+    blending_bytes = (request.branches + branches) * latent_bytes if windows > 1 else 0
     frames_at_once = [call.chunk_size // branches for call in calls if call.kind in ("resnet", "transformer")]
     return SamplePrediction(
         stage=Stage.SAMPLE,
-        weights_bytes=in_place_bytes,
-        activation_bytes=call.activation_bytes + _LATENT_COPIES * latent_bytes,
-        host_bytes=trace.parked_bytes + (all_bytes if settings.streamed else 0),
+        weights_bytes=highest.weights_bytes,
+        activation_bytes=highest.activation_bytes + _LATENT_COPIES * latent_bytes + blending_bytes,
+        host_bytes=trace.parked_bytes + (weights.lying_bytes if settings.streamed else 0),
         chunk_size=max(1, min(frames_at_once)),
-        layer_calls=sum(call.pieces for call in calls) * (request.branches // branches),
+        layer_calls=sum(call.pieces for call in calls) * (request.branches // branches) * windows,
         layers=len(calls),
     )
 
@@ -88,7 +95,7 @@ def predict_decode(request: Request, settings: DecodeSettings, compute_dtype: to
 def _predict_decoder(
     architecture: Architecture, size: VideoSize, settings: DecodeSettings, compute_dtype: torch.dtype
 ) -> StagePrediction:
-    workload = family_of(architecture).decode_workload(size, settings.chunk_size, settings.tile)
+    workload = family_of(architecture).decode_workload(size, settings.frames)
     return _predict(Stage.DECODE, architecture, workload, compute_dtype, streamed=settings.streamed)
 
 
@@ -103,6 +110,8 @@ def _predict(
 ) -> StagePrediction:
     dtype = component_dtype(architecture, workload.component, compute_dtype)
     module = skeleton(architecture, workload.component, dtype)
+    if workload.by_layer:
+        return _predict_by_layer(stage, module, workload, dtype, streamed=streamed)
     all_bytes = weights_bytes(architecture, workload.component, dtype)
     return StagePrediction(
         stage=stage,
@@ -111,4 +120,18 @@ def _predict(
         else all_bytes,
         activation_bytes=activation_bytes(module, workload, dtype),
         host_bytes=all_bytes if streamed else 0,
+    )
+
+
+def _predict_by_layer(
+    stage: Stage, module: nn.Module, workload: Workload, dtype: torch.dtype, *, streamed: bool
+) -> StagePrediction:
+    trace = trace_bands(module, workload, dtype)
+    weights = denoiser_weights(module, WeightStorage.AS_COMPUTED, tuple(call.modules for call in trace.calls))
+    highest = highest_moment(trace.calls, weights, streamed=streamed)
+    return StagePrediction(
+        stage=stage,
+        weights_bytes=highest.weights_bytes,
+        activation_bytes=highest.activation_bytes,
+        host_bytes=trace.parked_bytes + (weights.lying_bytes if streamed else 0),
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..decoding import FramePieces
 from ..families import family_of
 from ..placement.precision import AUTO, precision_name
+from ..placement.storage import WeightStorage
 from ..units import format_gib
 from .margin import expected_bytes, uncertainty_bytes
 from .plan import DecodeSettings, EncodeSettings, Plan, SampleSettings, StagePrediction
@@ -53,12 +55,13 @@ def plan_reasons(
         reasons.append(f"weights come from host memory layer by layer for: {', '.join(streamed)}")
     if sample.park_skips:
         reasons.append("skip connections wait in host memory")
-    reasons.append(f"decode takes {decode.chunk_size} of {request.size.frames} frames at once")
-    if decode.tile.size_pixels:
-        reasons.append(
-            f"decode is tiled at {decode.tile.size_pixels} pixels with blended borders of "
-            f"{decode.tile.overlap_pixels}: close to, but not exactly, the whole frame's result"
-        )
+    reasons += _approximation_reasons(sample)
+    if encode.picture.by_layer:
+        reasons.append(f"the picture is encoded {_tiled(encode.picture)}")
+    if decode.frames.by_layer:
+        reasons.append(f"decode takes a frame at a time, {_tiled(decode.frames)}")
+    else:
+        reasons.append(f"decode takes {decode.frames.chunk_size} of {request.size.frames} frames at once")
     if budget.host_free_bytes is not None:
         host_bytes = max(stage.host_bytes for stage in stages)
         reasons.append(f"of host memory {format_gib(host_bytes)} of {format_gib(budget.host_free_bytes)} is taken")
@@ -91,3 +94,24 @@ def _guidance_reason(request: Request, sample: SampleSettings) -> str:
     if sample.batched_guidance:
         return "guidance takes both branches in one denoiser pass"
     return "guidance takes two denoiser passes a step, with half the activations of one"
+
+
+def _approximation_reasons(sample: SampleSettings) -> list[str]:
+    reasons: list[str] = []
+    if sample.weight_storage is not WeightStorage.AS_COMPUTED:
+        reasons.append(
+            f"no exact way fits, so the denoiser's weights lie in {sample.weight_storage.value} and come to "
+            f"{precision_name(sample.compute_dtype)} for each layer: close to, but not exactly, the exact result"
+        )
+    if (context := sample.context) is not None:
+        reasons.append(
+            f"no exact way fits, so the denoiser sees windows of {context.context_length} latent frames, blended where "
+            f"they share {context.context_overlap}: frames are close to, but not exactly, the exact ones, and movement "
+            "may differ"
+        )
+    return reasons
+
+
+def _tiled(pieces: FramePieces) -> str:
+    where = "" if pieces.maps_bytes is None else f", of which {format_gib(pieces.maps_bytes)} stay on the device"
+    return f"layer by layer in tiles of {pieces.tile_pixels} pixels squared{where}, with the same result"

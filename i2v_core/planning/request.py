@@ -14,12 +14,16 @@ from ..units import format_gib
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One video of one model. Raises `BadInputError` for what no budget could make."""
+    """One video of one model. Raises `BadInputError` for what no budget could make.
+
+    `allow_approximate`: where no exact way fits, one whose result is close to the exact one may be taken.
+    """
 
     architecture: Architecture
     size: VideoSize
     guidance: bool = True
     precision: str = AUTO
+    allow_approximate: bool = False
 
     def __post_init__(self) -> None:
         family_of(self.architecture).facts.check(self.size)

@@ -10,8 +10,9 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from ..chunking import ChunkSettings, LayerCall, LayerKind, Outline
-from ..families import Architecture, VideoSize, Workload, family_of
+from ..chunking import ChunkSettings, LayerCall, LayerKind, LayerRunner, Outline
+from ..decoding import ONE_WHOLE_FRAME
+from ..families import Architecture, Placed, VideoSize, Workload, family_of
 from ..memory.meter import StorageMeter, fused_attention, rounded_bytes
 from ..placement.swap import all_tensors, own_tensors
 
@@ -36,12 +37,11 @@ def weights_bytes(architecture: Architecture, component: str, dtype: torch.dtype
 def loaded_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
     """Bytes that the model takes of host memory once loaded, if its weights are stored in `dtype`."""
     family = family_of(architecture)
-    workloads = family.encode_workloads(architecture, family.facts.default_size, guidance=True)
+    workloads = family.encode_workloads(architecture, family.facts.default_size, guidance=True, pieces=ONE_WHOLE_FRAME)
     components = {family.denoiser, family.decoder, *(workload.component for workload in workloads)}
     return sum(weights_bytes(architecture, component, dtype) for component in components)
 
 
-@lru_cache(maxsize=4096)
 def _module_bytes(module: nn.Module) -> int:
     return sum(rounded_bytes(tensor.nbytes) for tensor in all_tensors(module))
 
@@ -51,20 +51,22 @@ class TracedCall:
     """One layer call of a traced forward.
 
     `activation_bytes` is what is live at its peak, everything that waits outside the layer included, weights left out;
-    `weights_bytes` are the layer's own weights.
+    `before_bytes` is what is live when it begins. `modules` hold its weights.
     """
 
     kind: LayerKind
     chunk_size: int
     pieces: int
+    before_bytes: int
     activation_bytes: int
-    weights_bytes: int
+    modules: tuple[nn.Module, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DenoiserTrace:
-    """The layer calls of one denoiser pass, in their order, and the bytes of skip connections parked in host memory."""
+class LayerTrace:
+    """The layer calls of one pass of `module`, in order, and the bytes parked in host memory."""
 
+    module: nn.Module
     calls: tuple[TracedCall, ...]
     parked_bytes: int
 
@@ -72,7 +74,7 @@ class DenoiserTrace:
 @lru_cache(maxsize=1024)
 def trace_denoiser(
     architecture: Architecture, size: VideoSize, branches: int, dtype: torch.dtype, settings: ChunkSettings
-) -> DenoiserTrace:
+) -> LayerTrace:
     """One denoiser pass in outline."""
     family = family_of(architecture)
     module = skeleton(architecture, family.denoiser, dtype)
@@ -80,8 +82,8 @@ def trace_denoiser(
     with tracing() as meter:
         tracer = _CallTracer(meter)
         with family.chunked(module, settings, runner=tracer, on_chunk=lambda: None):
-            workload.run(module, META, dtype)
-    return DenoiserTrace(calls=tuple(tracer.calls), parked_bytes=meter.host_peak_bytes)
+            workload.run(_on_meta(module, dtype, tracer))
+    return LayerTrace(module=module, calls=tuple(tracer.calls), parked_bytes=meter.host_peak_bytes)
 
 
 class _CallTracer(Outline):
@@ -101,8 +103,9 @@ class _CallTracer(Outline):
                 kind=call.kind,
                 chunk_size=call.chunk_size,
                 pieces=-(-call.total // call.chunk_size),
+                before_bytes=before_bytes,
                 activation_bytes=around_bytes + call.workspace_bytes,
-                weights_bytes=sum(_module_bytes(module) for module in call.modules),
+                modules=call.modules,
             )
         )
 
@@ -121,8 +124,20 @@ def streamed_bytes(architecture: Architecture, component: str, dtype: torch.dtyp
 def activation_bytes(module: nn.Module, workload: Workload, dtype: torch.dtype) -> int:
     """Peak bytes of live tensors, weights left out, while the workload runs on the skeleton `module`."""
     with tracing() as meter:
-        workload.run(module, META, dtype)
+        workload.run(_on_meta(module, dtype, LayerRunner()))
     return meter.peak_bytes
+
+
+def trace_bands(module: nn.Module, workload: Workload, dtype: torch.dtype) -> LayerTrace:
+    """An autoencoder's workload that runs layer by layer, in outline."""
+    with tracing() as meter:
+        tracer = _CallTracer(meter)
+        workload.run(_on_meta(module, dtype, tracer))
+    return LayerTrace(module=module, calls=tuple(tracer.calls), parked_bytes=meter.host_peak_bytes)
+
+
+def _on_meta(module: nn.Module, dtype: torch.dtype, runner: LayerRunner) -> Placed:
+    return Placed(module=module, device=META, dtype=dtype, runner=runner)
 
 
 @contextmanager

@@ -7,9 +7,11 @@ import sys
 import pytest
 import torch
 
-from i2v_core.chunking import ChunkSettings, DistinctPieces
-from i2v_core.families import VideoSize, bundled_architecture, family_of
+from i2v_core.chunking import ChunkSettings, DistinctPieces, LayerRunner
+from i2v_core.families import Placed, VideoSize, bundled_architecture, family_of
+from i2v_core.placement.storage import WeightStorage
 from i2v_core.planning.trace import META, skeleton, trace_denoiser, tracing, weights_bytes
+from i2v_core.planning.weights import denoiser_weights
 from i2v_core.units import GIB, MIB
 
 PUBLISHED = bundled_architecture("i2vgen-xl")
@@ -30,7 +32,9 @@ def test_an_outline_finds_the_peak_of_a_full_trace(
     family = family_of(PUBLISHED)
     module = skeleton(PUBLISHED, "unet", torch.float16)
     with tracing() as meter, family.chunked(module, settings, runner=DistinctPieces(), on_chunk=lambda: None):
-        family.denoise_workload(PUBLISHED, size, branches).run(module, META, torch.float16)
+        family.denoise_workload(PUBLISHED, size, branches).run(
+            Placed(module=module, device=META, dtype=torch.float16, runner=LayerRunner())
+        )
     assert 0.999 <= outlined / meter.peak_bytes <= 1.01
 
 
@@ -43,6 +47,8 @@ def test_the_published_models_weights() -> None:
 
 def test_every_weight_of_the_denoiser_belongs_to_one_call() -> None:
     size = VideoSize(width_pixels=256, height_pixels=256, frames=2)
-    calls = trace_denoiser(PUBLISHED, size, 1, torch.float16, ChunkSettings(workspace_bytes=MIB)).calls
-    total = sum(call.weights_bytes for call in calls)
-    assert total == weights_bytes(PUBLISHED, "unet", torch.float16)
+    trace = trace_denoiser(PUBLISHED, size, 1, torch.float16, ChunkSettings(workspace_bytes=MIB))
+    modules = tuple(call.modules for call in trace.calls)
+    weights = denoiser_weights(trace.module, WeightStorage.AS_COMPUTED, modules)
+    assert weights.lying_bytes == weights_bytes(PUBLISHED, "unet", torch.float16)
+    assert sum(call.lying_bytes for call in weights.calls) == weights.lying_bytes

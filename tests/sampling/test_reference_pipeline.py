@@ -19,7 +19,9 @@ from diffusers.pipelines.deprecated.i2vgen_xl import pipeline_i2vgen_xl
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from i2v_core.families import FAMILIES, I2VModel, Prompt, VideoSize, family_of, load_model
+from i2v_core.chunking import LayerRunner
+from i2v_core.decoding import ONE_WHOLE_FRAME
+from i2v_core.families import FAMILIES, I2VModel, Placed, Prompt, VideoSize, family_of, load_model
 from i2v_core.families.clip import encode_text, tokenize
 from i2v_core.families.folder import read_json
 from i2v_core.families.pictures import cover, to_tensor
@@ -65,13 +67,20 @@ def image_tensor(picture: Image.Image) -> torch.Tensor:
 
 
 def place(model: I2VModel) -> Any:
-    return lambda component: nullcontext(model.modules[component])
+    def where_it_is(component: str, *, by_layer: bool = False) -> Any:
+        assert not by_layer
+        module = model.modules[component]
+        return nullcontext(Placed(module=module, device=torch.device("cpu"), dtype=torch.float32, runner=LayerRunner()))
+
+    return where_it_is
 
 
 def conditioning(model: I2VModel, picture: Image.Image, size: VideoSize = SIZE) -> Any:
     prompt = Prompt(image_FHWC=image_tensor(picture), text=TEXT, negative_text=NEGATIVE_TEXT, fps=FPS)
     with torch.no_grad():
-        return family_of(model.architecture).encode(model, prompt, size, True, place(model))
+        return family_of(model.architecture).encode(
+            model, prompt, size, True, ONE_WHOLE_FRAME, place(model), lambda: None
+        )
 
 
 def pipeline(model: I2VModel, scheduler: Any) -> Any:

@@ -1,0 +1,189 @@
+"""Layers of an autoencoder, run over bands of rows: with the rows around a band that its convolution sees.
+
+Group normalisations go by the statistics of the whole map, which are gathered while it is written. So there is nothing
+to blend, and no row is computed twice.
+
+Legend: N frames, C channels, r rows of a band, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ..chunking.execution import Execution, LayerCall
+from . import workspace
+from .feature_map import FeatureMap, FeatureMaps
+from .workspace import Workspace
+
+# A group normalisation whose statistics are known: scale and shift (N, C, 1, 1) in fp32.
+Affine = tuple[torch.Tensor, torch.Tensor]
+
+# Thinner bands would read and normalise many rows twice.
+_FEWEST_ROWS = 8
+
+
+class Bands:
+    """The layers of one pass through an autoencoder, in pieces that keep to the execution's workspace.
+
+    Where the execution's runner outlines, no layer computes, and only maps are made.
+    """
+
+    def __init__(self, execution: Execution, maps: FeatureMaps) -> None:
+        self._execution, self._maps = execution, maps
+        self._outlines = execution.runner.outlines
+
+    def resnet(self, block: Any, source: FeatureMap) -> FeatureMap:
+        """A `ResnetBlock2D` without embedding. The result takes the place of `source` where it can."""
+        hidden = self.convolve(block.conv1, source, norm=block.norm1)
+        base = source if block.conv_shortcut is None else self.pointwise(block.conv_shortcut, source)
+        return self.convolve(block.conv2, hidden, norm=block.norm2, onto=base)
+
+    def convolve(
+        self, conv: Any, source: FeatureMap, *, norm: nn.GroupNorm | None = None, onto: FeatureMap | None = None
+    ) -> FeatureMap:
+        """Normalisation and SiLU (with `norm`), then a 3×3 convolution.
+
+        `onto`: what the result is added to, and whose memory it takes.
+        """
+        if onto is None:
+            target = self._maps.new(source.frames, conv.out_channels, source.height, source.width)
+        else:
+            target = onto.overwritten()
+        modules = (conv,) if norm is None else (norm, conv)
+        taken = workspace.convolution(source, target, added=onto is not None)
+        with self._layer(taken, *modules, height=target.height) as bands:
+            affine = None if norm is None else self._affine(source, norm)
+            for rows in bands:
+                band = functional.conv2d(_around(source, rows, affine), conv.weight, conv.bias, padding=(0, 1))
+                if onto is not None:
+                    band += onto.read(rows)
+                target.write(rows, band)
+                del band  # not beside the next one's input
+        return target
+
+    def pointwise(self, conv: Any, source: FeatureMap) -> FeatureMap:
+        """A 1×1 convolution."""
+        target = self._maps.new(source.frames, conv.out_channels, source.height, source.width)
+        with self._layer(workspace.pointwise(source, target), conv, height=target.height) as bands:
+            for rows in bands:
+                target.write(rows, functional.conv2d(source.read(rows), conv.weight, conv.bias))
+        return target
+
+    def upsample(self, upsampler: Any, source: FeatureMap) -> FeatureMap:
+        """An `Upsample2D`: each pixel twice in both directions, then a 3×3 convolution."""
+        conv = upsampler.conv
+        target = self._maps.new(source.frames, conv.out_channels, 2 * source.height, 2 * source.width)
+        with self._layer(workspace.doubling(source, target), conv, height=target.height) as bands:
+            for rows in bands:
+                band = functional.conv2d(_doubled_around(source, rows), conv.weight, conv.bias, padding=(0, 1))
+                target.write(rows, band)
+                del band
+        return target
+
+    def downsample(self, downsampler: Any, source: FeatureMap) -> FeatureMap:
+        """A `Downsample2D` that pads at the right and at the bottom: a 3×3 convolution with a stride of two."""
+        conv = downsampler.conv
+        target = self._maps.new(source.frames, conv.out_channels, source.height // 2, source.width // 2)
+        with self._layer(workspace.halving(source, target), conv, height=target.height) as bands:
+            for rows in bands:
+                band = functional.conv2d(_right_and_below(source, rows), conv.weight, conv.bias, stride=2)
+                target.write(rows, band)
+                del band
+        return target
+
+    def attention(self, layer: nn.Module, source: FeatureMap) -> FeatureMap:
+        """A diffusers `Attention` with its normalisation and residual; over the whole map, since all pixels meet."""
+        taken = workspace.attention(source)
+        with self._layer(taken, layer, height=source.height, fewest_rows=source.height) as bands:
+            for rows in bands:
+                attended = layer(source.read(rows).contiguous())
+                source.overwritten().write(rows, attended)
+                del attended
+        return source
+
+    def result(self, conv: Any, source: FeatureMap, norm: nn.GroupNorm, target_NHWC: torch.Tensor) -> None:
+        """The last normalisation and convolution, written to a tensor in host memory."""
+        taken = workspace.last(source, conv.out_channels)
+        with self._layer(taken, norm, conv, height=source.height) as bands:
+            affine = self._affine(source, norm)
+            for rows in bands:
+                band = functional.conv2d(_around(source, rows, affine), conv.weight, conv.bias, padding=(0, 1))
+                target_NHWC[:, rows] = band.permute(0, 2, 3, 1)
+                del band
+
+    def _affine(self, source: FeatureMap, norm: nn.GroupNorm) -> Affine | None:
+        """What `norm` does to the values of a map."""
+        if self._outlines:
+            return None
+        scale, shift = source.moments.scale_and_shift(norm)
+        return scale[:, :, None, None], shift[:, :, None, None]
+
+    @contextmanager
+    def _layer(
+        self, taken: Workspace, *modules: nn.Module, height: int, fewest_rows: int = _FEWEST_ROWS
+    ) -> Generator[Iterator[slice]]:
+        """The bands of one layer call, of as many rows as its workspace allows, evened out."""
+        fitting = max(1, fewest_rows, taken.rows_within(self._execution.settings.workspace_bytes))
+        rows = -(-height // -(-height // min(fitting, height)))
+        call = LayerCall(
+            kind="band",
+            modules=modules,
+            total=height,
+            chunk_size=rows,
+            whole=False,
+            workspace_bytes=taken.of(rows),
+        )
+        with self._execution.enter(call):
+            yield iter(()) if self._outlines else self._execution.chunks(call)
+
+
+def _around(source: FeatureMap, rows: slice, affine: Affine | None) -> torch.Tensor:
+    """A band (N, C, r + 2, W) with a row more above and below, normalised; zeros outside of the map."""
+    inside = slice(max(rows.start - 1, 0), min(rows.stop + 1, source.height))
+    band = source.read(inside)
+    padded, interior = _zero_framed(band, rows.stop - rows.start + 2, inside.start - rows.start + 1, band.shape[-1])
+    if affine is None:
+        interior.copy_(band)
+        return padded
+    scale, shift = affine
+    torch.addcmul(shift, band, scale, out=interior)  # in fp32, rounded once
+    functional.silu(interior, inplace=True)
+    return padded
+
+
+def _doubled_around(source: FeatureMap, rows: slice) -> torch.Tensor:
+    """The same of a map twice as high and wide, of which each pixel of `source` makes four."""
+    inside = slice(max(rows.start - 1, 0), min(rows.stop + 1, 2 * source.height))
+    needed = slice(inside.start // 2, (inside.stop + 1) // 2)
+    of_row = torch.arange(inside.start, inside.stop, device=source.device) // 2 - needed.start
+    band = source.read(needed).index_select(2, of_row)
+    width = 2 * source.width
+    padded, interior = _zero_framed(band, rows.stop - rows.start + 2, inside.start - rows.start + 1, width)
+    interior[..., 0::2] = band
+    interior[..., 1::2] = band
+    return padded
+
+
+def _right_and_below(source: FeatureMap, rows: slice) -> torch.Tensor:
+    """What a stride of two reads for a band: twice its rows and one more, with a column of zeros at the right."""
+    inside = slice(2 * rows.start, min(2 * rows.stop + 1, source.height))
+    band = source.read(inside)
+    padded, interior = _zero_framed(band, 2 * (rows.stop - rows.start) + 1, 0, source.width + 1)
+    padded[..., -1].zero_()
+    interior[..., :-1] = band
+    return padded
+
+
+def _zero_framed(band: torch.Tensor, height: int, above: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A new tensor (N, C, height, width), zero above and below, and the part of it that is to hold the band."""
+    padded = band.new_empty(*band.shape[:2], height, width)
+    below = above + band.shape[2]
+    padded[:, :, :above].zero_()
+    padded[:, :, below:].zero_()
+    return padded, padded[:, :, above:below]

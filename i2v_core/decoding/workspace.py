@@ -1,0 +1,93 @@
+"""What a layer in bands takes beside the maps that it reads and writes, in bytes: what is alive at its worst line.
+
+Legend: N frames, C channels in, K channels out, r rows of a band, W width of the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .feature_map import FeatureMap, moments_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """`row_bytes` for each row of a band, and `border_bytes` whatever its rows."""
+
+    row_bytes: int
+    border_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """The largest of some lines."""
+
+    lines: tuple[Line, ...]
+
+    def of(self, rows: int) -> int:
+        return max(line.row_bytes * rows + line.border_bytes for line in self.lines)
+
+    def rows_within(self, limit_bytes: int) -> int:
+        """How many rows fit; may be below 1."""
+        return min((limit_bytes - line.border_bytes) // line.row_bytes for line in self.lines)
+
+
+def convolution(source: FeatureMap, target: FeatureMap, *, added: bool = False) -> Workspace:
+    """3×3 with a row above and below: what is fetched of a parked source and its padded copy, that and the result."""
+    read, made = _row_bytes(source), _row_bytes(target)
+    fetched = read if source.parked else 0
+    return Workspace((Line(fetched + read, 2 * (fetched + read)), Line(read + made, 2 * read), _written(target, added)))
+
+
+def doubling(source: FeatureMap, target: FeatureMap) -> Workspace:
+    """3×3 on each pixel twice in both directions: a source row is half as wide, and serves two rows of the result."""
+    read, made = _row_bytes(source), _row_bytes(target)
+    fetched = read if source.parked else 0
+    padded = 2 * read
+    return Workspace(
+        (
+            Line(fetched // 2 + read, 2 * (fetched + read)),
+            Line(read + padded, 2 * (read + padded)),
+            Line(padded + made, 2 * padded),
+            _written(target),
+        )
+    )
+
+
+def halving(source: FeatureMap, target: FeatureMap) -> Workspace:
+    """3×3 with a stride of two: two rows for each of the result and one more, and a column more."""
+    read, made = _row_bytes(source), _row_bytes(target)
+    column = source.frames * source.channels * source.dtype.itemsize
+    fetched, padded = (read if source.parked else 0), read + column
+    return Workspace(
+        (Line(2 * (fetched + padded), fetched + padded), Line(2 * padded + made, padded), _written(target))
+    )
+
+
+def pointwise(source: FeatureMap, target: FeatureMap) -> Workspace:
+    read, made = _row_bytes(source), _row_bytes(target)
+    return Workspace((Line((read if source.parked else 0) + made), _written(target)))
+
+
+def last(source: FeatureMap, channels: int) -> Workspace:
+    """A convolution whose result goes to host memory at once."""
+    read = _row_bytes(source)
+    made = source.frames * channels * source.width * source.dtype.itemsize
+    fetched = read if source.parked else 0
+    return Workspace((Line(fetched + read, 2 * (fetched + read)), Line(read + made, 2 * read)))
+
+
+def attention(source: FeatureMap) -> Workspace:
+    """Seven maps: the input, its norm, query, key, value, and two of: attention's output, the projection, the sum."""
+    return Workspace((Line(7 * _row_bytes(source)),))
+
+
+def _written(target: FeatureMap, added: bool = False) -> Line:
+    """The result, and the most of: what it is added to, fetched; its moments' fp32 copy; its copy for host memory."""
+    made = _row_bytes(target)
+    fetched = made if target.parked else 0
+    return Line(made + max(fetched if added else 0, moments_bytes(target), fetched))
+
+
+def _row_bytes(feature_map: FeatureMap) -> int:
+    return feature_map.frames * feature_map.channels * feature_map.width * feature_map.dtype.itemsize

@@ -1,0 +1,85 @@
+"""Ways to sample that need less memory and change the result a little, in the order in which plans try them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+from ..families import family_of
+from ..placement.storage import WeightStorage
+from ..sampling.context import ContextWindows
+from .plan import SampleSettings
+from .request import Request
+
+# Windows that are tried beside halves of the clip; the shortest that still holds a movement.
+_LENGTHS, _SHORTEST = (16, 8), 8
+_OVERLAP = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Approximation:
+    """What a plan gives up of the exact result."""
+
+    weight_storage: WeightStorage = WeightStorage.AS_COMPUTED
+    context: ContextWindows | None = None
+
+    @classmethod
+    def of(cls, settings: SampleSettings) -> Approximation:
+        return cls(weight_storage=settings.weight_storage, context=settings.context)
+
+    def applied_to(self, settings: SampleSettings) -> SampleSettings:
+        return replace(settings, weight_storage=self.weight_storage, context=self.context)
+
+    def __str__(self) -> str:
+        """Such as `int8 weights`; nothing where the result is exact."""
+        parts: list[str] = []
+        if self.weight_storage is not WeightStorage.AS_COMPUTED:
+            parts.append(f"{self.weight_storage.value} weights")
+        if self.context is not None:
+            parts.append(f"context windows of {self.context.context_length} frames")
+        return ", ".join(parts)
+
+
+EXACT = Approximation()
+
+
+def approximations(request: Request) -> tuple[Approximation, ...]:
+    """What may be tried for a request, what changes the result least first: above all the exact way.
+
+    Weights in int8 change it less than in fp8 (docs/memory-model.md has the figures), but need torchao; context windows
+    change it more than either, and the more the shorter they are.
+    """
+    if not request.allow_approximate:
+        return (EXACT,)
+    contexts = (None, *_contexts(request))
+    return tuple(Approximation(weight_storage=it, context=context) for context, it in product(contexts, _storages()))
+
+
+def thriftiest_approximations(request: Request) -> tuple[Approximation, ...]:
+    """Those among which is the one that takes least: the shortest windows, with weights of any kind."""
+    if not request.allow_approximate:
+        return (EXACT,)
+    context = (None, *_contexts(request))[-1]
+    return tuple(Approximation(weight_storage=storage, context=context) for storage in _storages())
+
+
+def _storages() -> list[WeightStorage]:
+    return [storage for storage in WeightStorage if storage.available]
+
+
+def _contexts(request: Request) -> list[ContextWindows]:
+    """From long to short; none where the denoiser must see the whole clip."""
+    facts = family_of(request.architecture).facts
+    frames = facts.latent_size(request.size).latent_frames
+    if facts.anchor_frames is None:
+        return []
+    halves: list[int] = []
+    length = frames // 2
+    while length >= _SHORTEST:
+        halves.append(length)
+        length //= 2
+    lengths = {length for length in (*halves, *_LENGTHS) if length < frames}
+    return [
+        ContextWindows(context_length=length, context_overlap=int(length * _OVERLAP))
+        for length in sorted(lengths, reverse=True)
+    ]

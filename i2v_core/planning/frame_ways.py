@@ -1,0 +1,128 @@
+"""The ways in which the encoders and the decoder could run, and the fastest of them that fits.
+
+Each list goes from fast to thrifty: whole frames, as many at once as can be; then tiles, of one frame, smaller and
+smaller; then with what the layers pass on waiting in host memory. The weights stay in place as long as that does, since
+they are small here. All ways have the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Generic, TypeVar
+
+import torch
+
+from ..decoding import ONE_WHOLE_FRAME, FramePieces
+from ..families import family_of
+from ..units import GIB, MIB
+from .plan import DecodeSettings, EncodeSettings, StagePrediction
+from .predict import predict_decode, predict_encode
+from .request import Request
+
+Settings = TypeVar("Settings")
+Prediction = TypeVar("Prediction", bound=StagePrediction)
+
+# So many pixels at once keep any GPU busy; more would take memory and save no time. (An estimate, made without a GPU.)
+_PIXELS_OF_USE = 2**20
+_TILES_PIXELS = (2048, 1024, 512, 256, 128, 64, 32)
+# Where maps are parked, the tile is small beside them.
+_PARKED_TILE_PIXELS = 128
+_MAPS_BYTES = (2 * GIB, GIB, 512 * MIB, 256 * MIB, 128 * MIB, 64 * MIB, 16 * MIB, 4 * MIB, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate(Generic[Settings, Prediction]):
+    """One way to run a stage, with what it takes."""
+
+    settings: Settings
+    prediction: Prediction
+
+
+# Whether a prediction is within the budget.
+Fits = Callable[[StagePrediction], bool]
+
+
+def cheapest_encode(
+    request: Request, dtype: torch.dtype, fits: Fits
+) -> Candidate[EncodeSettings, StagePrediction] | None:
+    return _fastest(encode_ways(request), lambda it: predict_encode(request, it, dtype), fits)
+
+
+def cheapest_decode(
+    request: Request, dtype: torch.dtype, fits: Fits
+) -> Candidate[DecodeSettings, StagePrediction] | None:
+    return _fastest(decode_ways(request), lambda it: predict_decode(request, it, dtype), fits)
+
+
+def encode_ways(request: Request) -> tuple[Sequence[EncodeSettings], ...]:
+    whole, tiles = [ONE_WHOLE_FRAME], _tiles(request)
+    return (
+        [EncodeSettings(picture=it) for it in (*whole, *tiles)],
+        [EncodeSettings(picture=it, streamed=True) for it in (*whole, *tiles, *_parked(tiles))],
+    )
+
+
+def decode_ways(request: Request) -> tuple[Sequence[DecodeSettings], ...]:
+    whole, tiles = [FramePieces(chunk_size=it) for it in chunk_sizes(request)], _tiles(request)
+    return (
+        [DecodeSettings(frames=it) for it in (*whole, *tiles)],
+        [DecodeSettings(frames=it, streamed=True) for it in (*(tiles or whole), *_parked(tiles))],
+    )
+
+
+def chunk_sizes(request: Request) -> list[int]:
+    """Numbers of frames to decode at once, from as many as are of use to one, halving."""
+    of_use = _PIXELS_OF_USE // (request.size.width_pixels * request.size.height_pixels)
+    sizes = [max(1, min(request.size.frames, of_use))]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    return sizes
+
+
+def with_maps_parked(pieces: FramePieces) -> list[FramePieces]:
+    """The same tiles, with ever less of what the layers pass on left on the device."""
+    return [
+        FramePieces(chunk_size=pieces.chunk_size, tile_pixels=pieces.tile_pixels, maps_bytes=maps_bytes)
+        for maps_bytes in _MAPS_BYTES
+    ]
+
+
+def _tiles(request: Request) -> list[FramePieces]:
+    """One frame in tiles, from a tile that holds the frame whole on; none where the autoencoder cannot be cut."""
+    if not family_of(request.architecture).cuts_frames(request.architecture):
+        return []
+    side_pixels = prod((request.size.width_pixels, request.size.height_pixels)) ** 0.5
+    return [FramePieces(chunk_size=1, tile_pixels=it) for it in _TILES_PIXELS if it < 2 * side_pixels]
+
+
+def _parked(tiles: Sequence[FramePieces]) -> list[FramePieces]:
+    small = [it for it in tiles if it.tile_pixels <= _PARKED_TILE_PIXELS]
+    return [*with_maps_parked(small[0]), *(with_maps_parked(it)[-1] for it in small[1:])] if small else []
+
+
+def _fastest(
+    ways: tuple[Sequence[Settings], ...], predict: Callable[[Settings], StagePrediction], fits: Fits
+) -> Candidate[Settings, StagePrediction] | None:
+    for group in ways:
+        found = first_that_fits(group, predict, fits)
+        if found is not None:
+            return found
+    return None
+
+
+def first_that_fits(
+    ways: Sequence[Settings], predict: Callable[[Settings], Prediction], fits: Fits
+) -> Candidate[Settings, Prediction] | None:
+    """Bisects ways of which each takes less than those before it."""
+    found: Candidate[Settings, Prediction] | None = None
+    low, high = 0, len(ways)
+    while low < high:
+        middle = (low + high) // 2
+        prediction = predict(ways[middle])
+        if fits(prediction):
+            found, high = Candidate(ways[middle], prediction), middle
+        else:
+            low = middle + 1
+    return found

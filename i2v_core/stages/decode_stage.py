@@ -1,0 +1,131 @@
+"""Decode: latents become frames, which come one by one.
+
+Shape legend: F frames of the clip, f of a chunk, C latent channels, H/W height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..errors import BadInputError, DoesNotFitError, PlanMismatchError
+from ..families import Family, I2VModel, family_of
+from ..memory.device import is_out_of_memory
+from ..planning.adjust import thriftier_decode
+from ..planning.plan import Plan, Stage
+from .run import StageRun, running
+from .runtime import Runtime, StageReport
+
+
+class DecodeStream:
+    """Frames as they are decoded, each once and in order; made by `decode_stream`.
+
+    Iterating gives chunks (f, H, W, 3) in 0…1, fp32, in host memory, which are the caller's; the device holds what one
+    chunk takes. What the caller does with a chunk is neither measured nor timed. When the device runs out of memory the
+    stream goes on, from the frame that it was at, in smaller tiles.
+    """
+
+    def __init__(self, run: StageRun, family: Family, samples: Tensor) -> None:
+        self.total_frames = family.decoded_frames(samples)
+        self._run, self._family, self._samples = run, family, samples
+        self._done = 0
+        self._chunks = self._decode()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self._chunks
+
+    def close(self) -> None:
+        """Take everything off the device, wherever the stream is."""
+        self._chunks.close()
+
+    def report(self) -> StageReport:
+        return self._run.report()
+
+    def _decode(self) -> Generator[Tensor]:
+        while self._done < self.total_frames:
+            problem = yield from self._decode_until_full()
+            # Not in an `except`: there the traceback would keep what the failed layer had made.
+            if problem is not None:
+                self._shrink(problem)
+
+    def _decode_until_full(self) -> Generator[Tensor, None, str | None]:
+        """The frames from where the stream is at; if the device runs out of memory, its message in the end."""
+        run, family = self._run, self._family
+        pieces = run.plan.decode.frames
+        try:
+            with run.place(family.decoder, by_layer=pieces.by_layer) as decoder:
+                for frames_fHWC in family.decode(
+                    decoder, self._samples, self._done, pieces, run.runtime.check_cancelled
+                ):
+                    self._done += len(frames_fHWC)
+                    with run.meter.paused():
+                        run.runtime.on_frames(frames_fHWC)
+                        run.runtime.on_progress(self._done, self.total_frames, None)
+                        yield frames_fHWC
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return str(error)
+        return None
+
+    def _shrink(self, problem: str) -> None:
+        thriftier = thriftier_decode(self._run.plan)
+        if thriftier is None:
+            raise DoesNotFitError(
+                f"decode ran out of device memory at frame {self._done} of {self.total_frames}, in the thriftiest way "
+                f"there is ({problem})",
+                "free device memory, or keep the latent with I2V Save Latent and decode it later",
+            )
+        self._run.adopt(
+            thriftier,
+            f"decode ran out of device memory at frame {self._done}: it went on from there in smaller pieces",
+        )
+
+
+@contextmanager
+def decode_stream(model: I2VModel, plan: Plan, samples: Tensor, runtime: Runtime) -> Generator[DecodeStream]:
+    """Frames of the host's LATENT samples, to be iterated over while the context lasts."""
+    family = family_of(model.architecture)
+    _check_samples(family, plan, samples)
+    with running(Stage.DECODE, model, plan, runtime) as run:
+        stream = DecodeStream(run, family, samples)
+        try:
+            yield stream
+        finally:
+            stream.close()
+
+
+def decode(model: I2VModel, plan: Plan, samples: Tensor, runtime: Runtime) -> tuple[Tensor, StageReport]:
+    """All frames (F, H, W, 3) in 0…1, fp32, on the CPU."""
+    frames_FHWC: Tensor | None = None
+    done = 0
+    with decode_stream(model, plan, samples, runtime) as stream:
+        for chunk_fHWC in stream:
+            if frames_FHWC is None:
+                frames_FHWC = torch.empty(stream.total_frames, *chunk_fHWC.shape[1:])
+            frames_FHWC[done : done + len(chunk_fHWC)] = chunk_fHWC
+            done += len(chunk_fHWC)
+    assert frames_FHWC is not None
+    return frames_FHWC, stream.report()
+
+
+def _check_samples(family: Family, plan: Plan, samples: Tensor) -> None:
+    channels = family.facts.latent_channels
+    if samples.ndim != 4 or samples.shape[0] < 1 or samples.shape[1] != channels:
+        raise BadInputError(
+            f"the latent has shape {tuple(samples.shape)}, but {family.facts.display_name} decodes "
+            f"(frames, {channels}, height, width)",
+            "connect the LATENT of Chunked Sampler",
+        )
+    planned = family.facts.latent_size(plan.request.size)
+    if samples.shape[2:] != (planned.latent_height, planned.latent_width):
+        raise PlanMismatchError(
+            f"the latent is {samples.shape[3]}×{samples.shape[2]}, the plan's is "
+            f"{planned.latent_width}×{planned.latent_height} (in latent space)",
+            "make the plan for the latent's size",
+        )
+    if not torch.isfinite(samples).all():
+        raise BadInputError("the latent holds values that are NaN or infinite", "sample again in bf16 or fp32")

@@ -1,0 +1,18 @@
+"""Encode: what the denoiser is told."""
+
+from __future__ import annotations
+
+from ..families import Conditioning, I2VModel, Prompt, family_of
+from ..planning.plan import Plan, Stage
+from .run import running
+from .runtime import Runtime, StageReport
+
+
+def encode(model: I2VModel, plan: Plan, prompt: Prompt, runtime: Runtime) -> tuple[Conditioning, StageReport]:
+    """Prompt and picture, encoded, on the CPU."""
+    family, request = family_of(model.architecture), plan.request
+    with running(Stage.ENCODE, model, plan, runtime) as run:
+        conditioning = family.encode(
+            model, prompt, request.size, request.guidance, plan.encode.picture, run.place, runtime.check_cancelled
+        )
+    return conditioning, run.report()

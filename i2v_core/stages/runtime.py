@@ -1,0 +1,67 @@
+"""What a stage is lent, and what it reports.
+
+Shape legend: C latent channels, T latent frames, f pixel frames, H/W height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..placement.attention import AttentionBackend
+from ..planning.plan import Plan, Stage
+from ..units import format_gib
+
+
+def _never_cancelled() -> None:
+    pass
+
+
+def _no_progress(done: int, total: int, latents_BCTHW: Tensor | None) -> None:
+    pass
+
+
+def _no_frames(frames_FHWC: Tensor) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """What the caller lends to a stage.
+
+    `check_cancelled` raises the caller's own exception to stop; it is called at least once a chunk.
+    `on_progress` takes what is done, the total, and while sampling the clean latents so far (1, C, T, H, W);
+    `on_frames` takes finished frames (f, H, W, 3) as they are decoded.
+    """
+
+    device: torch.device
+    attention: AttentionBackend = AttentionBackend.SDPA
+    check_cancelled: Callable[[], None] = _never_cancelled
+    on_progress: Callable[[int, int, Tensor | None], None] = _no_progress
+    on_frames: Callable[[Tensor], None] = _no_frames
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageReport:
+    """What a stage was predicted to take, give or take, what it took, and how long.
+
+    `plan` is the one that it ended with, `notes` say what happened on the way.
+    """
+
+    stage: Stage
+    plan: Plan
+    predicted_peak_bytes: int
+    uncertainty_bytes: int
+    measured_peak_bytes: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return (
+            f"{self.stage.value}: predicted {format_gib(self.predicted_peak_bytes)} ± "
+            f"{format_gib(self.uncertainty_bytes)}, measured {format_gib(self.measured_peak_bytes)}, "
+            f"{self.seconds:.1f} s"
+        )

@@ -1,0 +1,239 @@
+"""An autoencoder in bands of rows gives what its own forward gives, whatever the tile, and holds what was foretold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from i2v_core.chunking import DistinctPieces, LayerRunner
+from i2v_core.decoding import FramePieces, decode_into, encode_mode, runs_in_bands
+from i2v_core.decoding.feature_map import FeatureMaps
+from i2v_core.families import Placed, VideoSize, bundled_architecture, family_of
+from i2v_core.placement.streaming import streamed
+from i2v_core.planning.plan import DecodeSettings, EncodeSettings, Stage
+from i2v_core.planning.predict import predict_decode, predict_encode
+from i2v_core.planning.request import Request
+from i2v_core.planning.trace import skeleton, trace_bands, tracing
+from i2v_core.units import GIB, KIB, MIB
+
+DEMO_VAE = Path(__file__).parents[2] / "assets" / "demo_model" / "vae"
+PUBLISHED = bundled_architecture("i2vgen-xl")
+META = torch.device("meta")
+DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_vae(**changes: Any) -> Any:
+    """Every parameter matters, shortcuts and the narrowing of channels included."""
+    config: dict[str, Any] = {
+        "block_out_channels": (8, 16, 16),
+        "down_block_types": (DOWN,) * 3,
+        "up_block_types": (UP,) * 3,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    }
+    torch.manual_seed(0)
+    model: Any = AutoencoderKL
+    vae = model(**(config | changes)).eval().requires_grad_(False)
+    for parameter in vae.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    return vae
+
+
+VAE = make_vae()
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def decoded(vae: Any, samples: Tensor, pieces: FramePieces, runner: LayerRunner | None = None) -> Tensor:
+    compression = 2 ** (len(vae.config.block_out_channels) - 1)
+    frames = torch.empty(len(samples), *(side * compression for side in samples.shape[2:]), 3)
+    with torch.no_grad():
+        decode_into(vae, samples, frames, pieces, runner=runner or LayerRunner(), on_chunk=lambda: None)
+    return frames
+
+
+def encoded(vae: Any, pixels: Tensor, pieces: FramePieces) -> Tensor:
+    with torch.no_grad():
+        return encode_mode(vae, pixels, pieces, runner=LayerRunner(), on_chunk=lambda: None)
+
+
+def plainly_decoded(vae: Any, samples: Tensor) -> Tensor:
+    with torch.no_grad():
+        return vae.decode(samples).sample.permute(0, 2, 3, 1).float()
+
+
+def plainly_encoded(vae: Any, pixels: Tensor) -> Tensor:
+    with torch.no_grad():
+        return vae.encode(pixels).latent_dist.mode()
+
+
+def relative_rms(result: Tensor, reference: Tensor) -> float:
+    difference = result.double() - reference.double()
+    return (difference.square().mean() / reference.double().square().mean()).sqrt().item()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    frames=st.integers(1, 2),
+    height=st.integers(1, 23),
+    width=st.integers(1, 17),
+    tile_pixels=st.integers(1, 120),
+    maps_bytes=st.sampled_from((None, 0, 20 * KIB, 200 * KIB)),
+)
+def test_any_size_and_any_tile_give_the_plain_result(
+    frames: int, height: int, width: int, tile_pixels: int, maps_bytes: int | None
+) -> None:
+    """Odd sizes, tiles of less than a row and of more than the frame, maps on the device and parked."""
+    pieces = FramePieces(chunk_size=frames, tile_pixels=tile_pixels, maps_bytes=maps_bytes)
+    samples = noise(frames, 4, height, width)
+    assert relative_rms(decoded(VAE, samples, pieces), plainly_decoded(VAE, samples)) <= 1e-5
+    pixels = noise(frames, 3, 4 * height, 4 * width)
+    assert relative_rms(encoded(VAE, pixels, pieces), plainly_encoded(VAE, pixels)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mid_block_add_attention": False},
+        {"use_quant_conv": False, "use_post_quant_conv": False},
+        {"layers_per_block": 2, "norm_num_groups": 8, "latent_channels": 16},
+        {"block_out_channels": (8,), "down_block_types": (DOWN,), "up_block_types": (UP,)},
+    ],
+)
+def test_other_configs_of_the_same_class(changes: dict[str, Any]) -> None:
+    vae = make_vae(**changes)
+    pieces = FramePieces(chunk_size=1, tile_pixels=20, maps_bytes=30 * KIB)
+    compression = 2 ** (len(vae.config.block_out_channels) - 1)
+    samples, pixels = noise(1, vae.config.latent_channels, 9, 7), noise(1, 3, 9 * compression, 7 * compression)
+    assert relative_rms(decoded(vae, samples, pieces), plainly_decoded(vae, samples)) <= 1e-5
+    assert relative_rms(encoded(vae, pixels, pieces), plainly_encoded(vae, pixels)) <= 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "levels"), [(torch.float16, 1), (torch.bfloat16, 8)])
+def test_in_half_precision_no_pixel_is_off_by_more_than_rounding(dtype: torch.dtype, levels: int) -> None:
+    """A trained autoencoder and its own latents, so that pixels are pixels: in 255ths of the range."""
+    vae: Any = AutoencoderKL.from_pretrained(DEMO_VAE).eval()
+    picture = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 8), size=(96, 128), mode="bicubic") * 2 - 1
+    samples = plainly_encoded(vae, picture)
+    exact = plainly_decoded(vae, samples)
+    vae.to(dtype)
+    plain = plainly_decoded(vae, samples.to(dtype))
+    tiled = decoded(vae, samples.to(dtype), FramePieces(chunk_size=1, tile_pixels=32))
+    assert (tiled - plain).abs().max() / 2 <= levels / 255
+    assert (tiled - exact).square().mean() <= 1.1**2 * (plain - exact).square().mean()
+
+
+def test_streamed_weights_give_the_same_and_leave_the_model_as_it_was() -> None:
+    samples, pieces = noise(1, 4, 9, 7), FramePieces(chunk_size=1, tile_pixels=20)
+    before = [parameter.data_ptr() for parameter in VAE.parameters()]
+    resident = decoded(VAE, samples, pieces)
+    with streamed(VAE, torch.device("cpu"), torch.float32) as stream:
+        assert torch.equal(decoded(VAE, samples, pieces, stream), resident)
+        once = stream.loaded_bytes
+        assert once < 1.05 * sum(it.nbytes for it in VAE.parameters())
+    assert [parameter.data_ptr() for parameter in VAE.parameters()] == before
+
+
+def test_a_cancel_comes_through_between_two_bands() -> None:
+    calls = 0
+
+    def cancel() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise KeyboardInterrupt
+
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+        decode_into(
+            VAE,
+            noise(1, 4, 9, 7),
+            torch.empty(1, 36, 28, 3),
+            FramePieces(chunk_size=1, tile_pixels=8),
+            runner=LayerRunner(),
+            on_chunk=cancel,
+        )
+    assert calls == 20
+
+
+def test_other_layers_are_not_taken_for_known_ones() -> None:
+    assert runs_in_bands(VAE.config)
+    assert not runs_in_bands({"up_block_types": (UP, "AttnUpDecoderBlock2D"), "down_block_types": (DOWN,)})
+    assert not runs_in_bands({"up_block_types": (UP,), "down_block_types": (DOWN,), "act_fn": "gelu"})
+
+
+def test_maps_are_parked_beyond_the_limit_and_room_is_given_again() -> None:
+    maps = FeatureMaps(torch.device("cpu"), torch.float32, limit_bytes=8 * KIB, groups=4)
+    first = maps.new(1, 4, 16, 16)
+    second = maps.new(1, 4, 16, 16)
+    assert [first.parked, second.parked, maps.new(1, 4, 16, 16).parked] == [False, False, True]
+    del first
+    assert not maps.new(1, 4, 16, 16).parked
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("tile_pixels", [1024, 256, 64])
+@pytest.mark.parametrize("maps_bytes", [None, 256 * MIB, 0])
+@pytest.mark.parametrize("stage", [Stage.ENCODE, Stage.DECODE])
+def test_an_outline_finds_the_peak_of_a_full_trace(
+    stage: Stage, tile_pixels: int, maps_bytes: int | None, dtype: torch.dtype
+) -> None:
+    """The published model: never under by more than vectors of one number a channel, never over by more than 2 %."""
+    family, size = family_of(PUBLISHED), VideoSize(width_pixels=768, height_pixels=520, frames=1)
+    pieces = FramePieces(chunk_size=1, tile_pixels=tile_pixels, maps_bytes=maps_bytes)
+    encode = family.encode_workloads(PUBLISHED, size, guidance=False, pieces=pieces)[-1]
+    workload = {Stage.ENCODE: encode, Stage.DECODE: family.decode_workload(size, pieces)}[stage]
+    vae = skeleton(PUBLISHED, "vae", dtype)
+    outlined = max(call.activation_bytes for call in trace_bands(vae, workload, dtype).calls)
+    with tracing() as meter:
+        workload.run(Placed(module=vae, device=META, dtype=dtype, runner=DistinctPieces()))
+    assert meter.peak_bytes - 64 * KIB <= outlined <= 1.02 * meter.peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("side", "maps_bytes", "limit_gib"), [(1024, 512 * MIB, 0.6), (2048, 512 * MIB, 1.0), (2048, 0, 0.5)]
+)
+def test_large_frames_decode_in_little_memory(side: int, maps_bytes: int, limit_gib: float) -> None:
+    """The published model in fp16, beside its weights; whole frames take 1.5 and 6 GiB."""
+    size = VideoSize(width_pixels=side, height_pixels=side, frames=32)
+    pieces = FramePieces(chunk_size=1, tile_pixels=128, maps_bytes=maps_bytes)
+    request = Request(architecture=PUBLISHED, size=size)
+    decode = predict_decode(request, DecodeSettings(frames=pieces), torch.float16)
+    assert decode.activation_bytes <= limit_gib * GIB
+    encode = predict_encode(request, EncodeSettings(picture=pieces, streamed=True), torch.float16)
+    assert encode.activation_bytes <= (limit_gib + 0.1) * GIB
+
+
+def test_a_band_is_as_high_as_the_workspace_allows() -> None:
+    """Large tiles make few bands."""
+    bands: dict[int, int] = {}
+    for tile_pixels in (16, 64, 1000):
+        seen: list[slice] = []
+
+        class Watching(LayerRunner):
+            def pieces(self, total: int, size: int) -> Iterator[slice]:
+                for piece in super().pieces(total, size):
+                    seen.append(piece)  # noqa: B023
+                    yield piece
+
+        decoded(VAE, noise(1, 4, 40, 20), FramePieces(chunk_size=1, tile_pixels=tile_pixels), Watching())
+        bands[tile_pixels] = len(seen)
+    layers = bands[1000]
+    assert bands[16] > bands[64] > layers
