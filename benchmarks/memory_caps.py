@@ -42,20 +42,20 @@ from benchmarks.memory_caps_rows import (
 from benchmarks.random_model import ARCHITECTURE, DTYPE, FAMILY, PRECISION, SEED, random_conditioning, random_model
 from i2v_core import stages
 from i2v_core.errors import I2VError
-from i2v_core.families import I2VModel, VideoSize
+from i2v_core.families import I2VModel, Placed, VideoSize
 from i2v_core.memory.device import DeviceFacts, device_facts
 from i2v_core.memory.stage_meter import stage_meter
 from i2v_core.placement.placed import placed
-from i2v_core.placement.streaming import streamed, streamed_leaves
+from i2v_core.placement.streaming import streamed
 from i2v_core.planning.margin import needed_bytes
 from i2v_core.planning.memory_table import SIZES
 from i2v_core.planning.plan import Plan, Stage
 from i2v_core.planning.planner import make_plan
-from i2v_core.planning.predict import component_dtype
 from i2v_core.planning.request import Budget, Request
 from i2v_core.sampling.loop import Guidance, sample_loop
 from i2v_core.sampling.noise import initial_noise
 from i2v_core.sampling.schedulers import make_scheduler
+from i2v_core.stages.run import running
 from i2v_core.units import GIB
 
 CAPS_GIB = (2, 3, 4, 6, 8, 12, 16, 24)
@@ -122,14 +122,14 @@ def run_stock(model: I2VModel, size: VideoSize, steps: int, device: torch.device
 
 def run_encoders(model: I2VModel, plan: Plan, device: torch.device) -> int:
     """The measured peak of the encode stage."""
-    place = streamed_leaves if plan.encode.streamed else placed
-    with torch.no_grad(), stage_meter(device) as meter:
-        for workload in FAMILY.encode_workloads(ARCHITECTURE, plan.request.size, plan.request.guidance):
-            module, dtype = model.modules[workload.component], component_dtype(ARCHITECTURE, workload.component, DTYPE)
-            with place(module, device, dtype):
+    request = plan.request
+    workloads = FAMILY.encode_workloads(ARCHITECTURE, request.size, request.guidance, plan.encode.picture)
+    with running(Stage.ENCODE, model, plan, stages.Runtime(device=device)) as run:
+        for workload in workloads:
+            with run.place(workload.component, by_layer=workload.by_layer) as component:
                 for _ in range(workload.passes):
-                    workload.run(module, device, dtype)
-    return meter.peak_bytes
+                    workload.run(component)
+    return run.meter.peak_bytes
 
 
 def weight_traffic(model: I2VModel, plan: Plan, device: torch.device) -> float:
@@ -144,7 +144,7 @@ def weight_traffic(model: I2VModel, plan: Plan, device: torch.device) -> float:
         FAMILY.chunked(unet, plan.sample.chunk_settings, runner=stream, on_chunk=lambda: None),
     ):
         for _ in range(3):  # the second pass fetches the third's first layer ahead
-            workload.run(unet, device, DTYPE)
+            workload.run(Placed(module=unet, device=device, dtype=DTYPE, runner=stream))
             loaded_bytes.append(stream.loaded_bytes)
     size_bytes = sum(tensor.numel() * DTYPE.itemsize for tensor in unet.parameters())
     return (loaded_bytes[2] - loaded_bytes[1]) / size_bytes
@@ -204,8 +204,9 @@ def relative_rms(result: Tensor, reference: Tensor) -> float:
 
 
 def choices(plan: Plan) -> dict[str, Any]:
-    names = ("batched_guidance", "workspace_bytes", "streamed", "park_skips", "chunk_size", "decode_chunk_size")
-    return {name: value for name, value in plan.as_dict().items() if name in (*names, "tile_size")}
+    sampling = ("batched_guidance", "workspace_bytes", "streamed", "park_skips", "weight_storage", "chunk_size")
+    frames = ("encode_tile_size", "decode_chunk_size", "tile_size", "maps_bytes")
+    return {name: value for name, value in plan.as_dict().items() if name in (*sampling, *frames)}
 
 
 def traced_row(plan: Plan, cap_gib: float) -> Row:
