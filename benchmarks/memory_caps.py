@@ -52,7 +52,7 @@ from i2v_core.planning.memory_table import SIZES
 from i2v_core.planning.plan import Plan, Stage
 from i2v_core.planning.planner import make_plan
 from i2v_core.planning.request import Budget, Request
-from i2v_core.sampling.loop import Guidance, sample_loop
+from i2v_core.sampling.loop import Guidance, SampleLoop
 from i2v_core.sampling.noise import initial_noise
 from i2v_core.sampling.schedulers import make_scheduler
 from i2v_core.stages.run import running
@@ -111,9 +111,8 @@ def run_stock(model: I2VModel, size: VideoSize, steps: int, device: torch.device
                 batched=True,
             )
             noise = initial_noise(FAMILY.facts.latent_size(size), SEED).to(device) * scheduler.init_noise_sigma
-            latents = sample_loop(
-                lambda at, timestep: guidance(at, timestep, DTYPE), scheduler, noise, lambda *_: clock.tick()
-            )
+            loop = SampleLoop(scheduler, noise, lambda *_: clock.tick())
+            latents = loop.run(lambda at, timestep: guidance(at, timestep, DTYPE))
             samples = FAMILY.latents_to_host(ARCHITECTURE, latents).float().cpu()
         return Stock(size=str(size), peak_bytes=meter.peak_bytes, step_seconds=clock.step_seconds, latents=samples)
     except torch.OutOfMemoryError:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+_LONGEST_CHARACTERS = 2000
+"""Of a problem: values that users gave are in it, and may be of any length."""
+
 
 class I2VError(Exception):
     """A mistake or a limit that the user can do something about.
@@ -10,9 +13,19 @@ class I2VError(Exception):
     """
 
     def __init__(self, problem: str, remedy: str) -> None:
+        problem = _to_be_read(problem)
         super().__init__(f"{problem}. Remedy: {remedy}.")
         self.problem = problem
         self.remedy = remedy
+
+
+def _to_be_read(text: str) -> str:
+    """`text` without what cannot be written to a log or a socket, and with the middle of a very long one left out."""
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    if len(text) <= _LONGEST_CHARACTERS:
+        return text
+    half = _LONGEST_CHARACTERS // 2
+    return f"{text[:half]} … {text[-half:]}"
 
 
 class BadInputError(I2VError):
@@ -25,6 +38,10 @@ class ModelFolderError(I2VError):
 
 class DoesNotFitError(I2VError):
     """No plan fits the budget; `remedy` names the nearest that would."""
+
+
+class RanOutError(DoesNotFitError):
+    """A stage ran out of device memory, and there was no thriftier way left to go on."""
 
 
 class PlanMismatchError(I2VError):

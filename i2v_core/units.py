@@ -14,6 +14,8 @@ GIB = 1024 * MIB
 # A decimal "GB" on a graphics card's box means binary gibibytes, so GB and GiB are read alike.
 _UNIT_BYTES = {"": GIB, "b": 1, "k": KIB, "m": MIB, "g": GIB}
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([bkmg]?)(?:i?b)?\s*", re.IGNORECASE)
+# The pattern takes time that grows with the square of a text's length.
+_LONGEST_CHARACTERS = 64
 
 
 def parse_bytes(text: str) -> int:
@@ -22,7 +24,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         BadInputError: the text is no size, or is not above zero.
     """
-    match = _SIZE.fullmatch(text)
+    match = _SIZE.fullmatch(text) if len(text) <= _LONGEST_CHARACTERS else None
     if match is None:
         raise BadInputError(f"'{text}' is not an amount of memory", "write for example 6, 6GiB or 6144MiB")
     size = float(match[1]) * _UNIT_BYTES[match[2].lower()]

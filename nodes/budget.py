@@ -15,6 +15,7 @@ from ..i2v_core.planning.report import report
 from ..i2v_core.planning.request import Budget, Request
 from ..i2v_core.units import GIB, parse_bytes
 from . import host
+from .checked import checked
 from .sockets import CATEGORY, I2VPlanSocket, model_input
 
 _reading = SteadyReading()
@@ -98,6 +99,7 @@ class VRAMBudget(io.ComfyNode):
         return (_reading.update(host.room_bytes()), *(str(inputs[name]) for name in sorted(inputs) if name != "model"))
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: I2VModel,

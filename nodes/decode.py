@@ -11,6 +11,7 @@ from ..i2v_core.families import I2VModel
 from ..i2v_core.planning.adjust import with_tile
 from ..i2v_core.planning.plan import Plan, Stage
 from . import host
+from .checked import checked
 from .sockets import CATEGORY, model_input, plan_input
 
 
@@ -51,6 +52,7 @@ class VAETiledDecode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, model: I2VModel, plan: Plan, latent: dict[str, Any], tile_size: int, overlap: int
     ) -> io.NodeOutput:

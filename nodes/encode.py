@@ -9,6 +9,7 @@ from ..i2v_core import stages
 from ..i2v_core.families import I2VModel, Prompt
 from ..i2v_core.planning.plan import Plan, Stage
 from . import host
+from .checked import checked
 from .sockets import CATEGORY, I2VConditioningSocket, model_input, plan_input
 
 
@@ -59,6 +60,7 @@ class Encode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, model: I2VModel, plan: Plan, image: Tensor, prompt: str, negative_prompt: str, fps: int
     ) -> io.NodeOutput:

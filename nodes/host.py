@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -133,11 +134,19 @@ def stage(
                 check_cancelled=management.throw_exception_if_processing_interrupted,
                 on_progress=progress.update,
                 on_frames=progress.add_frames,
+                make_room=lambda: _unload_everything(device),
+                free_bytes=lambda: int(management.get_free_memory(device)),
             ),
             notes,
         )
     finally:
         management.soft_empty_cache()
+
+
+def _unload_everything(device: torch.device) -> None:
+    """The host's own models, whatever it may need them for next."""
+    management.free_memory(sys.maxsize, device)
+    management.soft_empty_cache()
 
 
 class _Progress:
@@ -173,12 +182,15 @@ def concluded(report: StageReport, notes: list[str]) -> dict[str, list[Any]]:
     the line for people.
     """
     plan = report.plan
-    _calibration_store().record(
-        calibration_key(plan.device.name, plan.request.architecture.fingerprint),
-        report.stage.value,
-        predicted_bytes=plan.stage(report.stage).peak_bytes,
-        measured_bytes=report.measured_peak_bytes,
-    )
+    # Of attempts that ran out of memory only those teach that had taken more than was predicted.
+    lessons = [(predicted, taken) for predicted, taken in report.failed if taken > predicted]
+    for predicted, taken in (*lessons, (plan.stage(report.stage).peak_bytes, report.measured_peak_bytes)):
+        _calibration_store().record(
+            calibration_key(plan.device.name, plan.request.architecture.fingerprint),
+            report.stage.value,
+            predicted_bytes=predicted,
+            measured_bytes=taken,
+        )
     return {
         "i2v_stage": [
             {

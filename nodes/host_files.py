@@ -23,7 +23,8 @@ from ..i2v_core.latent_file import SUFFIX as LATENT_SUFFIX
 
 DEMO_LATENT = "demo (bundled)"
 _DEMO_LATENT_FILE = Path(__file__).parent.parent / "assets" / "demo_latent.latent"
-_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
+# Control characters, and halves of characters, which no file system takes.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 PREFIX_TOOLTIP = (
     "Name of the file in ComfyUI's output folder, with folders before it. %date%, %date:yyyy-MM-dd hhmmss%, %year%, "
     "%month%, %day%, %hour%, %minute%, %second%, %width% and %height% are filled in, and a number is added."
@@ -47,10 +48,12 @@ class OutputPath:
         return {"filename": self.path.name, "subfolder": self.subfolder, "type": "output"}
 
 
-def check_prefix(prefix: str) -> None:
+def check_prefix(prefix: object) -> None:
     """Raise `BadInputError` unless the prefix is a name within the output folder."""
+    if not isinstance(prefix, str):
+        raise BadInputError(f"a filename_prefix of {prefix} is no text", "write for example video/i2v")
     root = Path(folder_paths.get_output_directory()).resolve()
-    printable = _CONTROL_CHARACTER.sub("", prefix)
+    printable = _UNPRINTABLE.sub("", prefix)
     if printable != prefix or not prefix.strip() or Path(prefix).name in {"", ".."}:
         raise BadInputError(f"a filename_prefix of '{printable}' is no name", "write for example video/i2v")
     if not (root / prefix).resolve().is_relative_to(root):
@@ -107,8 +110,8 @@ def latent_names() -> list[str]:
     return [DEMO_LATENT, *sorted(found, key=lambda name: -found[name])]
 
 
-def latent_path(name: str) -> Path:
-    """The file that a name in `latent_names` means.
+def latent_path(name: object) -> Path:
+    """The file that a name in `latent_names` means; other nodes and scripts may give anything for a name.
 
     Raises:
         BadInputError: the name leads elsewhere than to a latent file in those folders.
@@ -116,17 +119,22 @@ def latent_path(name: str) -> Path:
     """
     if name == DEMO_LATENT:
         return _DEMO_LATENT_FILE
-    plain, root = folder_paths.annotated_filepath(name)
-    root = Path(root or folder_paths.get_input_directory()).resolve()
-    path = root / plain
-    inside = "\0" not in name and path.resolve().is_relative_to(root)
-    if not inside or path.suffix != LATENT_SUFFIX:
+    path = _inside(name) if isinstance(name, str) and not _UNPRINTABLE.search(name) else None
+    if path is None or path.suffix != LATENT_SUFFIX:
         raise BadInputError(
             f"'{name}' is no {LATENT_SUFFIX} file in ComfyUI's input or output folder",
             "choose one from the list in I2V Load Latent",
         )
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike pathlib's it takes a name too long for a file for one that is not there
         raise FileError(
             f"there is no file {path}", "choose another in I2V Load Latent; press R on the page to see new files"
         )
     return path
+
+
+def _inside(name: str) -> Path | None:
+    """The path that the host's name for a file means, or None if it leads out of the host's folders."""
+    plain, root = folder_paths.annotated_filepath(name)
+    root = Path(root or folder_paths.get_input_directory()).resolve()
+    path = root / plain
+    return path if path.resolve().is_relative_to(root) else None

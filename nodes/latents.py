@@ -10,6 +10,7 @@ from ..i2v_core.errors import I2VError
 from ..i2v_core.latent_file import SUFFIX, load_latent, save_latent
 from ..i2v_core.planning.plan import Plan
 from . import host_files
+from .checked import checked
 from .sockets import CATEGORY, plan_input
 
 
@@ -50,6 +51,7 @@ class SaveLatent(io.ComfyNode):
         return True
 
     @classmethod
+    @checked
     def execute(cls, latent: dict[str, Any], plan: Plan, filename_prefix: str) -> io.NodeOutput:
         size = plan.request.size
         output = host_files.new_output(filename_prefix, SUFFIX, size.width_pixels, size.height_pixels)
@@ -101,6 +103,7 @@ class LoadLatent(io.ComfyNode):
         return (file, facts.st_mtime_ns, facts.st_size)
 
     @classmethod
+    @checked
     def execute(cls, file: str) -> io.NodeOutput:
         samples, facts = load_latent(host_files.latent_path(file))
         size = facts.size

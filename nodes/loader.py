@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..i2v_core.errors import ModelFolderError
 from ..i2v_core.families import load_model
 from . import host
+from .checked import checked
 from .sockets import CATEGORY, I2VModelSocket
 
 
@@ -33,6 +34,7 @@ class Loader(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model: str) -> io.NodeOutput:
         folders = host.model_folders()
         if model not in folders:

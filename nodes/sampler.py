@@ -9,6 +9,7 @@ from ..i2v_core.families import Conditioning, I2VModel
 from ..i2v_core.planning.plan import Plan, Stage
 from ..i2v_core.sampling.schedulers import SCHEDULERS
 from . import host
+from .checked import checked
 from .sockets import CATEGORY, I2VConditioningSocket, model_input, plan_input
 
 
@@ -60,6 +61,7 @@ class ChunkedSampler(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: I2VModel,

@@ -13,6 +13,7 @@ from ..i2v_core.families import I2VModel
 from ..i2v_core.planning.plan import Plan, Stage
 from ..i2v_core.video import FORMATS, VideoSettings, VideoSink, open_video
 from . import host, host_files
+from .checked import checked
 from .sockets import CATEGORY, I2VModelSocket, I2VPlanSocket
 
 _DECODED = ("model", "plan", "latent")
@@ -94,6 +95,7 @@ class SaveVideo(io.ComfyNode):
         return True
 
     @classmethod
+    @checked
     def execute(
         cls,
         filename_prefix: str,

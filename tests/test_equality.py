@@ -20,7 +20,7 @@ from i2v_core.placement.storage import WeightStorage
 from i2v_core.planning.plan import Plan, SampleSettings
 from i2v_core.planning.planner import make_plan
 from i2v_core.planning.request import Budget, Request
-from i2v_core.sampling.loop import Guidance, sample_loop
+from i2v_core.sampling.loop import Guidance, SampleLoop
 from i2v_core.sampling.noise import initial_noise
 from i2v_core.sampling.schedulers import make_scheduler
 from i2v_core.units import GIB
@@ -103,7 +103,8 @@ def plain(model: I2VModel, conditioning: Conditioning) -> Callable[[str], Tensor
                 SETTINGS.cfg,
                 batched=True,
             )
-            final = sample_loop(lambda at, time: guidance(at, time, dtype), scheduler, noise, lambda *_: None)
+            loop = SampleLoop(scheduler, noise, lambda *_: None)
+            final = loop.run(lambda at, time: guidance(at, time, dtype))
         return family.latents_to_host(model.architecture, final).float()
 
     return latents

@@ -14,11 +14,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..errors import BadInputError
 from ..memory.meter import host_memory
 from .base import Placed
 from .pictures import to_tensor
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_CHARACTERS = 20_000
+"""Of a prompt: a tokenizer takes a second for some 100,000, and cannot be interrupted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +48,17 @@ class VisionInput:
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
-    """Token ids (1, L), padded or cut to the tokenizer's own length; what is cut off is logged."""
+    """Token ids (1, L), padded or cut to the tokenizer's own length; what is cut off is logged.
+
+    Raises:
+        BadInputError: the text is longer than any that could be meant.
+    """
     length = int(tokenizer.model_max_length)
+    if len(text) > _LONGEST_CHARACTERS:
+        raise BadInputError(
+            f"a prompt of {len(text):,} characters is too long",
+            f"the model reads the first {length} tokens, some {4 * length} characters of it",
+        )
     ids = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
     whole = tokenizer(text, return_tensors="pt").input_ids
     if whole.shape[-1] > length:

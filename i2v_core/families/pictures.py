@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ..errors import BadInputError
 
+_MOST_CUT_AWAY = 64
+"""Times the size that a picture may cover when it is scaled: one of a few pixels by thousands would take all memory."""
+
 
 def first_picture(image_FHWC: Tensor) -> Image.Image:
     """Frame 0 of (F, H, W, 3 or 4) in 0…1 as an 8-bit RGB picture; transparency is dropped.
@@ -38,10 +41,19 @@ def first_picture(image_FHWC: Tensor) -> Image.Image:
 def cover(picture: Image.Image, width_pixels: int, height_pixels: int) -> Image.Image:
     """The picture scaled until it covers the size, cut to its middle. Sides are rounded up when scaled, so that no
     border row is ever left empty.
+
+    Raises:
+        BadInputError: the picture is so much longer than wide, or wider than long, that next to nothing would be left.
     """
     scale = min(picture.width / width_pixels, picture.height / height_pixels)
     # The tolerance keeps an exact fit exact: 1280 / (1280 / 704 × 1) is not always 704 in floating point.
     scaled = tuple(math.ceil(side / scale - 1e-6) for side in picture.size)
+    if scaled[0] * scaled[1] > _MOST_CUT_AWAY * width_pixels * height_pixels:
+        raise BadInputError(
+            f"the image is {picture.width}×{picture.height} pixels, of which {width_pixels}×{height_pixels} would keep "
+            "next to nothing",
+            "cut it to about the video's shape first",
+        )
     resized = picture.resize((scaled[0], scaled[1]), resample=Image.Resampling.BOX)
     left, top = (resized.width - width_pixels) // 2, (resized.height - height_pixels) // 2
     return resized.crop((left, top, left + width_pixels, top + height_pixels))

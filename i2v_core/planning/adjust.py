@@ -1,4 +1,4 @@
-"""Changing a plan after it was made: for less free memory, for a tile that the user sets, or after an out-of-memory."""
+"""Changing a plan after it was made: for less free memory, or for a tile that the user sets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..decoding import FramePieces
 from ..errors import BadInputError, DoesNotFitError
 from ..families import family_of
 from ..units import format_gib
-from .frame_ways import Candidate, decode_ways, first_that_fits, with_maps_parked
+from .frame_ways import Candidate, first_that_fits, with_maps_parked
 from .margin import needed_bytes
 from .plan import DecodeSettings, Plan, Stage, StagePrediction
 from .planner import make_plan
@@ -46,6 +46,11 @@ def with_tile(plan: Plan, tile_pixels: int, overlap_pixels: int) -> Plan:
         )
     if not tile_pixels:
         return plan
+    if not family_of(plan.request.architecture).cuts_frames(plan.request.architecture):
+        raise BadInputError(
+            f"a tile of {tile_pixels} pixels is not possible: this model's autoencoder cannot be cut exactly",
+            "set the tile size to 0",
+        )
     if tile_pixels < LEAST_TILE_PIXELS:
         raise BadInputError(
             f"a tile of {tile_pixels} pixels is too small", f"use at least {LEAST_TILE_PIXELS} pixels, or 0"
@@ -61,16 +66,6 @@ def with_tile(plan: Plan, tile_pixels: int, overlap_pixels: int) -> Plan:
             "use a smaller tile, or 0 for the plan's own",
         )
     return _with_decode(plan, found)
-
-
-def thriftier_decode(plan: Plan) -> Plan | None:
-    """The plan with the next way to decode that takes less of the device; None where there is none."""
-    peak_bytes = plan.stage(Stage.DECODE).peak_bytes
-    for way in (way for group in decode_ways(plan.request) for way in group):
-        prediction = _predicted(plan, way)
-        if prediction.peak_bytes < peak_bytes and plan.budget.host_allows(prediction.host_bytes):
-            return _with_decode(plan, Candidate(way, prediction))
-    return None
 
 
 def _predicted(plan: Plan, settings: DecodeSettings) -> StagePrediction:

@@ -12,25 +12,63 @@ import torch
 from torch import Tensor
 
 from ..families import TensorMap
+from .state import LoopState, SchedulerState
 
 # (latents_BCTHW, timestep, inputs) -> prediction_BCTHW
 Denoise = Callable[[Tensor, Tensor, TensorMap], Tensor]
-
 
 # Told after each step: its number from 1, and what the clean latents look like so far (1, C, T, H, W).
 OnStep = Callable[[int, Tensor], None]
 
 
-def sample_loop(
-    predict: Callable[[Tensor, Tensor], Tensor], scheduler: Any, latents_BCTHW: Tensor, on_step: OnStep
-) -> Tensor:
-    """Denoise scaled noise (1, C, T, H, W) over the scheduler's timesteps. The state stays in the noise's own dtype."""
-    for step, timestep in enumerate(scheduler.timesteps, start=1):
-        prediction_BCTHW = predict(scheduler.scale_model_input(latents_BCTHW, timestep), timestep)
-        result = scheduler.step(prediction_BCTHW, timestep, latents_BCTHW)
-        latents_BCTHW = result.prev_sample
-        on_step(step, getattr(result, "pred_original_sample", latents_BCTHW))
-    return latents_BCTHW
+class SampleLoop:
+    """Denoises scaled noise (1, C, T, H, W) over the scheduler's timesteps, which have been set.
+
+    The state stays in the noise's own dtype. A step that fails, whatever with, has not happened: `run` takes up from
+    there, also with another `predict`.
+    """
+
+    def __init__(self, scheduler: Any, latents_BCTHW: Tensor, on_step: OnStep) -> None:
+        self.latents_BCTHW = latents_BCTHW
+        self.steps_done = 0
+        self._scheduler, self._on_step = scheduler, on_step
+        self._history = SchedulerState(scheduler)
+
+    def run(self, predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """All steps that are left; the final latents."""
+        while self.steps_done < len(self._scheduler.timesteps):
+            timestep = self._scheduler.timesteps[self.steps_done]
+            scaled_BCTHW = self._scheduler.scale_model_input(self.latents_BCTHW, timestep)
+            clean_BCTHW = self._step(predict(scaled_BCTHW, timestep), timestep)
+            self.steps_done += 1
+            self._on_step(self.steps_done, clean_BCTHW)
+        return self.latents_BCTHW
+
+    @property
+    def state(self) -> LoopState:
+        """Where the loop is between two steps."""
+        return LoopState(
+            steps_done=self.steps_done, latents_BCTHW=self.latents_BCTHW, scheduler=self._history.changes()
+        )
+
+    def resume(self, state: LoopState) -> None:
+        """Go on from the state of a loop with the same scheduler, timesteps and noise."""
+        like = self.latents_BCTHW
+        self.steps_done = state.steps_done
+        self.latents_BCTHW = state.latents_BCTHW.to(like.device, like.dtype)
+        self._history.restore(state.scheduler, like.device)
+
+    def _step(self, prediction_BCTHW: Tensor, timestep: Tensor) -> Tensor:
+        """One step of the scheduler, or none of it; the clean latents so far."""
+        before = self._history.changes()
+        try:
+            result = self._scheduler.step(prediction_BCTHW, timestep, self.latents_BCTHW)
+        except BaseException:
+            # Multistep schedulers change their history before they can fail.
+            self._history.restore(before, self.latents_BCTHW.device)
+            raise
+        self.latents_BCTHW = result.prev_sample
+        return getattr(result, "pred_original_sample", self.latents_BCTHW)
 
 
 class Guidance:

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..errors import BadInputError, DoesNotFitError, PlanMismatchError
+from ..errors import BadInputError, PlanMismatchError
 from ..families import Family, I2VModel, family_of
 from ..memory.device import is_out_of_memory
-from ..planning.adjust import thriftier_decode
 from ..planning.plan import Plan, Stage
 from .run import StageRun, running
 from .runtime import Runtime, StageReport
@@ -47,9 +46,8 @@ class DecodeStream:
     def _decode(self) -> Generator[Tensor]:
         while self._done < self.total_frames:
             problem = yield from self._decode_until_full()
-            # Not in an `except`: there the traceback would keep what the failed layer had made.
             if problem is not None:
-                self._shrink(problem)
+                self._run.step_down(problem, f"at frame {self._done} of {self.total_frames}")
 
     def _decode_until_full(self) -> Generator[Tensor, None, str | None]:
         """The frames from where the stream is at; if the device runs out of memory, its message in the end."""
@@ -70,19 +68,6 @@ class DecodeStream:
                 raise
             return str(error)
         return None
-
-    def _shrink(self, problem: str) -> None:
-        thriftier = thriftier_decode(self._run.plan)
-        if thriftier is None:
-            raise DoesNotFitError(
-                f"decode ran out of device memory at frame {self._done} of {self.total_frames}, in the thriftiest way "
-                f"there is ({problem})",
-                "free device memory, or keep the latent with I2V Save Latent and decode it later",
-            )
-        self._run.adopt(
-            thriftier,
-            f"decode ran out of device memory at frame {self._done}: it went on from there in smaller pieces",
-        )
 
 
 @contextmanager

@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
 from ..chunking import LayerRunner
+from ..errors import RanOutError
 from ..families import I2VModel, Placed
+from ..memory.device import is_out_of_memory
 from ..memory.stage_meter import StageMeter, stage_meter
 from ..placement.placed import placed
 from ..placement.storage import WeightStorage, resident
 from ..placement.streaming import streamed, streamed_leaves
-from ..planning.margin import expected_bytes, uncertainty_bytes
+from ..planning.ladder import next_rung, remedy, what_changed
+from ..planning.margin import expected_bytes, needed_bytes, uncertainty_bytes
 from ..planning.plan import Plan, Stage
 from ..planning.predict import component_dtype
+from ..units import format_gib
 from .runtime import Runtime, StageReport
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
 
 class StageRun:
-    """Made by `running`. `plan` is what the stage goes by; `adopt` gives it another in the middle."""
+    """Made by `running`. `plan` is what the stage goes by; `step_down` gives it another in the middle."""
 
     def __init__(self, stage: Stage, model: I2VModel, plan: Plan, runtime: Runtime, meter: StageMeter) -> None:
         self.model, self.plan, self.runtime, self.meter = model, plan, runtime, meter
         self._stage = stage
         self._notes: list[str] = []
+        self._failed: list[tuple[int, int]] = []
+        self._made_room = False
 
     @contextmanager
     def place(self, component: str, *, by_layer: bool = False) -> Generator[Placed]:
@@ -54,14 +63,45 @@ class StageRun:
             with placed(module, device, dtype), self.meter.weights(module):
                 yield ready(LayerRunner())
 
-    def adopt(self, plan: Plan, note: str) -> None:
-        """Go on with another plan; `note` says why. The peak is measured anew."""
+    def step_down(self, problem: str, where: str) -> None:
+        """After an out-of-memory: go on in the fastest way that takes less; if there is none, with room that the host
+        makes, once. To be called outside of the `except`, whose traceback keeps what the failed layer had made.
+
+        Args:
+            problem: the error's own words.
+            where: how far the stage had come, such as `at step 3 of 20`.
+
+        Raises:
+            RanOutError: there is nothing left to try.
+        """
+        _give_back(self.runtime.device)
+        self._failed.append((self.plan.stage(self._stage).peak_bytes, self.meter.peak_bytes))
+        lower = next_rung(self.plan, self._stage)
+        if lower is not None:
+            changed = what_changed(self.plan, lower, self._stage)
+            self._note(f"{self._stage.value} ran out of device memory {where} and went on from there with {changed}")
+            self.plan = lower
+        elif not self._made_room:
+            self._made_room = True
+            self._note(f"{self._stage.value} ran out of device memory {where}: the host was asked to free what it can")
+            self.runtime.make_room()
+        else:
+            raise self._nothing_left(problem, where)
+        self.meter.restart_peak()
+
+    def _nothing_left(self, problem: str, where: str) -> RanOutError:
+        needed = format_gib(needed_bytes(self.plan.stage(self._stage), self.plan.device))
+        free_bytes = self.runtime.free_bytes()
+        free = "" if free_bytes is None else f", and {format_gib(free_bytes)} are free"
+        return RanOutError(
+            f"{self._stage.value} ran out of device memory {where}, in the thriftiest way there is: it needs {needed}"
+            f"{free} ({problem})",
+            remedy(self.plan, self._stage),
+        )
+
+    def _note(self, note: str) -> None:
         logger.warning("%s", note)
         self._notes.append(note)
-        self.plan = plan
-        if self.runtime.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.meter.restart_peak()
 
     def report(self) -> StageReport:
         prediction = self.plan.stage(self._stage)
@@ -73,6 +113,7 @@ class StageRun:
             measured_peak_bytes=self.meter.peak_bytes,
             seconds=self.meter.seconds,
             notes=tuple(self._notes),
+            failed=tuple(self._failed),
         )
         logger.info("%s", report)
         return report
@@ -81,6 +122,29 @@ class StageRun:
     def _streamed(self) -> bool:
         settings = {Stage.ENCODE: self.plan.encode, Stage.SAMPLE: self.plan.sample, Stage.DECODE: self.plan.decode}
         return settings[self._stage].streamed
+
+
+def until_it_fits(run: StageRun, attempt: Callable[[], Result], where: Callable[[], str]) -> Result:
+    """What `attempt` gives, which is tried again a rung lower each time that it runs out of device memory."""
+    while True:
+        try:
+            return attempt()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            problem = str(error)
+        run.step_down(problem, where())
+
+
+def _give_back(device: torch.device) -> None:
+    """Hand what the failed attempt has left in the allocator back to the device."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.zeros(1, device=device)  # an error of CUDA's own is reported again with the next operation
+    except RuntimeError as error:
+        logger.debug("the device said again: %s", error)
+    torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -16,8 +16,12 @@ from ..planning.plan import Plan, Stage
 from ..units import format_gib
 
 
-def _never_cancelled() -> None:
+def _nothing() -> None:
     pass
+
+
+def _unknown() -> None:
+    return None
 
 
 def _no_progress(done: int, total: int, latents_BCTHW: Tensor | None) -> None:
@@ -34,21 +38,25 @@ class Runtime:
 
     `check_cancelled` raises the caller's own exception to stop; it is called at least once a chunk.
     `on_progress` takes what is done, the total, and while sampling the clean latents so far (1, C, T, H, W);
-    `on_frames` takes finished frames (f, H, W, 3) as they are decoded.
+    `on_frames` takes finished frames (f, H, W, 3) as they are decoded. `make_room` frees what it can of device memory
+    that others hold, and `free_bytes` says what is free then; both are asked only when memory has run out.
     """
 
     device: torch.device
     attention: AttentionBackend = AttentionBackend.SDPA
-    check_cancelled: Callable[[], None] = _never_cancelled
+    check_cancelled: Callable[[], None] = _nothing
     on_progress: Callable[[int, int, Tensor | None], None] = _no_progress
     on_frames: Callable[[Tensor], None] = _no_frames
+    make_room: Callable[[], None] = _nothing
+    free_bytes: Callable[[], int | None] = _unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageReport:
     """What a stage was predicted to take, give or take, what it took, and how long.
 
-    `plan` is the one that it ended with, `notes` say what happened on the way.
+    `plan` is the one that it ended with, `notes` say what happened on the way. `failed` are attempts that ran out of
+    memory: what they were predicted to take, and what they had taken by then.
     """
 
     stage: Stage
@@ -58,6 +66,7 @@ class StageReport:
     measured_peak_bytes: int
     seconds: float
     notes: tuple[str, ...] = ()
+    failed: tuple[tuple[int, int], ...] = ()
 
     def __str__(self) -> str:
         return (

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInputError, PlanMismatchError
-from ..families import Conditioning, I2VModel, TensorMap, family_of
+from ..families import Conditioning, I2VModel, Placed, TensorMap, family_of
 from ..placement.attention import attention
 from ..planning.plan import Plan, Stage
 from ..sampling.context import in_windows
-from ..sampling.loop import Guidance, sample_loop
+from ..sampling.loop import Guidance, SampleLoop
 from ..sampling.noise import initial_noise
 from ..sampling.schedulers import make_scheduler
-from .run import running
+from .run import StageRun, running, until_it_fits
 from .runtime import Runtime, StageReport
 
 MAX_STEPS = 1000
@@ -44,47 +44,10 @@ def sample(
     model: I2VModel, plan: Plan, conditioning: Conditioning, settings: SamplerSettings, runtime: Runtime
 ) -> tuple[Tensor, StageReport]:
     """The video's latents as the host's LATENT samples, fp32, on the CPU."""
-    family = family_of(model.architecture)
     _check_conditioning(plan, conditioning, settings)
-    device, dtype = runtime.device, plan.sample.compute_dtype
-    scheduler = make_scheduler(settings.scheduler, model.architecture.config("scheduler"))
-    scheduler.set_timesteps(settings.steps)
-    noise_BCTHW = initial_noise(family.facts.latent_size(plan.request.size), settings.seed)
-
-    with (
-        running(Stage.SAMPLE, model, plan, runtime) as run,
-        run.place(family.denoiser, by_layer=True) as denoiser,
-    ):
-
-        def denoise(latents_BCTHW: Tensor, timestep: Tensor, inputs: TensorMap) -> Tensor:
-            return family.denoise(denoiser.module, latents_BCTHW, timestep, inputs)
-
-        context = plan.sample.context
-        guidance = Guidance(
-            in_windows(denoise, family, context, noise_BCTHW.shape[2]) if context else denoise,
-            positive=_to_device(conditioning.positive, device, dtype),
-            negative=_to_device(conditioning.negative, device, dtype) if conditioning.negative else None,
-            cfg=settings.cfg,
-            batched=plan.sample.batched_guidance,
-        )
-
-        def on_step(step: int, clean_BCTHW: Tensor) -> None:
-            run.meter.log_step(step)
-            runtime.on_progress(step, settings.steps, clean_BCTHW)
-            runtime.check_cancelled()
-
-        chunks = plan.sample.chunk_settings
-        with (
-            attention(denoiser.module, runtime.attention),
-            family.chunked(denoiser.module, chunks, runner=denoiser.runner, on_chunk=runtime.check_cancelled),
-        ):
-            latents_BCTHW = sample_loop(
-                lambda latents, timestep: guidance(latents, timestep, dtype),
-                scheduler,
-                noise_BCTHW.to(device) * scheduler.init_noise_sigma,
-                on_step,
-            )
-        samples = family.latents_to_host(model.architecture, latents_BCTHW).float().cpu()
+    with running(Stage.SAMPLE, model, plan, runtime) as run:
+        sampling = _Sampling(run, conditioning, settings)
+        samples = until_it_fits(run, sampling.finish, where=lambda: sampling.where)
     if not torch.isfinite(samples).all():
         raise BadInputError(
             f"sampling in {plan.precision} gave values that are not finite", "choose bf16 or fp32 in VRAM Budget"
@@ -92,8 +55,58 @@ def sample(
     return samples, run.report()
 
 
-def _to_device(inputs: TensorMap, device: torch.device, dtype: torch.dtype) -> TensorMap:
-    return {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
+class _Sampling:
+    """One video under way. `finish` may fail and be called again: it goes on from the step that it was at."""
+
+    def __init__(self, run: StageRun, conditioning: Conditioning, settings: SamplerSettings) -> None:
+        self._run, self._conditioning, self._settings = run, conditioning, settings
+        self._family = family_of(run.model.architecture)
+        scheduler = make_scheduler(settings.scheduler, run.model.architecture.config("scheduler"))
+        scheduler.set_timesteps(settings.steps)
+        noise_BCTHW = initial_noise(self._family.facts.latent_size(run.plan.request.size), settings.seed)
+        self._frames = noise_BCTHW.shape[2]
+        self._loop = SampleLoop(
+            scheduler, noise_BCTHW.to(run.runtime.device) * scheduler.init_noise_sigma, self._on_step
+        )
+
+    @property
+    def where(self) -> str:
+        return f"at step {self._loop.steps_done} of {self._settings.steps}"
+
+    def finish(self) -> Tensor:
+        """The steps that are left, by the run's plan as it is now; the host's LATENT samples."""
+        run, family, chosen = self._run, self._family, self._run.plan.sample
+        check_cancelled = run.runtime.check_cancelled
+        with (
+            run.place(family.denoiser, by_layer=True) as denoiser,
+            attention(denoiser.module, run.runtime.attention),
+            family.chunked(denoiser.module, chosen.chunk_settings, runner=denoiser.runner, on_chunk=check_cancelled),
+        ):
+            guidance = self._guidance(denoiser)
+            latents_BCTHW = self._loop.run(lambda latents, timestep: guidance(latents, timestep, denoiser.dtype))
+        return family.latents_to_host(run.model.architecture, latents_BCTHW).float().cpu()
+
+    def _guidance(self, denoiser: Placed) -> Guidance:
+        def denoise(latents_BCTHW: Tensor, timestep: Tensor, inputs: TensorMap) -> Tensor:
+            return self._family.denoise(denoiser.module, latents_BCTHW, timestep, inputs)
+
+        def placed(inputs: TensorMap) -> TensorMap:
+            return {name: tensor.to(denoiser.device, denoiser.dtype) for name, tensor in inputs.items()}
+
+        chosen, told = self._run.plan.sample, self._conditioning
+        context = chosen.context
+        return Guidance(
+            in_windows(denoise, self._family, context, self._frames) if context else denoise,
+            positive=placed(told.positive),
+            negative=placed(told.negative) if told.negative else None,
+            cfg=self._settings.cfg,
+            batched=chosen.batched_guidance,
+        )
+
+    def _on_step(self, step: int, clean_BCTHW: Tensor) -> None:
+        self._run.meter.log_step(step)
+        self._run.runtime.on_progress(step, self._settings.steps, clean_BCTHW)
+        self._run.runtime.check_cancelled()
 
 
 def _check_conditioning(plan: Plan, conditioning: Conditioning, settings: SamplerSettings) -> None:

@@ -32,7 +32,7 @@ from i2v_core.planning.planner import least_peak, make_plan
 from i2v_core.planning.predict import predict_decode, predict_encode, predict_sample
 from i2v_core.planning.request import Budget, Request
 from i2v_core.sampling.context import ContextWindows
-from i2v_core.units import GIB, KIB, MIB
+from i2v_core.units import GIB, KIB
 
 CPU = device_facts(torch.device("cpu"))
 RUNTIME = stages.Runtime(device=torch.device("cpu"))
@@ -161,23 +161,23 @@ def test_the_random_cases_take_every_way_that_plans_have(model: I2VModel) -> Non
 def test_an_approximate_plan_runs_on_a_card_that_is_too_small_for_any_exact_one(
     model: I2VModel, put_in_card: PutInCard, seed: int
 ) -> None:
-    """Host memory is short, so that exact weights cannot stream; with more of it those in 8 bits still can."""
+    """Host memory is a byte too short for exact weights to stream from; those in 8 bits can."""
     rng = random.Random(seed)
     size = VideoSize(
-        width_pixels=8 * rng.randint(8, 12), height_pixels=8 * rng.randint(8, 12), frames=rng.randint(2, 20)
+        width_pixels=8 * rng.randint(8, 10), height_pixels=8 * rng.randint(8, 10), frames=rng.randint(2, 12)
     )
     request = Request(
         architecture=model.architecture, size=size, precision=rng.choice(("fp32", "bf16")), guidance=rng.random() < 0.7
     )
     allowed = replace(request, allow_approximate=True)
-    exact = replace(make_plan(request, Budget(free_bytes=GIB), CPU).sample, streamed=True)
-    host_bytes = rng.choice((MIB, predict_sample(request, exact).host_bytes - 1))
+    plain = make_plan(request, Budget(free_bytes=GIB), CPU)
+    host_bytes = predict_sample(request, replace(plain.sample, streamed=True)).host_bytes - 1
     least, most = (needed_bytes(least_peak(it, CPU, host_bytes), CPU) for it in (allowed, request))
     budget = Budget(free_bytes=rng.randint(least, most - 1), host_free_bytes=host_bytes)
     with pytest.raises(NothingFitsError):
         make_plan(request, budget, CPU)
     plan = make_plan(allowed, budget, CPU)
-    assert plan.sample.weight_storage is not WeightStorage.AS_COMPUTED
+    assert plan.sample.context is not None or plan.sample.weight_storage is not WeightStorage.AS_COMPUTED
     put_in_card(plan.budget.usable_bytes)
     frames, reports = run(model, plan)
     assert torch.isfinite(frames).all()
@@ -321,7 +321,7 @@ def state(model: I2VModel) -> dict[tuple[str, str], object]:
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("stage", list(Stage))
-def test_a_card_one_byte_too_small_fails_and_leaves_the_model_as_it_was(
+def test_a_card_one_byte_too_small_costs_a_rung_and_leaves_the_model_as_it_was(
     model: I2VModel, put_in_card: PutInCard, stage: Stage, streamed: bool
 ) -> None:
     size = VideoSize(width_pixels=96, height_pixels=72, frames=4)
@@ -344,13 +344,8 @@ def test_a_card_one_byte_too_small_fails_and_leaves_the_model_as_it_was(
     before, weights = state(model), {key: tensor.clone() for key, tensor in tensors(model).items()}
 
     put_in_card(peak_bytes[stage] - 1)
-    if stage is Stage.DECODE:  # goes on in smaller pieces
-        frames, report = alone()
-        assert report.notes
-        assert torch.allclose(frames, expected, atol=2e-2)
-    else:
-        with pytest.raises(torch.OutOfMemoryError):
-            alone()
+    _, report = alone()
+    assert report.notes
     assert state(model) == before
     assert all(torch.equal(tensor, weights[key]) for key, tensor in tensors(model).items())
 

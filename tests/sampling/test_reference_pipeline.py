@@ -26,7 +26,7 @@ from i2v_core.families.clip import encode_text, tokenize
 from i2v_core.families.folder import read_json
 from i2v_core.families.pictures import cover, to_tensor
 from i2v_core.planning.predict import component_dtype
-from i2v_core.sampling.loop import Guidance, sample_loop
+from i2v_core.sampling.loop import Guidance, SampleLoop
 from i2v_core.sampling.noise import initial_noise
 
 reference: Any = pipeline_i2vgen_xl
@@ -136,12 +136,8 @@ def test_every_step_equals_the_pipeline(model: I2VModel, picture: Image.Image, b
         batched=batched,
     )
     with torch.no_grad():
-        sample_loop(
-            lambda latents, timestep: guidance(latents, timestep, torch.float32),
-            scheduler,
-            noise_1CThw * scheduler.init_noise_sigma,
-            lambda *_: None,
-        )
+        loop = SampleLoop(scheduler, noise_1CThw * scheduler.init_noise_sigma, lambda *_: None)
+        loop.run(lambda latents, timestep: guidance(latents, timestep, torch.float32))
 
     assert len(scheduler.states) == len(expected) == STEPS
     for ours_1CThw, theirs_TChw in zip(scheduler.states, expected, strict=True):

@@ -1,0 +1,104 @@
+"""Values held against a node's own schema when it runs.
+
+The host checks the widgets of a prompt, but neither what another node gives for them, nor what a prompt gives for a
+socket in place of a link: there anything may come, and it should be answered with what was expected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..i2v_core.errors import BadInputError
+from ..i2v_core.families import Conditioning, I2VModel
+from ..i2v_core.planning.plan import Plan
+from .sockets import I2VConditioningSocket, I2VModelSocket, I2VPlanSocket
+
+Execute = TypeVar("Execute", bound=Callable[..., io.NodeOutput])
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What an input takes: whether a value is of it, its name, and where such a value comes from."""
+
+    holds: Callable[[Any], bool]
+    name: str
+    remedy: str
+
+
+_SET_IT = "set it on the node, or connect a node that gives one"
+
+KINDS: Mapping[str, Kind] = {
+    I2VModelSocket.io_type: Kind(lambda value: isinstance(value, I2VModel), "a model", "connect I2V Loader"),
+    I2VPlanSocket.io_type: Kind(lambda value: isinstance(value, Plan), "a plan", "connect VRAM Budget"),
+    I2VConditioningSocket.io_type: Kind(
+        lambda value: isinstance(value, Conditioning), "a conditioning of this pack", "connect I2V Encode"
+    ),
+    io.Latent.io_type: Kind(
+        lambda value: isinstance(value, Mapping) and _is_pixels(value.get("samples")),
+        "a latent",
+        "connect Chunked Sampler or I2V Load Latent",
+    ),
+    io.Image.io_type: Kind(
+        lambda value: _is_pixels(value) and value.ndim == 4 and value.numel() > 0,
+        "a picture of shape (frames, height, width, 3)",
+        "connect a node that gives an IMAGE",
+    ),
+    io.Int.io_type: Kind(lambda value: isinstance(value, int), "a whole number", _SET_IT),
+    io.Float.io_type: Kind(
+        lambda value: isinstance(value, (int, float)) and math.isfinite(value), "a finite number", _SET_IT
+    ),
+    io.Boolean.io_type: Kind(lambda value: isinstance(value, bool), "true or false", _SET_IT),
+    io.String.io_type: Kind(lambda value: isinstance(value, str) and _is_whole(value), "a text", _SET_IT),
+    io.Combo.io_type: Kind(lambda value: isinstance(value, str), "a choice of its list", _SET_IT),
+}
+"""By the host's name of an input's type."""
+
+
+def checked(execute: Execute) -> Execute:
+    """A node's `execute` that raises `BadInputError` for values that its schema does not allow. The members of lists,
+    which may have changed since the schema was made, are left to the node.
+    """
+
+    @wraps(execute)
+    def run(cls: type[io.ComfyNode], **values: Any) -> io.NodeOutput:
+        for spec in cls.define_schema().inputs:
+            value = values.get(spec.id)
+            if value is not None or not spec.optional:
+                _check(spec, value)
+        return execute(cls, **values)
+
+    return run  # pyright: ignore[reportReturnType]
+
+
+def _check(spec: io.Input, value: Any) -> None:
+    kind = KINDS[spec.get_io_type()]
+    if not kind.holds(value):
+        raise BadInputError(f"{spec.id} is {_said(value)}, which is not {kind.name}", kind.remedy)
+    least, most = getattr(spec, "min", None), getattr(spec, "max", None)
+    if least is not None and not least <= value <= most:
+        raise BadInputError(f"{spec.id} is {value}, which is not possible", f"use {least:,} to {most:,}")
+
+
+def _is_pixels(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _is_whole(text: str) -> bool:
+    """Whether no character is a half of one (a lone surrogate), which JSON can hold and tokenizers cannot take."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _said(value: Any) -> str:
+    """A value in words: plain ones as they are, others by their kind."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} in {str(value.dtype).removeprefix('torch.')}"
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    return f"'{value}'" if isinstance(value, str) else f"of type {type(value).__name__}"
