@@ -204,5 +204,13 @@ def concluded(report: StageReport, notes: list[str]) -> dict[str, list[Any]]:
     }
 
 
+def checkpoint_folder() -> Path:
+    return _own_folder() / "checkpoints"
+
+
 def _calibration_store() -> CalibrationStore:
-    return CalibrationStore(Path(folder_paths.get_user_directory()) / "i2v_budget" / "calibration.json")
+    return CalibrationStore(_own_folder() / "calibration.json")
+
+
+def _own_folder() -> Path:
+    return Path(folder_paths.get_user_directory()) / "i2v_budget"

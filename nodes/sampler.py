@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..i2v_core import stages
 from ..i2v_core.families import Conditioning, I2VModel
 from ..i2v_core.planning.plan import Plan, Stage
+from ..i2v_core.sampling.checkpoint import Checkpointing, CheckpointWhen
 from ..i2v_core.sampling.schedulers import SCHEDULERS
 from . import host
 from .checked import checked
@@ -56,6 +57,15 @@ class ChunkedSampler(io.ComfyNode):
                     default="ddim",
                     tooltip="How a step is taken. Default ddim.",
                 ),
+                io.Combo.Input(
+                    "checkpoint",
+                    options=[when.value for when in CheckpointWhen],
+                    default=CheckpointWhen.AUTO.value,
+                    optional=True,
+                    tooltip="When what is sampled so far is kept on disk: auto every half minute of runs that take "
+                    "more than two, and when such a run is cancelled or fails; or after every step; or never. The "
+                    "same video queued again goes on from there. Default auto.",
+                ),
             ],
             outputs=[io.Latent.Output("latent", tooltip="Latents, one a frame, as any VAE decode node takes them.")],
         )
@@ -71,8 +81,10 @@ class ChunkedSampler(io.ComfyNode):
         cfg: float,
         seed: int,
         scheduler: str,
+        checkpoint: str = CheckpointWhen.AUTO.value,
     ) -> io.NodeOutput:
+        checkpointing = Checkpointing(folder=host.checkpoint_folder(), when=CheckpointWhen(checkpoint))
         settings = stages.SamplerSettings(steps=steps, cfg=cfg, seed=seed, scheduler=scheduler)
         with host.stage(Stage.SAMPLE, model, plan, conditioning.preview_factors) as (fitting, runtime, notes):
-            samples, report = stages.sample(model, fitting, conditioning, settings, runtime)
+            samples, report = stages.sample(model, fitting, conditioning, settings, runtime, checkpointing)
         return io.NodeOutput({"samples": samples}, ui=host.concluded(report, notes))

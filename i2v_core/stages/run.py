@@ -79,11 +79,11 @@ class StageRun:
         lower = next_rung(self.plan, self._stage)
         if lower is not None:
             changed = what_changed(self.plan, lower, self._stage)
-            self._note(f"{self._stage.value} ran out of device memory {where} and went on from there with {changed}")
+            self.note(f"{self._stage.value} ran out of device memory {where} and went on from there with {changed}")
             self.plan = lower
         elif not self._made_room:
             self._made_room = True
-            self._note(f"{self._stage.value} ran out of device memory {where}: the host was asked to free what it can")
+            self.note(f"{self._stage.value} ran out of device memory {where}: the host was asked to free what it can")
             self.runtime.make_room()
         else:
             raise self._nothing_left(problem, where)
@@ -99,7 +99,8 @@ class StageRun:
             remedy(self.plan, self._stage),
         )
 
-    def _note(self, note: str) -> None:
+    def note(self, note: str) -> None:
+        """Something that the user should know of the run."""
         logger.warning("%s", note)
         self._notes.append(note)
 

@@ -5,15 +5,26 @@ Shape legend: B batch, C latent channels, T latent frames, H/W height and width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import BadInputError, PlanMismatchError
+from ..errors import BadInputError, PlanMismatchError, RanOutError
 from ..families import Conditioning, I2VModel, Placed, TensorMap, family_of
+from ..memory.meter import host_memory
 from ..placement.attention import attention
+from ..planning.approximations import Approximation
 from ..planning.plan import Plan, Stage
+from ..sampling.checkpoint import (
+    CheckpointFile,
+    Checkpointing,
+    CheckpointWhen,
+    checkpoint_key,
+    weights_identity,
+)
 from ..sampling.context import in_windows
 from ..sampling.loop import Guidance, SampleLoop
 from ..sampling.noise import initial_noise
@@ -41,13 +52,22 @@ class SamplerSettings:
 
 
 def sample(
-    model: I2VModel, plan: Plan, conditioning: Conditioning, settings: SamplerSettings, runtime: Runtime
+    model: I2VModel,
+    plan: Plan,
+    conditioning: Conditioning,
+    settings: SamplerSettings,
+    runtime: Runtime,
+    checkpointing: Checkpointing | None = None,
 ) -> tuple[Tensor, StageReport]:
-    """The video's latents as the host's LATENT samples, fp32, on the CPU."""
+    """The video's latents as the host's LATENT samples, fp32, on the CPU.
+
+    With `checkpointing` it goes on from where the same video was when it was cancelled or the program ended.
+    """
     _check_conditioning(plan, conditioning, settings)
     with running(Stage.SAMPLE, model, plan, runtime) as run:
-        sampling = _Sampling(run, conditioning, settings)
-        samples = until_it_fits(run, sampling.finish, where=lambda: sampling.where)
+        sampling = _Sampling(run, conditioning, settings, checkpointing)
+        with sampling.kept():
+            samples = until_it_fits(run, sampling.finish, where=lambda: sampling.where)
     if not torch.isfinite(samples).all():
         raise BadInputError(
             f"sampling in {plan.precision} gave values that are not finite", "choose bf16 or fp32 in VRAM Budget"
@@ -58,16 +78,52 @@ def sample(
 class _Sampling:
     """One video under way. `finish` may fail and be called again: it goes on from the step that it was at."""
 
-    def __init__(self, run: StageRun, conditioning: Conditioning, settings: SamplerSettings) -> None:
+    def __init__(
+        self,
+        run: StageRun,
+        conditioning: Conditioning,
+        settings: SamplerSettings,
+        checkpointing: Checkpointing | None,
+    ) -> None:
         self._run, self._conditioning, self._settings = run, conditioning, settings
         self._family = family_of(run.model.architecture)
-        scheduler = make_scheduler(settings.scheduler, run.model.architecture.config("scheduler"))
-        scheduler.set_timesteps(settings.steps)
-        noise_BCTHW = initial_noise(self._family.facts.latent_size(run.plan.request.size), settings.seed)
+        with host_memory():
+            scheduler = make_scheduler(settings.scheduler, run.model.architecture.config("scheduler"))
+            scheduler.set_timesteps(settings.steps)
+            noise_BCTHW = initial_noise(self._family.facts.latent_size(run.plan.request.size), settings.seed)
         self._frames = noise_BCTHW.shape[2]
         self._loop = SampleLoop(
             scheduler, noise_BCTHW.to(run.runtime.device) * scheduler.init_noise_sigma, self._on_step
         )
+
+        self._checkpoint: CheckpointFile | None = None
+        if checkpointing is not None and checkpointing.when is not CheckpointWhen.OFF:
+            key = _checkpoint_key(run, conditioning, settings)
+            self._checkpoint = CheckpointFile(checkpointing, key, settings.steps)
+
+    @contextmanager
+    def kept(self) -> Generator[None]:
+        """Goes on from the checkpoint, where there is one; keeps one of what is done if the body fails."""
+        file = self._checkpoint
+        if file is None:
+            yield
+            return
+        state = file.load(self._loop.latents_BCTHW)
+        if state is not None:
+            self._loop.resume(state)
+            self._run.note(f"went on from step {state.steps_done} of {self._settings.steps}, kept from an earlier run")
+        try:
+            yield
+        except RanOutError as error:
+            if self._loop.steps_done and file.save(self._loop.state) is None:
+                kept = f"; run again to go on from step {self._loop.steps_done}, kept in {file.path}"
+                raise RanOutError(error.problem, error.remedy + kept) from None
+            raise
+        except BaseException:
+            if file.is_worthwhile(self._loop.steps_done):
+                file.save(self._loop.state)
+            raise
+        file.forget()
 
     @property
     def where(self) -> str:
@@ -105,8 +161,28 @@ class _Sampling:
 
     def _on_step(self, step: int, clean_BCTHW: Tensor) -> None:
         self._run.meter.log_step(step)
+        if self._checkpoint is not None and self._checkpoint.is_due(step):
+            problem = self._checkpoint.save(self._loop.state)
+            if problem is not None:
+                self._run.note(f"no checkpoint could be written, and sampling went on without: {problem}")
         self._run.runtime.on_progress(step, self._settings.steps, clean_BCTHW)
         self._run.runtime.check_cancelled()
+
+
+def _checkpoint_key(run: StageRun, conditioning: Conditioning, settings: SamplerSettings) -> str:
+    """Everything that the result depends on beyond rounding."""
+    chosen = run.plan.sample
+    parts = {
+        "model": run.model.architecture.fingerprint,
+        "weights": weights_identity(run.model.folder),
+        "size": str(run.plan.request.size),
+        **asdict(settings),
+        "precision": run.plan.precision,
+        "approximation": str(Approximation.of(chosen)),
+    }
+    negative = conditioning.negative or {}
+    tensors = {f"positive.{name}": it for name, it in conditioning.positive.items()}
+    return checkpoint_key(parts, {**tensors, **{f"negative.{name}": it for name, it in negative.items()}})
 
 
 def _check_conditioning(plan: Plan, conditioning: Conditioning, settings: SamplerSettings) -> None:

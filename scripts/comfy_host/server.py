@@ -100,17 +100,26 @@ class Server:
         """
         try:
             self._lay_out()
-            temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(self._folder / "scratch"))
-            environment = {**temporary, **(self._environment or {})}
-            with (self._folder / "comfyui.log").open("w", encoding="utf-8") as log, process.interrupts_later():
-                self._process = process.start(
-                    self._command(), output=log, folder=self._host.folder, environment=environment
-                )
-            self._wait_until_ready(self._process)
+            self.start()
         except BaseException:
             self.__exit__(None, None, None)
             raise
         return self
+
+    def start(self) -> None:
+        """Start in the folders that are there, and wait until it answers: also again, when the process has died.
+
+        Raises:
+            StartError: it ended, or did not answer within `START_SECONDS`; the message has its last lines.
+        """
+        assert not self.running()
+        temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(self._folder / "scratch"))
+        environment = {**temporary, **(self._environment or {})}
+        with (self._folder / "comfyui.log").open("w", encoding="utf-8") as log, process.interrupts_later():
+            self._process = process.start(
+                self._command(), output=log, folder=self._host.folder, environment=environment
+            )
+        self._wait_until_ready(self._process)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
