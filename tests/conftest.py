@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+FAULTS = pytest.StashKey[Counter[str]]()
+
+
+@pytest.fixture(scope="session")
+def survived(pytestconfig: pytest.Config) -> Counter[str]:
+    """Faults that were put in and survived, by kind; their number is said at the end of all tests."""
+    return pytestconfig.stash.setdefault(FAULTS, Counter())
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    faults = config.stash.get(FAULTS, Counter[str]())
+    if faults:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in faults.most_common())
+        terminalreporter.write_line(f"faults tried and survived: {faults.total()} ({kinds})")
 
 
 @pytest.fixture(scope="module")

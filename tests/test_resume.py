@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import stat
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -98,7 +99,13 @@ def cancelled(
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("at", [1, 3, 5])
 def test_a_cancelled_run_goes_on_and_ends_as_if_nothing_had_been(
-    model: I2VModel, plan: Plan, conditioning: Conditioning, every_step: Checkpointing, scheduler: str, at: int
+    model: I2VModel,
+    plan: Plan,
+    conditioning: Conditioning,
+    every_step: Checkpointing,
+    scheduler: str,
+    at: int,
+    survived: Counter[str],
 ) -> None:
     settings = replace(SETTINGS, scheduler=scheduler)
     expected, _ = stages.sample(model, plan, conditioning, settings, RUNTIME)
@@ -106,6 +113,7 @@ def test_a_cancelled_run_goes_on_and_ends_as_if_nothing_had_been(
     seen: list[int] = []
     samples, report = stages.sample(model, plan, conditioning, settings, steps_seen(RUNTIME, seen), every_step)
     assert torch.equal(samples, expected)
+    survived["cancels"] += 1
     assert seen == list(range(at + 1, 7))
     assert report.notes == (f"went on from step {at} of 6, kept from an earlier run",)
     assert not list(every_step.folder.iterdir())  # done, so there is nothing to keep
@@ -219,6 +227,7 @@ def test_a_damaged_checkpoint_is_set_aside(
     every_step: Checkpointing,
     damage: Callable[[Path], None],
     caplog: pytest.LogCaptureFixture,
+    survived: Counter[str],
 ) -> None:
     expected, _ = stages.sample(model, plan, conditioning, SETTINGS, RUNTIME)
     kept = cancelled(model, plan, conditioning, SETTINGS, 3, every_step)
@@ -228,11 +237,12 @@ def test_a_damaged_checkpoint_is_set_aside(
     assert torch.equal(samples, expected)
     assert not report.notes
     assert "set aside" in caplog.text
+    survived["damaged checkpoints"] += 1
     assert [file.suffix for file in every_step.folder.iterdir()] == [".broken"]
 
 
 def test_a_full_or_read_only_disk_does_not_stop_the_sampling(
-    model: I2VModel, plan: Plan, conditioning: Conditioning, tmp_path: Path
+    model: I2VModel, plan: Plan, conditioning: Conditioning, tmp_path: Path, survived: Counter[str]
 ) -> None:
     in_the_way = tmp_path / "file"
     in_the_way.write_text("no folder")
@@ -242,6 +252,7 @@ def test_a_full_or_read_only_disk_does_not_stop_the_sampling(
     samples, report = stages.sample(model, plan, conditioning, SETTINGS, RUNTIME, chosen)
     assert torch.equal(samples, expected)
     assert "no checkpoint could be written" in report.notes[0]
+    survived["disks that cannot be written to"] += 1
 
 
 def test_what_is_short_is_not_kept_unless_asked_for(

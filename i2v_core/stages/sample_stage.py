@@ -29,6 +29,7 @@ from ..sampling.context import in_windows
 from ..sampling.loop import Guidance, SampleLoop
 from ..sampling.noise import initial_noise
 from ..sampling.schedulers import make_scheduler
+from ..sampling.spill import SpillGuard
 from .run import StageRun, running, until_it_fits
 from .runtime import Runtime, StageReport
 
@@ -132,6 +133,7 @@ class _Sampling:
     def finish(self) -> Tensor:
         """The steps that are left, by the run's plan as it is now; the host's LATENT samples."""
         run, family, chosen = self._run, self._family, self._run.plan.sample
+        self._spill = SpillGuard(run.runtime.free_bytes)
         check_cancelled = run.runtime.check_cancelled
         with (
             run.place(family.denoiser, by_layer=True) as denoiser,
@@ -167,6 +169,11 @@ class _Sampling:
                 self._run.note(f"no checkpoint could be written, and sampling went on without: {problem}")
         self._run.runtime.on_progress(step, self._settings.steps, clean_BCTHW)
         self._run.runtime.check_cancelled()
+        spilled = self._spill.after_step(step)
+        if spilled is not None:
+            self._run.note(spilled)
+            # To a rung lower, as if memory had run out: which it has.
+            raise torch.OutOfMemoryError("the driver spills over into host memory")
 
 
 def _checkpoint_key(run: StageRun, conditioning: Conditioning, settings: SamplerSettings) -> str:

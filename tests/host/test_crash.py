@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def frames_of(run: Run, server: Server) -> np.ndarray[Any, Any]:
     return np.stack([iio.imread(server.output_folder / file["filename"]) for file in run.outputs["save"]["images"]])
 
 
-def test_a_killed_host_goes_on_from_the_checkpoint(mortal: Server, make_prompt: Any) -> None:
+def test_a_killed_host_goes_on_from_the_checkpoint(mortal: Server, make_prompt: Any, survived: Counter[str]) -> None:
     sampler = {"steps": STEPS, "seed": 3, "scheduler": "unipc"}
     undisturbed = Client(mortal.url).run(make_prompt(sampler={**sampler, "checkpoint": "off"}))
     expected = frames_of(undisturbed, mortal)
@@ -62,3 +63,4 @@ def test_a_killed_host_goes_on_from_the_checkpoint(mortal: Server, make_prompt: 
     assert "went on from step" in again.outputs["sampler"]["text"][0]
     assert f"of {STEPS}" in again.outputs["sampler"]["text"][0]
     np.testing.assert_array_equal(frames_of(again, mortal), expected)
+    survived["hosts killed"] += 1

@@ -1,0 +1,56 @@
+"""A card that spills over into host memory is noticed by the time of its steps and by what is free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from i2v_core.sampling import spill
+from i2v_core.sampling.spill import SpillGuard
+from i2v_core.units import GIB, MIB
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[float], int | None], list[str | None]]:
+    """What is said after steps of so many seconds, with so much free."""
+
+    def watch(step_seconds: Sequence[float], free_bytes: int | None) -> list[str | None]:
+        clock = 0.0
+        monkeypatch.setattr(spill.time, "monotonic", lambda: clock)
+        guard = SpillGuard(lambda: free_bytes)
+        said: list[str | None] = []
+        for step, seconds in enumerate(step_seconds, start=1):
+            clock += seconds
+            said.append(guard.after_step(step))
+        return said
+
+    return watch
+
+
+def test_a_slow_step_on_a_full_card_is_said_with_its_remedy(
+    watched: Callable[[Sequence[float], int | None], list[str | None]],
+) -> None:
+    *before, said = watched([2.0, 2.1, 1.9, 2.0, 14.0], 10 * MIB)
+    assert before == [None] * 4
+    assert said is not None
+    assert "step 5 took 14.0 s, 7 times the others" in said
+    assert "10.0 MiB" in said
+    assert "Sysmem Fallback" in said
+
+
+@pytest.mark.parametrize(
+    ("step_seconds", "free_bytes"),
+    [
+        ([2.0, 2.0, 2.0, 14.0], GIB),  # the card is not full: something else took the time
+        ([2.0, 2.0, 2.0, 14.0], None),  # nobody knows
+        ([2.0, 2.0, 2.0, 6.0], 0),  # not that much longer
+        ([9.0, 1.0, 9.0], 0),  # too few steps to tell
+    ],
+)
+def test_other_slow_steps_are_not(
+    watched: Callable[[Sequence[float], int | None], list[str | None]],
+    step_seconds: list[float],
+    free_bytes: int | None,
+) -> None:
+    assert not any(watched(step_seconds, free_bytes))
