@@ -16,8 +16,8 @@ _STEPS_TO_COMPARE = 3
 _NEARLY_NONE_BYTES = 64 * MIB
 
 REMEDY = (
-    "close other programs that use the card, give VRAM Budget a smaller budget, or forbid the driver's fallback to system "
-    "memory (NVIDIA Control Panel, CUDA - Sysmem Fallback Policy)"
+    "close other programs that use the card, give VRAM Budget a smaller budget, or forbid the driver's fallback to "
+    "system memory (NVIDIA Control Panel, CUDA - Sysmem Fallback Policy)"
 )
 
 
@@ -30,7 +30,7 @@ class SpillGuard:
         self._since = time.monotonic()
 
     def after_step(self, step: int) -> str | None:
-        """What has happened, in words, if this step took several times as long as those before, with the device full."""
+        """What has happened, in words, if this step took several times as long as others, with the device full."""
         now = time.monotonic()
         seconds, self._since = now - self._since, now
         earlier = self._seconds[:]
