@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from ..memory.meter import rounded_bytes
 from .feature_map import FeatureMap, moments_bytes
 
 
@@ -20,12 +23,13 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """The largest of some lines."""
+    """The largest of some lines, and vectors of one number a channel beside it."""
 
     lines: tuple[Line, ...]
+    vectors_bytes: int = 0
 
     def of(self, rows: int) -> int:
-        return max(line.row_bytes * rows + line.border_bytes for line in self.lines)
+        return max(line.row_bytes * rows + line.border_bytes for line in self.lines) + self.vectors_bytes
 
     def rows_within(self, limit_bytes: int) -> int:
         """How many rows fit; may be below 1."""
@@ -36,7 +40,8 @@ def convolution(source: FeatureMap, target: FeatureMap, *, added: bool = False) 
     """3×3 with a row above and below: what is fetched of a parked source and its padded copy, that and the result."""
     read, made = _row_bytes(source), _row_bytes(target)
     fetched = read if source.parked else 0
-    return Workspace((Line(fetched + read, 2 * (fetched + read)), Line(read + made, 2 * read), _written(target, added)))
+    lines = (Line(fetched + read, 2 * (fetched + read)), Line(read + made, 2 * read), _written(target, added))
+    return Workspace(lines, _affine_bytes(source))
 
 
 def doubling(source: FeatureMap, target: FeatureMap) -> Workspace:
@@ -74,12 +79,17 @@ def last(source: FeatureMap, channels: int) -> Workspace:
     read = _row_bytes(source)
     made = source.frames * channels * source.width * source.dtype.itemsize
     fetched = read if source.parked else 0
-    return Workspace((Line(fetched + read, 2 * (fetched + read)), Line(read + made, 2 * read)))
+    return Workspace((Line(fetched + read, 2 * (fetched + read)), Line(read + made, 2 * read)), _affine_bytes(source))
 
 
 def attention(source: FeatureMap) -> Workspace:
     """Seven maps: the input, its norm, query, key, value, and two of: attention's output, the projection, the sum."""
     return Workspace((Line(7 * _row_bytes(source)),))
+
+
+def _affine_bytes(source: FeatureMap) -> int:
+    """Scale and shift of a normalisation, and what they and the moments are made of, in fp32."""
+    return 8 * rounded_bytes(source.frames * source.channels * torch.float32.itemsize)
 
 
 def _written(target: FeatureMap, added: bool = False) -> Line:

@@ -106,10 +106,18 @@ def _fastest(
     ways: tuple[Sequence[Settings], ...], predict: Callable[[Settings], StagePrediction], fits: Fits
 ) -> Candidate[Settings, StagePrediction] | None:
     for group in ways:
-        found = first_that_fits(group, predict, fits)
+        # What takes less of the device may take more of the host: all are tried before it is said that none fits.
+        found = first_that_fits(group, predict, fits) or _first_of_all(group, predict, fits)
         if found is not None:
             return found
     return None
+
+
+def _first_of_all(
+    ways: Sequence[Settings], predict: Callable[[Settings], StagePrediction], fits: Fits
+) -> Candidate[Settings, StagePrediction] | None:
+    candidates = (Candidate(way, predict(way)) for way in ways)
+    return next((it for it in candidates if fits(it.prediction)), None)
 
 
 def first_that_fits(

@@ -30,14 +30,14 @@ def make_plan(request: Request, budget: Budget, device: DeviceFacts) -> Plan:
     Raises:
         NothingFitsError: nothing fits; it names the nearest requests and budgets that would.
     """
-    plan = _find(request, budget, device)
+    plan = find_plan(request, budget, device)
     if plan is None:
         raise _refusal(request, budget, device)
     return plan
 
 
-def _find(request: Request, budget: Budget, device: DeviceFacts) -> Plan | None:
-    """An exact plan in any of the precisions before an approximate one in the best."""
+def find_plan(request: Request, budget: Budget, device: DeviceFacts) -> Plan | None:
+    """As `make_plan`, but None where nothing fits. Exact in any of the precisions before approximate in the best."""
     for approximation, dtype in product(approximations(request), request.precisions(device.precisions)):
         plan = _plan_in(request, budget, device, dtype, approximation)
         if plan is not None:
@@ -81,7 +81,7 @@ def _approximation_that_would_do(request: Request, budget: Budget, device: Devic
     """What the request would give up to fit as it is, if it allowed that; None where even that does not do."""
     if request.allow_approximate:
         return None
-    plan = _find(replace(request, allow_approximate=True), budget, device)
+    plan = find_plan(replace(request, allow_approximate=True), budget, device)
     return None if plan is None else str(Approximation.of(plan.sample))
 
 
@@ -91,9 +91,16 @@ def fits(request: Request, budget: Budget, device: DeviceFacts) -> bool:
 
 
 def least_peak(request: Request, device: DeviceFacts, host_free_bytes: int | None = None) -> StagePrediction:
-    """The binding stage of the thriftiest plan that host memory (None: any) allows, whatever its time."""
+    """The binding stage of `least_stages`."""
+    return max(least_stages(request, device, host_free_bytes), key=_peak)
+
+
+def least_stages(
+    request: Request, device: DeviceFacts, host_free_bytes: int | None = None
+) -> tuple[StagePrediction, ...]:
+    """The stages of the thriftiest plan that host memory (None: any) allows, whatever its time."""
     plans = (thriftiest(request, dtype, host_free_bytes) for dtype in request.precisions(device.precisions))
-    return min((max(stages, key=_peak) for stages in plans), key=_peak)
+    return min(plans, key=lambda stages: max(map(_peak, stages)))
 
 
 def _peak(prediction: StagePrediction) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import RLock
 
 import torch
 from torch import nn
@@ -17,6 +19,20 @@ from ..memory.meter import StorageMeter, fused_attention, rounded_bytes
 from ..placement.swap import all_tensors, own_tensors
 
 META = torch.device("meta")
+
+# Traces share skeletons, which run in pieces while one is traced: threads take turns.
+_one_at_a_time = RLock()
+_before_trace: ContextVar[Callable[[], None]] = ContextVar("before_trace", default=lambda: None)
+
+
+@contextmanager
+def interruptible(check: Callable[[], None]) -> Generator[None]:
+    """`check` is called before every trace of this thread, and may raise to give a plan up that nobody waits for."""
+    token = _before_trace.set(check)
+    try:
+        yield
+    finally:
+        _before_trace.reset(token)
 
 
 @lru_cache(maxsize=16)
@@ -143,5 +159,6 @@ def _on_meta(module: nn.Module, dtype: torch.dtype, runner: LayerRunner) -> Plac
 @contextmanager
 def tracing() -> Generator[StorageMeter]:
     """Counts what is allocated on meta, with attention counted as a fused kernel allocates it."""
-    with torch.no_grad(), StorageMeter(device_type="meta") as meter, fused_attention():
+    _before_trace.get()()
+    with _one_at_a_time, torch.no_grad(), StorageMeter(device_type="meta") as meter, fused_attention():
         yield meter

@@ -47,8 +47,8 @@ SIZES, REQUESTS = 16, 200
 VECTORS_BYTES = 8 * KIB
 """For what predictions leave out: statistics, scales and shifts, of one number a channel."""
 
-# Plans leave room for the scheduler that keeps most beside the denoiser: UniPC, from its second step on.
-SETTINGS = stages.SamplerSettings(steps=2, cfg=4.0, seed=1, scheduler="unipc")
+# Plans leave room for the scheduler that keeps most beside the denoiser: UniPC, from its third step on.
+SETTINGS = stages.SamplerSettings(steps=3, cfg=4.0, seed=1, scheduler="unipc")
 
 PutInCard = Callable[[int], None]
 
