@@ -1,203 +1,167 @@
-"""Does the demo model do what its prompt says? One picture, four directions, the same noise.
+"""Does the demo model do what its prompt says, and do all the ways to save memory show the same pictures?
 
-    python benchmarks/demo_model.py --json demo_model.json --sheet demo_model.png
+    python benchmarks/demo_model.py --json demo_model.json --sheet demo_model.jpg
 
-A model that ignores its prompt moves a shape the same way four times and scores 25 %.
+One picture, four directions, the same noise: a model that ignores its prompt moves a shape the same way four times and
+scores 25 %. Then the first of these pictures again in every other way (chunked, streamed, …), against the plain clips.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.demo_model.clips import UNSEEN, Sprite
-from training.demo_model.groups import action_of
-from training.demo_model.measure import COLOUR_KEPT, Verdict, follows, judge, see
-from training.demo_model.prompts import Clause, join
-from training.demo_model.sample import DemoModel, Sampling, load_demo_model, sample
-from training.demo_model.scenes import DIRECTIONS, Scene, one_shape, two_shapes
+from benchmarks.demo_model_clips import (
+    ACTIONS,
+    Case,
+    Judged,
+    figures,
+    held_out,
+    judged,
+    save_sheet,
+    sheet_line,
+    summarise,
+    table,
+)
+from benchmarks.demo_model_ways import WAYS, Made, Maker
+from i2v_core.families import VideoSize
+from i2v_core.planning.plan import Stage
+from i2v_core.stages import SamplerSettings
+from i2v_core.units import MIB
 from training.demo_model.settings import ClipSettings
 
-# Far from every seed that training draws with.
-HELD_OUT_SEED = 1_000_003
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """A held-out picture, who moves in it, and what the other shape does meanwhile."""
-
-    scene: Scene
-    other_action: str | None
-
-    @property
-    def named(self) -> Sprite:
-        return self.scene.sprites[0]
-
-    @property
-    def unseen(self) -> bool:
-        return (self.named.colour, self.named.shape) in UNSEEN
-
-    def prompt(self, action: str) -> str:
-        texts = [_clause(self.named, action)]
-        if self.other_action is not None:
-            texts.append(_clause(self.scene.sprites[1], self.other_action))
-        return join(texts)
+CLIP = ClipSettings()
+# Two pictures, one of them with two shapes, show on the sheet what each way does.
+SHOWN_CASES = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One clip of one case."""
+    """One way: every picture's four clips, with their verdicts."""
 
-    prompt: str
-    shapes: int
-    ground: str
-    unseen: bool
-    verdict: Verdict
-    other_followed: bool | None
+    way: str
+    made: list[list[Made]]
+    judged: list[Judged]
 
-
-def held_out(count: int, clip: ClipSettings) -> list[Case]:
-    """By turns one and two shapes, seen and unseen combinations of colour and shape."""
-    rng = np.random.default_rng(HELD_OUT_SEED)
-    cases = []
-    for index in range(count):
-        unseen = index % 4 >= 2
-        if index % 2 == 0:
-            cases.append(Case(scene=one_shape(rng, clip.travel, unseen=unseen, inside=True), other_action=None))
-        else:
-            scene, motion = two_shapes(rng, clip.travel, unseen=unseen, inside=True)
-            cases.append(Case(scene=scene, other_action=action_of(motion, clip.travel)))
-    return cases
+    @property
+    def clips(self) -> list[Made]:
+        return [made for four in self.made for made in four]
 
 
-def run_case(
-    model: DemoModel, case: Case, clip: ClipSettings, chosen: Sampling
-) -> tuple[list[Row], list[torch.Tensor]]:
-    """Its four rows, and the pictures of its line of the contact sheet."""
-    picture = case.scene.picture(clip.size)
-    clips_BFCHW = sample(model, picture, [case.prompt(action) for action in DIRECTIONS], chosen)
-    rows = []
-    for action, made in zip(DIRECTIONS, clips_BFCHW, strict=True):
-        rows.append(
-            Row(
-                prompt=case.prompt(action),
-                shapes=len(case.scene.sprites),
-                ground=case.scene.ground.kind,
-                unseen=case.unseen,
-                verdict=judge(made, picture, case.named, action, clip.travel),
-                other_followed=_other_followed(case, picture, made[-1], clip.travel),
-            )
-        )
-    return rows, [picture, clips_BFCHW[0, 0], *clips_BFCHW[:, -1]]
+def run_way(maker: Maker, way: str, cases: Sequence[Case]) -> Row:
+    plan = maker.plan(WAYS[way])
+    made: list[list[Made]] = []
+    verdicts: list[Judged] = []
+    for case in tqdm(cases, desc=way, unit="picture"):
+        picture_CHW = case.scene.picture(CLIP.size)
+        four = [maker.make(plan, picture_CHW, case.prompt(action)) for action in ACTIONS]
+        verdicts += [judged(case, clip.clip_FCHW, action, CLIP) for clip, action in zip(four, ACTIONS, strict=True)]
+        made.append(four)
+    return Row(way=way, made=made, judged=verdicts)
 
 
-def summarise(rows: list[Row]) -> dict[str, dict[str, float]]:
-    """One line for each kind of picture."""
-    kinds = {
-        "all": rows,
-        "one shape": [row for row in rows if row.shapes == 1],
-        "two shapes": [row for row in rows if row.shapes == 2],
-        "seen combination": [row for row in rows if not row.unseen],
-        "unseen combination": [row for row in rows if row.unseen],
-        "plain ground": [row for row in rows if row.ground == "plain"],
-        "textured ground": [row for row in rows if row.ground != "plain"],
-    }
-    return {kind: _figures(part) for kind, part in kinds.items() if part}
-
-
-def table(summary: dict[str, dict[str, float]]) -> str:
-    heads = list(next(iter(summary.values())))
-    lines = ["| pictures | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for kind, figures in summary.items():
-        lines.append(f"| {kind} | " + " | ".join(f"{figures[head]:.4g}" for head in heads) + " |")
-    return "\n".join(lines)
-
-
-def save_sheet(lines: list[list[torch.Tensor]], path: Path) -> None:
-    """Columns: input, first frame, then the last frame of left, right, up, down."""
-    stacked = torch.cat([torch.cat(line, dim=2) for line in lines], dim=1)
-    pixels = ((stacked + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(path)
-
-
-def _figures(rows: list[Row]) -> dict[str, float]:
-    verdicts = [row.verdict for row in rows]
-    others = [row.other_followed for row in rows if row.other_followed is not None]
+def compare(row: Row, plain: Row) -> dict[str, float | None]:
+    """A row's figures, its cost, and its frames against the plain ones of the same prompts and noise."""
+    pairs = list(zip(row.clips, plain.clips, strict=False))
+    differences = [(made.clip_FCHW - other.clip_FCHW) / 2 for made, other in pairs]
+    shown = figures(row.judged)
     return {
-        "clips": float(len(rows)),
-        "follows %": 100 * _mean([verdict.followed for verdict in verdicts]),
-        "lost %": 100 * _mean([verdict.lost for verdict in verdicts]),
-        "other follows %": 100 * _mean(others) if others else float("nan"),
-        "frame 0 dB": _mean([verdict.first_frame_psnr for verdict in verdicts]),
-        "frame 0 worst dB": min(verdict.first_frame_psnr for verdict in verdicts),
-        "colour distance": _mean([verdict.colour_distance for verdict in verdicts]),
-        "colour kept %": 100 * _mean([verdict.colour_distance <= COLOUR_KEPT for verdict in verdicts]),
+        **{head: shown[head] for head in ("clips", "follows %", "lost %", "frame 0 dB", "colour kept %")},
+        "largest difference": max(float(difference.abs().max()) for difference in differences),
+        "PSNR against plain dB": None if row is plain else _psnr(differences),
+        "s a clip": sum(made.seconds for made in row.clips) / len(row.clips),
+        **_peaks(row, Stage.SAMPLE),
+        **_peaks(row, Stage.DECODE),
     }
 
 
-def _mean(values: list[float] | list[bool]) -> float:
-    return float(np.mean(values))
+def _peaks(row: Row, stage: Stage) -> dict[str, float]:
+    """The predicted and the highest measured peak of a stage; weights count."""
+    reports = [made.report(stage) for made in row.clips]
+    return {
+        f"{stage.value} MiB predicted": max(report.predicted_peak_bytes for report in reports) / MIB,
+        f"{stage.value} MiB": max(report.measured_peak_bytes for report in reports) / MIB,
+    }
 
 
-def _other_followed(case: Case, picture: torch.Tensor, last: torch.Tensor, travel: float) -> bool | None:
-    if case.other_action is None:
-        return None
-    rgb = case.scene.sprites[1].rgb
-    before, after = see(picture, rgb), see(last, rgb)
-    moved = (after.centre[0] - before.centre[0], after.centre[1] - before.centre[1])
-    return follows(moved, case.other_action, travel)
+def _psnr(differences: Sequence[Tensor]) -> float | None:
+    """Over all clips, for values in 0…1; None for equal ones."""
+    mse = sum(float(difference.double().square().mean()) for difference in differences) / len(differences)
+    return None if mse == 0 else float(-10 * torch.tensor(mse).log10())
 
 
-def _clause(sprite: Sprite, action: str) -> str:
-    return Clause(colour=sprite.colour, shape=sprite.shape, action=action).plain()
+def save_json(path: Path, arguments: argparse.Namespace, rows: Sequence[Row], lines: dict[str, Any]) -> None:
+    content = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"CPU, {torch.get_num_threads()} thread(s), {platform.machine()}",
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "settings": {name: getattr(arguments, name) for name in ("frames", "steps", "guidance", "seed")},
+        "pictures": summarise(rows[0].judged),
+        "rows": lines,
+        "clips": [asdict(clip) for clip in rows[0].judged],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def save_sheets(path: Path, cases: Sequence[Case], rows: Sequence[Row]) -> None:
+    """A line for every picture of the first row; beside it a sheet with a line for every way, picture by picture."""
+    save_sheet([_line(case, four) for case, four in zip(cases, rows[0].made, strict=True)], path)
+    if len(rows) > 1:
+        shown = range(min(SHOWN_CASES, *(len(row.made) for row in rows)))
+        lines = [_line(cases[index], row.made[index]) for index in shown for row in rows]
+        save_sheet(lines, path.with_name(f"{path.stem}-ways{path.suffix}"))
+
+
+def _line(case: Case, four: Sequence[Made]) -> list[Tensor]:
+    return sheet_line(case, [made.clip_FCHW for made in four], CLIP)
 
 
 def _arguments() -> argparse.Namespace:
-    defaults = Sampling()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("assets/demo_model"))
+    parser.add_argument("--rows", nargs="+", choices=tuple(WAYS), default=list(WAYS), help="ways; plain always comes")
     parser.add_argument("--images", type=int, default=24, help="held-out pictures, four clips each")
-    parser.add_argument("--frames", type=int, default=defaults.frames)
-    parser.add_argument("--steps", type=int, default=defaults.steps)
-    parser.add_argument("--guidance", type=float, default=defaults.guidance)
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    parser.add_argument("--json", type=Path, help="where to write the figures and every clip's verdict")
-    parser.add_argument("--sheet", type=Path, help="where to write the contact sheet")
+    parser.add_argument("--row-images", type=int, default=6, help="of these, how many in the ways other than plain")
+    parser.add_argument("--frames", type=int, default=CLIP.frames)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=1.25)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="where to write the figures and every plain clip's verdict")
+    parser.add_argument("--sheet", type=Path, help="where to write the contact sheet; the ways' goes beside it")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = _arguments()
-    clip = ClipSettings()
-    chosen = Sampling(frames=arguments.frames, steps=arguments.steps, guidance=arguments.guidance)
-    model = load_demo_model(arguments.model, getattr(torch, arguments.dtype))
-    rows: list[Row] = []
-    lines: list[list[torch.Tensor]] = []
-    began = time.perf_counter()
-    for case in tqdm(held_out(arguments.images, clip), desc="pictures", unit="picture"):
-        case_rows, line = run_case(model, case, clip, chosen)
-        rows += case_rows
-        lines.append(line)
-    seconds = (time.perf_counter() - began) / len(rows)
-    summary = summarise(rows)
-    print(table(summary))
-    print(f"{seconds:.1f} s a clip of {chosen.frames} frames, {chosen.steps} steps, guidance {chosen.guidance}")
+    size = VideoSize(width_pixels=CLIP.size, height_pixels=CLIP.size, frames=arguments.frames)
+    settings = SamplerSettings(steps=arguments.steps, cfg=arguments.guidance, seed=arguments.seed)
+    maker = Maker(arguments.model, size, settings)
+    cases = held_out(arguments.images, CLIP)
+    plain = run_way(maker, "plain", cases)
+    print(table(summarise(plain.judged), "pictures"), flush=True)
+    others = [way for way in arguments.rows if way != "plain"]
+    rows = [plain, *(run_way(maker, way, cases[: arguments.row_images]) for way in others)]
+    lines = {row.way: compare(row, plain) for row in rows}
+    print("\n" + table(lines, "way"))
     if arguments.json is not None:
-        record = {"summary": summary, "seconds_a_clip": seconds, "clips": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        save_json(arguments.json, arguments, rows, lines)
     if arguments.sheet is not None:
-        save_sheet(lines, arguments.sheet)
+        save_sheets(arguments.sheet, cases, rows)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import torch
 
 from training.demo_model.clips import COLOURS, SHAPES, UNSEEN, coverage
 from training.demo_model.groups import Cast
-from training.demo_model.measure import judge
-from training.demo_model.scenes import DIRECTIONS, Scene, combinations, motion_of, one_shape, two_shapes
+from training.demo_model.measure import NEAR, judge
+from training.demo_model.scenes import DIRECTIONS, Scene, combinations, motion_of, one_shape, recoloured, two_shapes
 
 SIZE, FRAMES, TRAVEL = 96, 5, 0.25
 
@@ -41,6 +41,18 @@ def test_training_draws_no_combination_that_is_kept_for_the_benchmark() -> None:
     sprites = [sprite for _ in range(200) for sprite in two_shapes(rng, TRAVEL)[0].sprites]
     seen = {(sprite.colour, sprite.shape) for sprite in sprites}
     assert seen == {(colour, shape) for colour in COLOURS for shape in SHAPES} - UNSEEN
+
+
+def test_any_colours_stay_away_from_what_is_kept_for_the_benchmark() -> None:
+    rng = np.random.default_rng(0)
+    names: set[str] = set()
+    for _ in range(100):
+        sprite = recoloured(rng, one_shape(rng, TRAVEL)).sprites[0]
+        names.add(sprite.colour)
+        for colour, shape in UNSEEN:
+            distance = np.linalg.norm(np.subtract(sprite.rgb, COLOURS[colour]))
+            assert shape != sprite.shape or (distance > NEAR and sprite.colour != colour)
+    assert names == {"", *COLOURS}
 
 
 @pytest.mark.parametrize("shapes", [("circle", "circle"), ("circle", "square")])

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, I2VGenXLUNet
 from PIL import Image
-from transformers import CLIPTextModel, CLIPVisionModelWithProjection
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from training.demo_model.denoiser import DenoiserTraining
 from training.demo_model.example import example_picture
@@ -22,7 +22,7 @@ from training.demo_model.export import export
 from training.demo_model.groups import Groups, build_groups
 from training.demo_model.settings import Drawing, Settings
 from training.demo_model.text import train_text_encoder
-from training.demo_model.tokens import build_tokenizer
+from training.demo_model.tokens import build_tokenizer, save_tokenizer
 from training.demo_model.vae import train_vae
 from training.demo_model.vision import train_image_encoder
 
@@ -42,10 +42,16 @@ class Workshop:
             train_vae(self.settings).save_pretrained(place)
         return AutoencoderKL.from_pretrained(place).eval()
 
+    def tokenizer(self) -> CLIPTokenizer:
+        place = self.folder / "tokenizer"
+        if not place.exists():
+            save_tokenizer(build_tokenizer(self.settings.text.tokens), place)
+        return CLIPTokenizer.from_pretrained(place)
+
     def text_encoder(self) -> CLIPTextModel:
         place = self.folder / "text_encoder"
         if not place.exists():
-            train_text_encoder(self.settings, build_tokenizer(self.settings.text.tokens)).save_pretrained(place)
+            train_text_encoder(self.settings, self.tokenizer()).save_pretrained(place)
         return CLIPTextModel.from_pretrained(place).eval()
 
     def image_encoder(self) -> CLIPVisionModelWithProjection:
@@ -63,8 +69,7 @@ class Workshop:
 
     def denoiser(self) -> I2VGenXLUNet:
         """Goes on after the last phase that was finished."""
-        tokenizer = build_tokenizer(self.settings.text.tokens)
-        training = DenoiserTraining(self.settings, tokenizer, self.text_encoder())
+        training = DenoiserTraining(self.settings, self.tokenizer(), self.text_encoder())
         partly = self.folder / "denoiser_partly.pt"
         for phase in self.settings.denoiser.phases:
             done = self.folder / f"denoiser_{phase.name}.pt"
@@ -89,6 +94,7 @@ def main() -> None:
     export(
         shop.settings,
         arguments.out,
+        tokenizer=shop.folder / "tokenizer",
         vae=shop.vae(),
         text_encoder=shop.text_encoder(),
         image_encoder=shop.image_encoder(),

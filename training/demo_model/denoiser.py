@@ -19,11 +19,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from training.demo_model.groups import Groups
+from training.demo_model.groups import CLIPS, Groups
 from training.demo_model.muon import Pair
 from training.demo_model.noise import build_scheduler, image_latents, random_timesteps
-from training.demo_model.prompts import ACTIONS
-from training.demo_model.scenes import DIRECTIONS
 from training.demo_model.schedule import warm_cosine, warm_hold
 from training.demo_model.settings import DenoiserSettings, Helping, Phase, Settings
 from training.demo_model.text import text_states, tokenize
@@ -85,7 +83,7 @@ class DenoiserTraining:
             loss = self._loss(self._batch(groups, helping))
             loss.backward()
             nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
-            self._optimizer.step(rate(step))
+            self._optimizer.step(phase.share * rate(step))
             self.average.update_parameters(self.denoiser)
             threads.tick()
             smooth = float(loss.detach()) if step == 0 else 0.98 * smooth + 0.02 * float(loss.detach())
@@ -114,17 +112,17 @@ class DenoiserTraining:
         clips, prompts = [], []
         embeds = groups.embeds_NE[rows].repeat_interleave(helping.ways, dim=0)
         for place, row in enumerate(rows):
-            ways = self._rng.choice(len(DIRECTIONS), size=helping.ways, replace=False)
+            ways = self._rng.choice(CLIPS, size=helping.ways, replace=False)
             cast, clip = groups.casts[row], groups.latents_NDFCHW[row, ways, :: helping.stride].float()
-            actions = [ACTIONS[way] for way in ways]
-            if cast.may_stand and self._rng.random() < self._chosen.stand:
-                actions[0] = "stays"
+            actions = [cast.actions[way] for way in ways]
+            if self._rng.random() < self._chosen.stand:
+                actions[0] = ("stays",) * len(cast.names)
                 clip[0] = clip[0, :1]
             if self._rng.random() < self._chosen.drop:
                 prompts += [""] * len(actions)
                 embeds[place * len(actions) : (place + 1) * len(actions)] = 0
             else:
-                prompts += [cast.prompt(action, self._rng) for action in actions]
+                prompts += [cast.prompt(each, self._rng) for each in actions]
             clips.append(clip)
         with torch.no_grad():
             states = text_states(self._text_encoder, tokenize(self._tokenizer, prompts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from copy import deepcopy
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
 from training.demo_model.noise import build_scheduler
 from training.demo_model.settings import Settings
-from training.demo_model.tokens import build_tokenizer, save_tokenizer
 from training.demo_model.vision import build_feature_extractor
 
 log = logging.getLogger(__name__)
@@ -36,12 +36,13 @@ def export(
     settings: Settings,
     folder: Path,
     *,
+    tokenizer: Path,
     unet: I2VGenXLUNet,
     vae: AutoencoderKL,
     text_encoder: CLIPTextModel,
     image_encoder: CLIPVisionModelWithProjection,
 ) -> int:
-    """Writes everything but the model card; returns the bytes of the weights."""
+    """Writes everything but the model card; returns the bytes of the weights. The tokenizer is a folder of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "image_encoder": image_encoder}
     for name, part in parts.items():
@@ -50,7 +51,7 @@ def export(
     for name in ("unet", "vae"):
         _forget_origin(folder / name / "config.json")
     _name_as_before(folder / "text_encoder" / "model.safetensors")
-    save_tokenizer(build_tokenizer(settings.text.tokens), folder / "tokenizer")
+    shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
     build_feature_extractor(settings.vision).save_pretrained(folder / "feature_extractor")
     build_scheduler().save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n", encoding="utf-8")

@@ -1,9 +1,9 @@
-"""What the denoiser is taught on: one picture, and four clips that differ only in the direction asked for.
+"""What the denoiser is taught on: one picture, and four clips that differ only in what the prompt asks for.
 
-The frames are encoded once. The four clips of a group share a batch and their noise, so that nothing but
-the prompt tells them apart.
+The frames are encoded once. The clips of a group share a batch and their noise, so that nothing but the prompt
+tells them apart. With two shapes both actions differ, so the model must learn whose action is whose.
 
-Shapes: ``latents_NDFCHW`` (groups, directions, frames, channels, height, width), ``embeds_NE``.
+Shapes: ``latents_NDFCHW`` (groups, clips of a group, frames, channels, height, width), ``embeds_NE``.
 """
 
 from __future__ import annotations
@@ -17,30 +17,41 @@ from tqdm import tqdm
 from transformers import CLIPVisionModelWithProjection
 
 from training.demo_model.prompts import Clause, join
-from training.demo_model.scenes import DIRECTIONS, STAY, Point, Scene, one_shape, two_shapes
+from training.demo_model.scenes import Scene, combinations, motion_of, one_shape, recoloured, two_shapes
 from training.demo_model.settings import ClipSettings, Drawing
 from training.demo_model.vision import embed_pictures
+
+# How many clips show the same picture: one shape has four ways to go.
+CLIPS = 4
+# Of two shapes, one often stays: then only the names in the prompt say which.
+STAY_SHARE = 0.35
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cast:
-    """Who is in the picture: the shape that goes in all directions, and the other with its one action."""
+    """Who is in the picture, as (colour, shape), and for each clip the action of every shape."""
 
-    colour: str
-    shape: str
-    other: Clause | None
+    names: tuple[tuple[str, str], ...]
+    actions: tuple[tuple[str, ...], ...]
 
-    def prompt(self, action: str, rng: np.random.Generator) -> str:
-        """One wording; the shape that stays may go unnamed, and either may be named first."""
-        texts = [Clause(colour=self.colour, shape=self.shape, action=action).varied(rng)]
-        if self.other is not None and (self.other.action != "stays" or rng.random() < 0.6):
-            texts.insert(int(rng.integers(2)), self.other.varied(rng))
-        return join(texts)
+    def prompt(self, actions: tuple[str, ...], rng: np.random.Generator) -> str:
+        """One wording, in any order; one that stays while another moves may go unnamed."""
+        moving = set(actions) != {"stays"}
+        texts = [
+            Clause(colour=colour, shape=shape, action=action).varied(rng, self._name(colour, shape, rng))
+            for (colour, shape), action in zip(self.names, actions, strict=True)
+            if not (moving and action == "stays" and rng.random() < 0.25)
+        ]
+        return join([texts[index] for index in rng.permutation(len(texts))])
 
-    @property
-    def may_stand(self) -> bool:
-        """Whether a picture that stands still shows "the first shape stays"."""
-        return self.other is None or self.other.action == "stays"
+    def _name(self, colour: str, shape: str, rng: np.random.Generator) -> str:
+        """Often less than colour and shape: what the prompt leaves out must be taken from the picture."""
+        if not colour:
+            return shape
+        choice = rng.random()
+        if choice < 0.4 and sum(other == shape for _, other in self.names) == 1:
+            return shape
+        return colour if choice > 0.85 else f"{colour} {shape}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,43 +76,35 @@ def build_groups(
     rng = np.random.default_rng((seed, *drawing.name.encode()))
     latents, embeds, casts = [], [], []
     for _ in tqdm(range(drawing.groups), desc="clips", unit="group"):
-        scene, motion = _draw_scene(rng, clip.travel, drawing.pairs)
-        pictures = _pictures(scene, motion, clip, drawing.frames)
+        scene, cast = _draw_scene(rng, clip.travel, drawing)
+        pictures = _pictures(scene, cast, clip, drawing.frames)
         with torch.autocast("cpu", torch.bfloat16):
             encoded = torch.cat([vae.encode(part).latent_dist.mode() for part in pictures.split(16)])
-        moved = encoded[1:].unflatten(0, (len(DIRECTIONS), drawing.frames - 1))
-        start = encoded[:1].expand(len(DIRECTIONS), 1, -1, -1, -1)
+        moved = encoded[1:].unflatten(0, (CLIPS, drawing.frames - 1))
+        start = encoded[:1].expand(CLIPS, 1, -1, -1, -1)
         latents.append(torch.cat([start, moved], dim=1).half())
         embeds.append(embed_pictures(image_encoder, pictures[:1])[0])
-        casts.append(_cast(scene, motion, clip.travel))
+        casts.append(cast)
     return Groups(latents_NDFCHW=torch.stack(latents), embeds_NE=torch.stack(embeds), casts=casts)
 
 
-def _draw_scene(rng: np.random.Generator, travel: float, pairs: float) -> tuple[Scene, Point | None]:
-    if rng.random() < pairs:
-        return two_shapes(rng, travel)
-    return one_shape(rng, travel), None
+def _draw_scene(rng: np.random.Generator, travel: float, drawing: Drawing) -> tuple[Scene, Cast]:
+    scene = two_shapes(rng, travel)[0] if rng.random() < drawing.pairs else one_shape(rng, travel)
+    shapes = [sprite.shape for sprite in scene.sprites]
+    # Without a colour's name, two shapes must differ in shape.
+    if rng.random() < drawing.hues and len(set(shapes)) == len(shapes):
+        scene = recoloured(rng, scene)
+    # At least the four ways of the first shape are open, whatever the second does.
+    choices = combinations(scene, travel)
+    moving = (1 - STAY_SHARE) / 4
+    odds = np.array([np.prod([STAY_SHARE if action == "stays" else moving for action in each]) for each in choices])
+    picked = rng.choice(len(choices), size=CLIPS, replace=False, p=odds / odds.sum())
+    names = tuple((sprite.colour, sprite.shape) for sprite in scene.sprites)
+    return scene, Cast(names=names, actions=tuple(choices[index] for index in picked))
 
 
-def _pictures(scene: Scene, motion: Point | None, clip: ClipSettings, frames: int) -> torch.Tensor:
-    """The picture, then the later frames of all directions: (1 + directions × (frames − 1), 3, H, W)."""
-    clips = []
-    for dx, dy in DIRECTIONS.values():
-        motions = [(dx * clip.travel, dy * clip.travel)] + ([] if motion is None else [motion])
-        clips.append(scene.clip(tuple(motions), frames, clip.size))
+def _pictures(scene: Scene, cast: Cast, clip: ClipSettings, frames: int) -> torch.Tensor:
+    """The picture, then the later frames of all clips: (1 + clips × (frames − 1), 3, H, W)."""
+    motions = [tuple(motion_of(action, clip.travel) for action in actions) for actions in cast.actions]
+    clips = [scene.clip(each, frames, clip.size) for each in motions]
     return torch.cat([clips[0][:1], *(frames_FCHW[1:] for frames_FCHW in clips)])
-
-
-def _cast(scene: Scene, motion: Point | None, travel: float) -> Cast:
-    first = scene.sprites[0]
-    if motion is None:
-        return Cast(colour=first.colour, shape=first.shape, other=None)
-    second = scene.sprites[1]
-    other = Clause(colour=second.colour, shape=second.shape, action=action_of(motion, travel))
-    return Cast(colour=first.colour, shape=first.shape, other=other)
-
-
-def action_of(motion: Point, travel: float) -> str:
-    if motion == STAY:
-        return "stays"
-    return next(name for name, (dx, dy) in DIRECTIONS.items() if (dx * travel, dy * travel) == motion)

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from training.demo_model.clips import COLOURS, SHAPES
-from training.demo_model.scenes import DIRECTIONS
+from training.demo_model.scenes import ACTIONS
 
-ACTIONS = (*DIRECTIONS, "stays")
 ARTICLES = ("a", "the")
 VERBS = ("moves", "slides", "goes")
 WORDS = (*ARTICLES, *COLOURS, *SHAPES, *VERBS, *ACTIONS, "to", "and", "stands", "still")
@@ -29,8 +28,11 @@ class Clause:
         verb = "stays" if self.action == "stays" else f"moves {self.action}"
         return f"a {self.colour} {self.shape} {verb}"
 
-    def varied(self, rng: np.random.Generator) -> str:
-        """One of the wordings that training draws; its last word is always the one that decides."""
+    def varied(self, rng: np.random.Generator, name: str | None = None) -> str:
+        """One of the wordings that training draws; its last word is always the one that decides.
+
+        The name may be other words than colour and shape.
+        """
         article = rng.choice(ARTICLES, p=(0.7, 0.3))
         verb = rng.choice(VERBS, p=(0.6, 0.2, 0.2))
         if self.action == "stays":
@@ -39,7 +41,7 @@ class Clause:
             way = f"{verb} to the {self.action}"
         else:
             way = f"{verb} {self.action}"
-        return f"{article} {self.colour} {self.shape} {way}"
+        return f"{article} {name or f'{self.colour} {self.shape}'} {way}"
 
 
 def random_clause(rng: np.random.Generator) -> Clause:

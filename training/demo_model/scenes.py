@@ -5,7 +5,8 @@ A motion is a step (dx, dy) in fractions of the picture, gone evenly over the cl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from training.demo_model.clips import (
     UNSEEN,
     Ground,
     Point,
+    Rgb,
     Sprite,
     draw,
     draw_ground,
@@ -25,6 +27,9 @@ from training.demo_model.clips import (
 
 DIRECTIONS: dict[str, Point] = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 STAY: Point = (0.0, 0.0)
+ACTIONS = (*DIRECTIONS, "stays")
+# In RGB, each in [0, 1]: further apart, two colours are not taken for each other.
+FAR = 0.38
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,16 +105,80 @@ def random_motion(rng: np.random.Generator, travel: float) -> Point:
     return dx * travel, dy * travel
 
 
+def recoloured(rng: np.random.Generator, scene: Scene) -> Scene:
+    """The shapes in any colours that are far from the ground's and from each other's.
+
+    A colour that is near a named one keeps that name, any other has none (""). Nothing comes near to a combination that
+    is kept for the benchmark.
+    """
+    ground = (scene.ground.first, scene.ground.second)
+    while True:
+        sprites = tuple(_any_colour(rng, sprite) for sprite in scene.sprites)
+        names = [nearest_colour(sprite.rgb) for sprite in sprites]
+        apart = all(_distance(sprite.rgb, rgb) > FAR for sprite in sprites for rgb in ground)
+        kept = all(_distance(sprite.rgb, COLOURS[colour]) > FAR for sprite in sprites for colour in _kept(sprite.shape))
+        if apart and kept and len(set(names)) == len(names):
+            return replace(scene, sprites=sprites)
+
+
+def nearest_colour(rgb: Rgb) -> str:
+    return min(COLOURS, key=lambda colour: _distance(rgb, COLOURS[colour]))
+
+
+def _any_colour(rng: np.random.Generator, sprite: Sprite) -> Sprite:
+    r, g, b = (float(value) for value in rng.uniform(0.04, 0.96, 3))
+    name = nearest_colour((r, g, b))
+    named = _distance((r, g, b), COLOURS[name]) < FAR and name not in _kept(sprite.shape)
+    return replace(sprite, rgb=(r, g, b), colour=name if named else "")
+
+
+def _kept(shape: str) -> set[str]:
+    """The colours in which training never draws a shape."""
+    return {colour for colour, kept_shape in UNSEEN if kept_shape == shape}
+
+
+def _distance(one: Rgb, other: Rgb) -> float:
+    return float(np.hypot.reduce(np.subtract(one, other)))
+
+
+def combinations(scene: Scene, travel: float) -> list[tuple[str, ...]]:
+    """Every choice of one action for each shape that moves something and in which the shapes never meet."""
+    choices = itertools.product(ACTIONS, repeat=len(scene.sprites))
+    return [chosen for chosen in choices if set(chosen) != {"stays"} and _allowed(scene.sprites, chosen, travel)]
+
+
+def motion_of(action: str, travel: float) -> Point:
+    dx, dy = DIRECTIONS.get(action, STAY)
+    return dx * travel, dy * travel
+
+
+def action_of(motion: Point, travel: float) -> str:
+    return next(action for action in ACTIONS if motion_of(action, travel) == motion)
+
+
+def _allowed(sprites: tuple[Sprite, ...], actions: tuple[str, ...], travel: float) -> bool:
+    if len(sprites) == 1:
+        return True
+    first, second = (motion_of(action, travel) for action in actions)
+    return _inside(sprites[1], second) and _apart(sprites[0], first, sprites[1], second)
+
+
 def _clear(first: Sprite, second: Sprite, motion: Point, travel: float) -> bool:
     """Whether the second stays in the picture and off the first, whichever way the first goes."""
-    end = second.moved(*motion)
-    if not all(end.radius <= at <= 1 - end.radius for at in end.centre):
-        return False
+    ways = [motion_of(action, travel) for action in DIRECTIONS]
+    return _inside(second, motion) and all(_apart(first, way, second, motion) for way in ways)
+
+
+def _inside(sprite: Sprite, motion: Point) -> bool:
+    end = sprite.moved(*motion)
+    return all(end.radius <= at <= 1 - end.radius for at in end.centre)
+
+
+def _apart(first: Sprite, way: Point, second: Sprite, motion: Point) -> bool:
     room = 1.15 * (first.radius + second.radius)
     for part in np.linspace(0, 1, 6):
+        here = np.array(first.moved(way[0] * part, way[1] * part).centre)
         there = np.array(second.moved(motion[0] * part, motion[1] * part).centre)
-        for dx, dy in DIRECTIONS.values():
-            here = np.array(first.moved(dx * travel * part, dy * travel * part).centre)
-            if np.hypot(*(here - there)) < room:
-                return False
+        if np.hypot(*(here - there)) < room:
+            return False
     return True

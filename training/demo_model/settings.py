@@ -57,12 +57,16 @@ class VisionSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drawing:
-    """A set of drawn and encoded groups; pairs is the share of pictures with two shapes."""
+    """A set of drawn and encoded groups.
+
+    pairs is the share of pictures with two shapes, hues the share of those whose shapes may have any colour.
+    """
 
     name: str
     groups: int
     pairs: float
     frames: int
+    hues: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +82,7 @@ class Helping:
 class Phase:
     """One stretch of the denoiser's training; each step draws one of the helpings.
 
-    The learning rate falls to near zero in a cooling phase and holds in the others.
+    The learning rate falls to near zero in a cooling phase and holds in the others; it starts at the given share.
     """
 
     name: str
@@ -86,10 +90,14 @@ class Phase:
     helpings: tuple[Helping, ...]
     steps: int
     cooling: bool = False
+    share: float = 1.0
 
 
 ONE_SHAPE = Drawing(name="one", groups=700, pairs=0.0, frames=4)
 MIXED = Drawing(name="mixed", groups=1500, pairs=0.6, frames=16)
+PAIRS = Drawing(name="pairs", groups=2500, pairs=0.7, frames=16)
+# From six colours alone the denoiser learns which shapes have which, and not to take a colour from the picture.
+HUES = Drawing(name="hues", groups=1900, pairs=0.7, frames=16, hues=0.5)
 # Six frames of two pictures teach more a second than sixteen of one, but sixteen are what is asked for.
 BOTH = (Helping(stride=3, groups=2), Helping(stride=1, groups=1))
 # Once the prompt is followed, more pictures in a step are worth more than all four directions of one.
@@ -113,6 +121,9 @@ class DenoiserSettings:
         Phase(name="one", drawing=ONE_SHAPE, steps=1200, helpings=(Helping(stride=1, groups=2),)),
         Phase(name="two", drawing=MIXED, steps=500, helpings=BOTH),
         Phase(name="cool", drawing=MIXED, steps=1200, helpings=WIDE, cooling=True),
+        Phase(name="more", drawing=PAIRS, steps=1300, helpings=WIDE, share=0.6),
+        Phase(name="bind", drawing=PAIRS, steps=2600, helpings=WIDE, share=0.6, cooling=True),
+        Phase(name="hues", drawing=HUES, steps=1700, helpings=WIDE, share=0.5, cooling=True),
     )
 
 

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training.demo_model.clips import COLOURS, SHAPES
-from training.demo_model.prompts import ACTIONS, Clause, join, random_clause
+from training.demo_model.prompts import Clause, join, random_clause
+from training.demo_model.scenes import ACTIONS
 from training.demo_model.schedule import warm_cosine
 from training.demo_model.settings import Settings, TextSettings
 

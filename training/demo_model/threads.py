@@ -23,7 +23,7 @@ class ThreadTuner:
 
     def __init__(self, seconds: float = 5.0) -> None:
         self._seconds = seconds
-        self._cores = os.cpu_count() or 1
+        self._cores = _usable_cores()
         self._mark()
 
     def tick(self) -> None:
@@ -43,6 +43,13 @@ class ThreadTuner:
         self._wall = time.perf_counter()
         self._ours = time.process_time()
         self._idle = _idle_seconds()
+
+
+def _usable_cores() -> int:
+    """The cores that this process may run on: fewer than the machine has where it was pinned."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _idle_seconds() -> float:

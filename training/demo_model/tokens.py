@@ -15,7 +15,11 @@ WORD_END = "</w>"
 
 
 def build_tokenizer(tokens: int) -> CLIPTokenizer:
-    """Pads to, and cuts at, the given number of tokens."""
+    """Pads to, and cuts at, the given number of tokens.
+
+    Merges that are equally frequent come in an order that changes from call to call, and so do the tokens' numbers:
+    all parts of a model must use one and the same tokenizer.
+    """
     vocabulary, merges = _vocabulary()
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=tokens)
 
@@ -23,9 +27,9 @@ def build_tokenizer(tokens: int) -> CLIPTokenizer:
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Saves tokenizer.json, and the older pair of files, which transformers 4 reads."""
     tokenizer.save_pretrained(folder)
-    vocabulary, merges = _vocabulary()
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    saved = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    (folder / "vocab.json").write_text(json.dumps(saved["vocab"], ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in saved["merges"])]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -1,0 +1,138 @@
+"""The ways in which `demo_model.py` makes a clip: the pack's own stages under plans that differ in one choice.
+
+Shapes: ``frames_FHWC`` in 0…1, ``clip_FCHW`` and ``picture_CHW`` in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from i2v_core import stages
+from i2v_core.decoding import FramePieces
+from i2v_core.families import I2VModel, Prompt, VideoSize, family_of, load_model
+from i2v_core.memory.device import device_facts
+from i2v_core.placement.storage import WeightStorage
+from i2v_core.planning.plan import DecodeSettings, EncodeSettings, Plan, SampleSettings, Stage
+from i2v_core.planning.planner import make_plan
+from i2v_core.planning.predict import predict_decode, predict_encode, predict_sample
+from i2v_core.planning.request import Budget, Request
+from i2v_core.sampling.context import ContextWindows
+from i2v_core.stages import StageReport
+from i2v_core.units import GIB
+
+CPU = torch.device("cpu")
+# Of this little, the layers of the small denoiser take several chunks.
+WORKSPACE_BYTES = 500_000
+REDUCED = (WeightStorage.INT8, WeightStorage.FP8)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Made:
+    """A clip, with what its stages took."""
+
+    clip_FCHW: Tensor
+    reports: tuple[StageReport, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(report.seconds for report in self.reports)
+
+    def report(self, stage: Stage) -> StageReport:
+        return next(report for report in self.reports if report.stage is stage)
+
+
+class Maker:
+    """Makes clips of one model in one size."""
+
+    def __init__(self, folder: Path, size: VideoSize, settings: stages.SamplerSettings) -> None:
+        self._model: I2VModel = load_model(folder)
+        self._size, self._settings = size, settings
+
+    def plan(self, way: Callable[[Plan], Plan]) -> Plan:
+        """Everything whole and in fp32, changed as the way says, with the peaks predicted for that."""
+        guidance = self._settings.cfg != 1
+        request = Request(architecture=self._model.architecture, size=self._size, guidance=guidance, precision="fp32")
+        plain = replace(
+            make_plan(request, Budget(free_bytes=GIB), device_facts(CPU)),
+            encode=EncodeSettings(),
+            sample=SampleSettings(compute_dtype=torch.float32, batched_guidance=True),
+            decode=DecodeSettings(frames=FramePieces(chunk_size=self._size.frames)),
+        )
+        return _predicted(way(plain))
+
+    def make(self, plan: Plan, picture_CHW: Tensor, text: str) -> Made:
+        """One clip; the noise depends on the seed alone."""
+        runtime = stages.Runtime(device=CPU)
+        image_FHWC = (picture_CHW.permute(1, 2, 0)[None] + 1) / 2
+        prompt = Prompt(image_FHWC=image_FHWC, text=text, negative_text="", fps=8)
+        conditioning, encoding = stages.encode(self._model, plan, prompt, runtime)
+        samples, sampling = stages.sample(self._model, plan, conditioning, self._settings, runtime)
+        frames_FHWC, decoding = stages.decode(self._model, plan, samples, runtime)
+        clip_FCHW = frames_FHWC.permute(0, 3, 1, 2) * 2 - 1
+        return Made(clip_FCHW=clip_FCHW, reports=(encoding, sampling, decoding))
+
+
+def _predicted(plan: Plan) -> Plan:
+    dtype = plan.sample.compute_dtype
+    predictions = (
+        predict_encode(plan.request, plan.encode, dtype),
+        predict_sample(plan.request, plan.sample),
+        predict_decode(plan.request, plan.decode, dtype),
+    )
+    return replace(plan, stages=predictions)
+
+
+def plain(plan: Plan) -> Plan:
+    return plan
+
+
+def chunked(plan: Plan) -> Plan:
+    """Layers in pieces, one guidance branch at a time, skip connections parked, one frame decoded at a time."""
+    sample = replace(plan.sample, workspace_bytes=WORKSPACE_BYTES, batched_guidance=False, park_skips=True)
+    return replace(plan, sample=sample, decode=replace(plan.decode, frames=FramePieces(chunk_size=1)))
+
+
+def streamed(plan: Plan) -> Plan:
+    return replace(
+        plan,
+        encode=replace(plan.encode, streamed=True),
+        sample=replace(plan.sample, streamed=True),
+        decode=replace(plan.decode, streamed=True),
+    )
+
+
+def tiled(plan: Plan) -> Plan:
+    """Frames decoded layer by layer in bands of rows, of which none waits on the device."""
+    return replace(plan, decode=replace(plan.decode, frames=FramePieces(chunk_size=1, tile_pixels=32, maps_bytes=0)))
+
+
+def precision(dtype: torch.dtype) -> Callable[[Plan], Plan]:
+    return lambda plan: replace(plan, sample=replace(plan.sample, compute_dtype=dtype))
+
+
+def windowed(plan: Plan) -> Plan:
+    """The denoiser sees half of the clip at a time, sharing a quarter with the next: approximate, as plans have it."""
+    length = family_of(plan.request.architecture).facts.latent_size(plan.request.size).latent_frames // 2
+    context = ContextWindows(context_length=length, context_overlap=length // 4)
+    return replace(plan, sample=replace(plan.sample, context=context))
+
+
+def stored(storage: WeightStorage) -> Callable[[Plan], Plan]:
+    return lambda plan: replace(plan, sample=replace(plan.sample, weight_storage=storage))
+
+
+WAYS: dict[str, Callable[[Plan], Plan]] = {
+    "plain": plain,
+    "chunked": chunked,
+    "streamed": streamed,
+    "tiled": tiled,
+    # Half precision is bf16 here: the CPU computes fp16 many times slower.
+    "bf16": precision(torch.bfloat16),
+    "context windows": windowed,
+    **{f"{storage.value} weights": stored(storage) for storage in REDUCED if storage.available},
+}
