@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import routes
 from .budget import VRAMBudget
 from .decode import VAETiledDecode
 from .encode import Encode
@@ -14,6 +15,9 @@ from .save_video import SaveVideo
 
 
 class I2VBudgetExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        routes.register()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             Loader,

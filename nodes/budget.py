@@ -6,16 +6,16 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..i2v_core.errors import BadInputError
-from ..i2v_core.families import I2VModel, VideoSize
+from ..i2v_core.families import I2VModel
+from ..i2v_core.memory.cards import CARDS, SYSTEM_SHARE_BYTES, THIS_MACHINE
 from ..i2v_core.memory.reading import SteadyReading
 from ..i2v_core.placement.precision import AUTO, PRECISIONS
 from ..i2v_core.planning.planner import make_plan
 from ..i2v_core.planning.report import report
-from ..i2v_core.planning.request import Budget, Request
-from ..i2v_core.units import GIB, parse_bytes
+from ..i2v_core.units import GIB, format_gib
 from . import host
 from .checked import checked
+from .question import question
 from .sockets import CATEGORY, I2VPlanSocket, model_input
 
 _reading = SteadyReading()
@@ -81,6 +81,16 @@ class VRAMBudget(io.ComfyNode):
                     tooltip="Where nothing exact fits, allow what changes the result: a little, the denoiser's weights "
                     "in 8 bits; then, more, windows over the frames. Default off.",
                 ),
+                io.Combo.Input(
+                    "plan_for",
+                    options=[THIS_MACHINE, *CARDS],
+                    default=THIS_MACHINE,
+                    optional=True,
+                    tooltip="What the plan is for: this machine, or another card by its size, to prepare a workflow. "
+                    f"Of such a card {format_gib(SYSTEM_SHARE_BYTES)} are left to its system, and it computes in fp16 "
+                    "or bf16. A plan for another card is to look at: where it is run all the same, each stage plans "
+                    "again for this machine, within that card's memory. Default this machine.",
+                ),
             ],
             outputs=[
                 I2VPlanSocket.Output("plan", tooltip="The plan, for the other nodes of this pack."),
@@ -111,30 +121,24 @@ class VRAMBudget(io.ComfyNode):
         budget: str,
         reserve_gib: float,
         allow_approximate: bool = False,
+        plan_for: str = THIS_MACHINE,
     ) -> io.NodeOutput:
-        request = Request(
-            architecture=model.architecture,
-            size=VideoSize(width_pixels=width, height_pixels=height, frames=frames),
+        asked = question(
+            model.architecture,
+            width=width,
+            height=height,
+            frames=frames,
             guidance=guidance,
             precision=precision,
+            budget=budget,
+            reserve_gib=reserve_gib,
             allow_approximate=allow_approximate,
+            plan_for=plan_for,
         )
-        if not 0 <= reserve_gib < float("inf"):
-            raise BadInputError(f"a reserve of {reserve_gib} GiB is not possible", "give zero or more")
-        limit_bytes = None if budget.strip().lower() == AUTO else parse_bytes(budget)
-        # A budget that the user names is theirs to spend whole; of what is merely free, the host keeps its reserve.
-        host_reserve_bytes = host.reserve_bytes() if limit_bytes is None else 0
-        plan = make_plan(
-            request,
-            Budget(
-                free_bytes=host.room_bytes(),
-                limit_bytes=limit_bytes,
-                reserve_bytes=int(reserve_gib * GIB) + host_reserve_bytes,
-                host_free_bytes=host.host_free_bytes(),
-            ),
-            host.plan_device(model.architecture),
-        )
+        plan = make_plan(asked.request, asked.budget, asked.device)
         text = report(plan)
+        if plan_for != THIS_MACHINE:
+            text = f"Planned for {plan.device.name}. Run here, each stage plans again for this machine.\n{text}"
         return io.NodeOutput(
             plan,
             text,

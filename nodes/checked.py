@@ -7,7 +7,7 @@ socket in place of a link: there anything may come, and it should be answered wi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar
@@ -50,9 +50,13 @@ KINDS: Mapping[str, Kind] = {
         "a picture of shape (frames, height, width, 3)",
         "connect a node that gives an IMAGE",
     ),
-    io.Int.io_type: Kind(lambda value: isinstance(value, int), "a whole number", _SET_IT),
+    io.Int.io_type: Kind(
+        lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number", _SET_IT
+    ),
     io.Float.io_type: Kind(
-        lambda value: isinstance(value, (int, float)) and math.isfinite(value), "a finite number", _SET_IT
+        lambda value: isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)),
+        "a finite number",
+        _SET_IT,
     ),
     io.Boolean.io_type: Kind(lambda value: isinstance(value, bool), "true or false", _SET_IT),
     io.String.io_type: Kind(lambda value: isinstance(value, str) and _is_whole(value), "a text", _SET_IT),
@@ -62,25 +66,31 @@ KINDS: Mapping[str, Kind] = {
 
 
 def checked(execute: Execute) -> Execute:
-    """A node's `execute` that raises `BadInputError` for values that its schema does not allow. The members of lists,
-    which may have changed since the schema was made, are left to the node.
-    """
+    """A node's `execute` that raises `BadInputError` for values that its schema does not allow."""
 
     @wraps(execute)
     def run(cls: type[io.ComfyNode], **values: Any) -> io.NodeOutput:
-        for spec in cls.define_schema().inputs:
-            value = values.get(spec.id)
-            if value is not None or not spec.optional:
-                _check(spec, value)
+        check_values(cls.define_schema().inputs, values)
         return execute(cls, **values)
 
     return run  # pyright: ignore[reportReturnType]
+
+
+def check_values(specs: Iterable[io.Input], values: Mapping[str, Any]) -> None:
+    """Raise `BadInputError` unless each input has a value that its schema allows; an optional one may have none."""
+    for spec in specs:
+        value = values.get(spec.id)
+        if value is not None or not spec.optional:
+            _check(spec, value)
 
 
 def _check(spec: io.Input, value: Any) -> None:
     kind = KINDS[spec.get_io_type()]
     if not kind.holds(value):
         raise BadInputError(f"{spec.id} is {_said(value)}, which is not {kind.name}", kind.remedy)
+    options = getattr(spec, "options", None)
+    if options is not None and value not in options:
+        raise BadInputError(f"{spec.id} is '{value}', which is not in its list", f"choose one of {', '.join(options)}")
     least, most = getattr(spec, "min", None), getattr(spec, "max", None)
     if least is not None and not least <= value <= most:
         raise BadInputError(f"{spec.id} is {value}, which is not possible", f"use {least:,} to {most:,}")

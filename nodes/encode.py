@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -67,4 +69,5 @@ class Encode(io.ComfyNode):
         wish = Prompt(image_FHWC=image, text=prompt, negative_text=negative_prompt, fps=fps)
         with host.stage(Stage.ENCODE, model, plan) as (fitting, runtime, notes):
             conditioning, report = stages.encode(model, fitting, wish, runtime)
-        return io.NodeOutput(conditioning, ui=host.concluded(report, notes))
+        shown = host.concluded(report, notes)
+        return io.NodeOutput(replace(conditioning, reports=tuple(shown["i2v_stage"])), ui=shown)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,16 @@ import torch
 from comfy.cli_args import args
 from torch import Tensor
 
+from ..i2v_core.errors import ModelFolderError
 from ..i2v_core.families import Architecture, I2VModel
 from ..i2v_core.memory.calibration import CalibrationStore, calibration_key
 from ..i2v_core.memory.device import DeviceFacts, device_facts
+from ..i2v_core.memory.leaks import survivors_logged
 from ..i2v_core.placement.attention import AttentionBackend
 from ..i2v_core.planning.adjust import refit
 from ..i2v_core.planning.margin import needed_bytes
 from ..i2v_core.planning.plan import Plan, Stage
+from ..i2v_core.planning.planner import make_plan
 from ..i2v_core.stages import Runtime, StageReport
 from ..i2v_core.units import format_gib
 from .preview import AnimatedPreview, FinishedFrames
@@ -32,6 +36,7 @@ from .preview import AnimatedPreview, FinishedFrames
 logger = logging.getLogger(__name__)
 
 DEMO_MODEL = "demo (bundled)"
+_DEBUG_MEMORY = os.environ.get("I2V_DEBUG_MEMORY", "0") != "0"
 # Frames come faster than a page can show animations of them.
 _FRAMES_SHOWN_EVERY_SECONDS = 0.5
 _DEMO_FOLDER = Path(__file__).parent.parent / "assets" / "demo_model"
@@ -46,6 +51,14 @@ def model_folders() -> dict[str, Path]:
                 folder = Path(root) / file.relative_to(root).parts[0]
                 found.setdefault(folder.name, folder)
     return found
+
+
+def model_folder(name: object) -> Path:
+    """The folder of a name in `model_folders`; raises `ModelFolderError` for any other."""
+    folders = model_folders()
+    if not isinstance(name, str) or name not in folders:
+        raise ModelFolderError(f"there is no model folder '{name}'", "choose one from the list in I2V Loader")
+    return folders[name]
 
 
 def plan_device(architecture: Architecture) -> DeviceFacts:
@@ -98,8 +111,11 @@ def attention_backend() -> AttentionBackend:
 
 def host_free_bytes() -> int | None:
     """Free host memory; None on the CPU, where it is the device's own."""
-    if management.get_torch_device().type == "cpu":
-        return None
+    return None if management.get_torch_device().type == "cpu" else spare_bytes()
+
+
+def spare_bytes() -> int:
+    """Free memory of this machine, beside that of a graphics card."""
     return int(management.get_free_memory(torch.device("cpu")))
 
 
@@ -113,8 +129,12 @@ def stage(
     bar shows all frames as they take shape.
     """
     plan.check_made_for(model.architecture)
-    device = plan.device.torch_device
+    here = _for_this_machine(plan)
     notes: list[str] = []
+    if here is not plan:
+        notes.append(f"planned for {plan.device.name}: planned again for {here.device.name}, within that card's memory")
+        plan = here
+    device = plan.device.torch_device
     management.free_memory(needed_bytes(plan.stage(name), plan.device) + plan.budget.reserve_bytes, device)
     # What is free in fact: the host may have been unable to unload as much as it was asked to.
     fitting = refit(plan, name, int(management.get_free_memory(device)))
@@ -125,22 +145,33 @@ def stage(
         )
         logger.warning("%s", notes[-1])
     progress = _Progress(preview_factors)
+    runtime = Runtime(
+        device=device,
+        attention=attention_backend(),
+        check_cancelled=management.throw_exception_if_processing_interrupted,
+        on_progress=progress.update,
+        on_frames=progress.add_frames,
+        make_room=lambda: _unload_everything(device),
+        free_bytes=lambda: int(management.get_free_memory(device)),
+    )
     try:
-        yield (
-            fitting,
-            Runtime(
-                device=device,
-                attention=attention_backend(),
-                check_cancelled=management.throw_exception_if_processing_interrupted,
-                on_progress=progress.update,
-                on_frames=progress.add_frames,
-                make_room=lambda: _unload_everything(device),
-                free_bytes=lambda: int(management.get_free_memory(device)),
-            ),
-            notes,
-        )
+        with survivors_logged(name.value) if _DEBUG_MEMORY else nullcontext():
+            yield fitting, runtime, notes
     finally:
         management.soft_empty_cache()
+
+
+def _for_this_machine(plan: Plan) -> Plan:
+    """A plan for another card made again for what is here, within that card's memory; others as they are."""
+    here = plan_device(plan.request.architecture)
+    if plan.device.name == here.name:
+        return plan
+    budget = replace(
+        plan.budget,
+        free_bytes=min(plan.budget.free_bytes, room_bytes() - reserve_bytes()),
+        host_free_bytes=host_free_bytes(),
+    )
+    return make_plan(plan.request, budget, here)
 
 
 def _unload_everything(device: torch.device) -> None:
@@ -192,14 +223,7 @@ def concluded(report: StageReport, notes: list[str]) -> dict[str, list[Any]]:
             measured_bytes=taken,
         )
     return {
-        "i2v_stage": [
-            {
-                "stage": report.stage.value,
-                "predicted_peak_bytes": report.predicted_peak_bytes,
-                "measured_peak_bytes": report.measured_peak_bytes,
-                "seconds": report.seconds,
-            }
-        ],
+        "i2v_stage": [{**report.as_dict(), "notes": [*notes, *report.notes]}],
         "text": ["\n".join([str(report), *notes, *report.notes])],
     }
 

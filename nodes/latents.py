@@ -103,7 +103,6 @@ class LoadLatent(io.ComfyNode):
         return (file, facts.st_mtime_ns, facts.st_size)
 
     @classmethod
-    @checked
     def execute(cls, file: str) -> io.NodeOutput:
         samples, facts = load_latent(host_files.latent_path(file))
         size = facts.size

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..i2v_core.errors import ModelFolderError
 from ..i2v_core.families import load_model
 from . import host
-from .checked import checked
 from .sockets import CATEGORY, I2VModelSocket
 
 
@@ -34,9 +32,5 @@ class Loader(io.ComfyNode):
         )
 
     @classmethod
-    @checked
     def execute(cls, model: str) -> io.NodeOutput:
-        folders = host.model_folders()
-        if model not in folders:
-            raise ModelFolderError(f"there is no model folder '{model}'", "choose one from the list in I2V Loader")
-        return io.NodeOutput(load_model(folders[model]))
+        return io.NodeOutput(load_model(host.model_folder(model)))

@@ -11,7 +11,7 @@ from ..i2v_core.sampling.checkpoint import Checkpointing, CheckpointWhen
 from ..i2v_core.sampling.schedulers import SCHEDULERS
 from . import host
 from .checked import checked
-from .sockets import CATEGORY, I2VConditioningSocket, model_input, plan_input
+from .sockets import CATEGORY, REPORTS, I2VConditioningSocket, model_input, plan_input
 
 
 class ChunkedSampler(io.ComfyNode):
@@ -87,4 +87,5 @@ class ChunkedSampler(io.ComfyNode):
         settings = stages.SamplerSettings(steps=steps, cfg=cfg, seed=seed, scheduler=scheduler)
         with host.stage(Stage.SAMPLE, model, plan, conditioning.preview_factors) as (fitting, runtime, notes):
             samples, report = stages.sample(model, fitting, conditioning, settings, runtime, checkpointing)
-        return io.NodeOutput({"samples": samples}, ui=host.concluded(report, notes))
+        shown = host.concluded(report, notes)
+        return io.NodeOutput({"samples": samples, REPORTS: [*conditioning.reports, *shown["i2v_stage"]]}, ui=shown)

@@ -11,10 +11,11 @@ from ..i2v_core import stages
 from ..i2v_core.errors import BadInputError
 from ..i2v_core.families import I2VModel
 from ..i2v_core.planning.plan import Plan, Stage
+from ..i2v_core.run_report import write_run_report
 from ..i2v_core.video import FORMATS, VideoSettings, VideoSink, open_video
 from . import host, host_files
 from .checked import checked
-from .sockets import CATEGORY, I2VModelSocket, I2VPlanSocket
+from .sockets import CATEGORY, REPORTS, I2VModelSocket, I2VPlanSocket
 
 _DECODED = ("model", "plan", "latent")
 _ABSENT: Any = object()
@@ -69,6 +70,13 @@ class SaveVideo(io.ComfyNode):
                     tooltip="The latent from Chunked Sampler or I2V Load Latent, to be decoded into the file.",
                 ),
                 io.Image.Input("images", optional=True, tooltip="Finished frames, in place of model, plan and latent."),
+                io.Boolean.Input(
+                    "memory_report",
+                    default=False,
+                    optional=True,
+                    tooltip="Write beside the video, as JSON, what each stage was predicted to take and what it took. "
+                    "Of images no stage is known. Default off.",
+                ),
             ],
             outputs=[io.String.Output("filename", tooltip="Full path of the file, or of the folder of pictures.")],
         )
@@ -106,6 +114,7 @@ class SaveVideo(io.ComfyNode):
         plan: Plan | None = None,
         latent: dict[str, Any] | None = None,
         images: Tensor | None = None,
+        memory_report: bool = False,
     ) -> io.NodeOutput:
         sources = {"model": model, "plan": plan, "latent": latent, "images": images}
         _check_sources({name for name, value in sources.items() if value is not None})
@@ -120,6 +129,8 @@ class SaveVideo(io.ComfyNode):
                 assert plan is not None
                 assert latent is not None
                 shown = _decode_into(sink, model, plan, latent["samples"])
+        if memory_report:
+            write_run_report(output.path, plan, [*_stages_before(latent), *shown.get("i2v_stage", ())])
         text = "\n".join([_summary(output, sink), *shown.get("text", ())])
         return io.NodeOutput(str(output.path), ui={**shown, **_preview(output, sink), "text": [text]})
 
@@ -141,6 +152,11 @@ def _size_pixels(plan: Plan | None, images: Tensor | None) -> tuple[int, int]:
         return images.shape[2], images.shape[1]
     assert plan is not None
     return plan.request.size.width_pixels, plan.request.size.height_pixels
+
+
+def _stages_before(latent: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The reports of the stages that made the latent; none where it was loaded, or where a node has dropped them."""
+    return (latent or {}).get(REPORTS, [])
 
 
 def _write_images(images_FHWC: Tensor, sink: VideoSink) -> dict[str, list[Any]]:

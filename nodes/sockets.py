@@ -6,6 +6,9 @@ from comfy_api.latest import io
 
 CATEGORY = "image to video/I2V Budget"
 
+REPORTS = "i2v_reports"
+"""Where a LATENT of this pack has the reports of the stages that made it; other nodes pass it on, or leave it out."""
+
 I2VModelSocket = io.Custom("I2V_MODEL")
 I2VPlanSocket = io.Custom("I2V_PLAN")
 I2VConditioningSocket = io.Custom("I2V_CONDITIONING")

@@ -11,7 +11,7 @@ import torch
 from i2v_core import stages
 from i2v_core.decoding import FramePieces
 from i2v_core.errors import BadInputError, PlanMismatchError
-from i2v_core.families import Conditioning, I2VModel, Prompt, VideoSize, load_model
+from i2v_core.families import Architecture, Conditioning, I2VModel, Prompt, VideoSize, load_model
 from i2v_core.memory.device import device_facts
 from i2v_core.planning.plan import Plan
 from i2v_core.planning.planner import make_plan
@@ -142,6 +142,7 @@ def test_what_does_not_belong_together_is_refused(
         ({"steps": 0}, "steps"),
         ({"steps": 1001}, "steps"),
         ({"cfg": 0.5}, "cfg"),
+        ({"cfg": float("nan")}, "cfg"),
         ({"scheduler": "ancestral"}, "ancestral"),
     ],
 )
@@ -168,3 +169,14 @@ def test_latents_that_are_not_finite_are_refused(model: I2VModel, plan: Plan, sa
 def test_a_picture_with_nan_is_refused_before_work(model: I2VModel, plan: Plan) -> None:
     with pytest.raises(BadInputError, match="NaN"):
         stages.encode(model, plan, replace(PROMPT, image_FHWC=torch.full((1, 8, 8, 3), float("nan"))), RUNTIME)
+
+
+def test_more_steps_than_the_model_has_timesteps_are_refused(
+    model: I2VModel, plan: Plan, conditioning: Conditioning
+) -> None:
+    configs = {name: model.architecture.config(name) for name, _ in model.architecture.configs}
+    configs["scheduler"] = {**configs["scheduler"], "num_train_timesteps": 10}
+    short = replace(model, architecture=Architecture.from_configs(model.architecture.family, configs))
+    request = replace(plan.request, architecture=short.architecture)
+    with pytest.raises(BadInputError, match="20 steps are not possible"):
+        stages.sample(short, replace(plan, request=request), conditioning, replace(SETTINGS, steps=20), RUNTIME)

@@ -30,11 +30,24 @@ def load_model(folder: Path) -> I2VModel:
     Raises:
         ModelFolderError: no such folder, no known family, or files that are missing, damaged or refused.
     """
+    return _family_in(folder).load(folder)
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """The architecture of a model folder, without reading weights.
+
+    Raises:
+        ModelFolderError: no such folder, no known family, or configs that are missing or damaged.
+    """
+    return _family_in(folder).architecture(folder)
+
+
+def _family_in(folder: Path) -> Family:
     if not folder.is_dir():
         raise ModelFolderError(f"the model folder {folder} does not exist", "choose another model in I2V Loader")
     for family in FAMILIES.values():
         if family.recognises(folder):
-            return family.load(folder)
+            return family
     known = ", ".join(family.facts.display_name for family in FAMILIES.values())
     raise ModelFolderError(
         f"{folder} is not a model that this pack knows", f"use a folder in diffusers layout of one of: {known}"
@@ -58,4 +71,5 @@ __all__ = [
     "bundled_architecture",
     "family_of",
     "load_model",
+    "read_architecture",
 ]

@@ -57,7 +57,7 @@ class Conditioning:
     """What the denoiser is told, on the CPU: its keyword arguments for each guidance branch, with B = 1.
 
     `negative` is None where the plan has no guidance. `preview_factors` (C + 1, 3) turn a latent pixel and a one into
-    red, green and blue.
+    red, green and blue. `reports` say what encoding took, for the report of the whole run.
     """
 
     family: str
@@ -65,6 +65,7 @@ class Conditioning:
     positive: TensorMap
     negative: TensorMap | None
     preview_factors: Tensor
+    reports: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +101,10 @@ class Family(Protocol):
 
     def recognises(self, folder: Path) -> bool:
         """Whether a folder in diffusers layout says that it is of this family."""
+        ...
+
+    def architecture(self, folder: Path) -> Architecture:
+        """From the configs alone, without weights. Raises `ModelFolderError` for those that cannot be used."""
         ...
 
     def load(self, folder: Path) -> I2VModel:

@@ -36,15 +36,26 @@ class VisionInput:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> VisionInput:
-        """From a preprocessor_config.json, whose crop_size is a number or a height and a width."""
+        """From a preprocessor_config.json, whose crop_size is a number or a height and a width.
+
+        Raises:
+            KeyError, TypeError, ValueError: the config holds something else.
+        """
         crop: Any = config["crop_size"]
-        square = isinstance(crop, int)
+        height, width = (crop, crop) if isinstance(crop, int) else (int(crop["height"]), int(crop["width"]))
+        if min(height, width) < 1:
+            raise ValueError(f"a crop_size of {crop} is not possible")
         return cls(
-            width_pixels=crop if square else int(crop["width"]),
-            height_pixels=crop if square else int(crop["height"]),
-            mean=tuple(config["image_mean"]),
-            std=tuple(config["image_std"]),
+            width_pixels=width,
+            height_pixels=height,
+            mean=_colours(config["image_mean"]),
+            std=_colours(config["image_std"]),
         )
+
+
+def _colours(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:

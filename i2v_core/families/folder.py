@@ -46,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Raises `ModelFolderError` where the file is no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelFolderError(f"{path} cannot be read as JSON ({error})", "download the file again") from error
     if not isinstance(content, dict):
         raise ModelFolderError(f"{path} holds no JSON object", "download the file again")
@@ -124,8 +124,11 @@ def _weight_sets(folder: Path, stem: str) -> list[tuple[str | None, list[str]]]:
             sets[variant[1:] or None] = [file.name]
     for index in sorted(folder.glob(f"{stem}.safetensors.index*.json")):
         variant = index.name[len(f"{stem}.safetensors.index") : -len(".json")]
-        shards = read_json(index).get("weight_map", {})
-        sets.setdefault(variant[1:] or None, sorted({Path(str(name)).name for name in shards.values()}))
+        shards: object = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise ModelFolderError(f"{index} names no weight files", "download the file again")
+        names = cast("dict[str, object]", shards).values()
+        sets.setdefault(variant[1:] or None, sorted({Path(str(name)).name for name in names}))
     return sorted(sets.items(), key=lambda item: item[0] or "")
 
 
@@ -172,7 +175,8 @@ def _load(cls: Any, weights: Weights, **dtype: torch.dtype) -> nn.Module:
             output_loading_info=True,
             **dtype,
         )
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+    # A config with other numbers makes a model fail in any way that arithmetic can.
+    except Exception as error:
         raise ModelFolderError(
             f"{weights.folder} does not load as {cls.__name__} ({error})",
             "check that config and weights belong together",

@@ -77,27 +77,33 @@ class I2VGenXL:
         config = folder / "unet" / "config.json"
         return config.is_file() and read_json(config).get("_class_name") == "I2VGenXLUNet"
 
+    def architecture(self, folder: Path) -> Architecture:
+        configs = {
+            component.name: read_json(folder / component.name / _CONFIG_FILES.get(component.name, "config.json"))
+            for component in _COMPONENTS
+        }
+        _check_configs(folder, configs)
+        return Architecture.from_configs(self.facts.name, configs)
+
     def load(self, folder: Path) -> I2VModel:
         from transformers import CLIPTokenizer
 
         tokenizer_class: Any = CLIPTokenizer
         weights = check_folder(folder, _COMPONENTS)
-        configs = {
-            component.name: read_json(folder / component.name / _CONFIG_FILES.get(component.name, "config.json"))
-            for component in _COMPONENTS
-        }
+        architecture = self.architecture(folder)
         loaders = {"unet": load_diffusers, "vae": load_diffusers}
         modules = {
             name: loaders.get(name, load_transformers)(cls, weights[name]) for name, cls in _module_classes().items()
         }
         try:
             tokenizer = tokenizer_class.from_pretrained(str(folder / "tokenizer"), local_files_only=True)
-        except (ValueError, OSError, KeyError, TypeError) as error:
+        # Of a damaged vocabulary the tokenizers library raises plain `Exception`.
+        except Exception as error:
             raise ModelFolderError(
                 f"the tokenizer in {folder / 'tokenizer'} cannot be read ({error})", "download its files again"
             ) from error
         return I2VModel(
-            architecture=Architecture.from_configs(self.facts.name, configs),
+            architecture=architecture,
             folder=folder,
             modules=modules,
             tokenizer=tokenizer,
@@ -257,6 +263,26 @@ def _module_classes() -> Mapping[str, Any]:
         "text_encoder": CLIPTextModel,
         "image_encoder": CLIPVisionModelWithProjection,
     }
+
+
+def _check_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise `ModelFolderError` unless what is read of the configs later can be read: better now than after minutes."""
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    scheduler: Any = DDIMScheduler
+    try:
+        clip.VisionInput.from_config(configs["feature_extractor"])
+        scheduler.from_config(configs["scheduler"]).set_timesteps(1)
+        int(configs["unet"]["cross_attention_dim"])
+        tokens = int(configs["tokenizer"]["model_max_length"])
+        positions = int(configs["text_encoder"].get("max_position_embeddings", tokens))
+        if not 0 < tokens <= positions:
+            raise ValueError(f"the tokenizer makes {tokens} tokens, the text encoder takes {positions}")
+    # Third-party classes fail in their own ways on numbers that make no sense.
+    except Exception as error:
+        raise ModelFolderError(
+            f"the configs in {folder} make no model ({error!r})", "download the config files again"
+        ) from error
 
 
 def _encode_text(text_encoder: Placed, tokenizer: Any, text: str) -> Tensor:

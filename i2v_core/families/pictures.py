@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..errors import BadInputError
 
-_MOST_CUT_AWAY = 64
-"""Times the size that a picture may cover when it is scaled: one of a few pixels by thousands would take all memory."""
+_MOST_SCALED_PIXELS = 1 << 30
+"""Of a picture before it is cut to its size: a strip of a few pixels by thousands would take all memory."""
 
 
 def first_picture(image_FHWC: Tensor) -> Image.Image:
@@ -48,7 +48,7 @@ def cover(picture: Image.Image, width_pixels: int, height_pixels: int) -> Image.
     scale = min(picture.width / width_pixels, picture.height / height_pixels)
     # The tolerance keeps an exact fit exact: 1280 / (1280 / 704 × 1) is not always 704 in floating point.
     scaled = tuple(math.ceil(side / scale - 1e-6) for side in picture.size)
-    if scaled[0] * scaled[1] > _MOST_CUT_AWAY * width_pixels * height_pixels:
+    if scaled[0] * scaled[1] > _MOST_SCALED_PIXELS:
         raise BadInputError(
             f"the image is {picture.width}×{picture.height} pixels, of which {width_pixels}×{height_pixels} would keep "
             "next to nothing",

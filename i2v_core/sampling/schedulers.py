@@ -28,3 +28,18 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
 
     cls: Any = getattr(diffusers, SCHEDULERS[name])
     return cls.from_config(dict(config))
+
+
+def with_timesteps(scheduler: Any, steps: int) -> Any:
+    """The scheduler, ready for so many steps.
+
+    Raises:
+        BadInputError: it cannot take as many.
+    """
+    try:
+        scheduler.set_timesteps(steps)
+    except ValueError as error:
+        raise BadInputError(
+            f"{steps} steps are not possible with the model's scheduler ({error})", "use fewer steps"
+        ) from error
+    return scheduler

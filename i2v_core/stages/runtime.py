@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,3 +75,18 @@ class StageReport:
             f"{format_gib(self.uncertainty_bytes)}, measured {format_gib(self.measured_peak_bytes)}, "
             f"{self.seconds:.1f} s"
         )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON. `retries` are the attempts that ran out of memory."""
+        return {
+            "stage": self.stage.value,
+            "predicted_peak_bytes": self.predicted_peak_bytes,
+            "uncertainty_bytes": self.uncertainty_bytes,
+            "measured_peak_bytes": self.measured_peak_bytes,
+            "seconds": round(self.seconds, 3),
+            "retries": [
+                {"predicted_peak_bytes": predicted, "measured_peak_bytes": measured}
+                for predicted, measured in self.failed
+            ],
+            "notes": list(self.notes),
+        }

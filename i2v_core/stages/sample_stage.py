@@ -5,6 +5,7 @@ Shape legend: B batch, C latent channels, T latent frames, H/W height and width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ from ..sampling.checkpoint import (
 from ..sampling.context import in_windows
 from ..sampling.loop import Guidance, SampleLoop
 from ..sampling.noise import initial_noise
-from ..sampling.schedulers import make_scheduler
+from ..sampling.schedulers import make_scheduler, with_timesteps
 from ..sampling.spill import SpillGuard
 from .run import StageRun, running, until_it_fits
 from .runtime import Runtime, StageReport
@@ -48,8 +49,8 @@ class SamplerSettings:
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= MAX_STEPS:
             raise BadInputError(f"{self.steps} steps are not possible", f"use 1 to {MAX_STEPS}")
-        if self.cfg < 1:
-            raise BadInputError(f"a cfg of {self.cfg} is below 1", "use 1 for no guidance, or more")
+        if not 1 <= self.cfg < math.inf:
+            raise BadInputError(f"a cfg of {self.cfg} is not possible", "use 1 for no guidance, or more")
 
 
 def sample(
@@ -89,8 +90,8 @@ class _Sampling:
         self._run, self._conditioning, self._settings = run, conditioning, settings
         self._family = family_of(run.model.architecture)
         with host_memory():
-            scheduler = make_scheduler(settings.scheduler, run.model.architecture.config("scheduler"))
-            scheduler.set_timesteps(settings.steps)
+            config = run.model.architecture.config("scheduler")
+            scheduler = with_timesteps(make_scheduler(settings.scheduler, config), settings.steps)
             noise_BCTHW = initial_noise(self._family.facts.latent_size(run.plan.request.size), settings.seed)
         self._frames = noise_BCTHW.shape[2]
         self._loop = SampleLoop(

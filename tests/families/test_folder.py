@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import struct
 from collections.abc import Callable
@@ -78,10 +79,11 @@ def test_pickles_are_refused(folder: Path) -> None:
         lambda content: content[: len(content) // 2],
         lambda _: b"",
         lambda _: b"not a model",
+        lambda _: b"PK\x03\x04" + b"\0" * 100,
         lambda content: struct.pack("<Q", 2**63) + content[8:],
         lambda content: struct.pack("<Q", 2**40) + content[8:],
     ],
-    ids=["truncated", "empty", "text", "header-2^63", "header-2^40"],
+    ids=["truncated", "empty", "text", "renamed", "header-2^63", "header-2^40"],
 )
 def test_damaged_weights_are_named_before_loading(folder: Path, damage: Callable[[bytes], bytes]) -> None:
     (folder / UNET).write_bytes(damage((folder / UNET).read_bytes()))
@@ -95,10 +97,56 @@ def test_weights_of_another_component_are_refused(folder: Path) -> None:
         load_model(folder)
 
 
-@pytest.mark.parametrize("content", ["{", "[1, 2]", ""])
+@pytest.mark.parametrize("content", ["{", "[1, 2]", "", "[" * 100_000, '{"steps": ' + "9" * 10_000 + "}"])
 def test_a_config_that_is_no_json_object_is_named(folder: Path, content: str) -> None:
     (folder / "scheduler" / "scheduler_config.json").write_text(content)
     with pytest.raises(ModelFolderError, match=r"scheduler_config\.json"):
+        load_model(folder)
+
+
+WRONG_CONFIGS = {
+    "no size of the picture": ("feature_extractor/preprocessor_config.json", {"crop_size": None}),
+    "a picture of no size": ("feature_extractor/preprocessor_config.json", {"crop_size": 0}),
+    "colours of words": ("feature_extractor/preprocessor_config.json", {"image_mean": "red"}),
+    "an unknown schedule": ("scheduler/scheduler_config.json", {"beta_schedule": None}),
+    "no timesteps": ("scheduler/scheduler_config.json", {"num_train_timesteps": -1}),
+    "endless tokens": ("tokenizer/tokenizer_config.json", {"model_max_length": 10**30}),
+    "no width": ("image_encoder/config.json", {"hidden_size": 0}),
+    "an unknown dtype": ("image_encoder/config.json", {"dtype": []}),
+    "no heads": ("unet/config.json", {"attention_head_dim": None, "num_attention_heads": None}),
+}
+"""A config file, and what is changed in it."""
+
+
+@pytest.mark.parametrize("case", WRONG_CONFIGS)
+def test_configs_that_make_no_model_are_refused_when_they_are_read(folder: Path, case: str) -> None:
+    name, changes = WRONG_CONFIGS[case]
+    content = json.loads((folder / name).read_text("utf-8"))
+    (folder / name).write_text(json.dumps(content | changes), "utf-8")
+    with pytest.raises(ModelFolderError, match=r"make no model|does not load"):
+        load_model(folder)
+
+
+def test_a_vocabulary_that_is_none_is_named(folder: Path) -> None:
+    (folder / "tokenizer" / "vocab.json").write_text('{"!": -1}', "utf-8")
+    with pytest.raises(ModelFolderError, match="tokenizer"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, ["a.safetensors"]])
+def test_an_index_that_names_no_files_is_refused(folder: Path, weight_map: object) -> None:
+    (folder / UNET).unlink()
+    (folder / f"{UNET}.index.json").write_text(json.dumps({"weight_map": weight_map}), "utf-8")
+    with pytest.raises(ModelFolderError, match="names no weight files"):
+        load_model(folder)
+
+
+def test_an_index_does_not_lead_out_of_its_folder(folder: Path) -> None:
+    outside = folder.parent / "outside.safetensors"
+    shutil.move(folder / UNET, outside)
+    index = {"weight_map": {"conv_in.weight": "../../outside.safetensors"}}
+    (folder / f"{UNET}.index.json").write_text(json.dumps(index), "utf-8")
+    with pytest.raises(ModelFolderError, match=r"unet/outside\.safetensors is missing"):
         load_model(folder)
 
 

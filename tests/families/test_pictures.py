@@ -30,6 +30,12 @@ def test_the_middle_is_kept() -> None:
     assert cover(picture, 50, 50).getextrema() == ((255, 255),) * 3
 
 
+@pytest.mark.parametrize("size", [(1, 4000), (4000, 1)])
+def test_a_strip_is_refused_and_not_blown_up(size: tuple[int, int]) -> None:
+    with pytest.raises(BadInputError, match=f"{size[0]}×{size[1]} pixels"):
+        cover(Image.new("RGB", size), 8192, 8192)
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_grey_colour_and_transparent_pictures_are_read(channels: int) -> None:
     assert first_picture(torch.full((2, 6, 8, channels), 0.5)).getpixel((3, 3)) == (128, 128, 128)

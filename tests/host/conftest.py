@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report
 
 
-@pytest.fixture(scope="session")
-def server(tiny_folder: Path) -> Iterator[Server]:
+@contextmanager
+def small_host(tiny_folder: Path) -> Iterator[Server]:
     """A host with this pack, a small model named `tiny` and a picture; without a way to fetch anything."""
     environment = {
         "HF_HUB_OFFLINE": "1",
@@ -49,6 +50,20 @@ def server(tiny_folder: Path) -> Iterator[Server]:
         picture = Image.new("RGB", (96, 64), "navy")
         ImageDraw.Draw(picture).ellipse((10, 10, 50, 50), fill="orange")
         picture.save(running.input_folder / PICTURE)
+        yield running
+
+
+@pytest.fixture(scope="session")
+def server(tiny_folder: Path) -> Iterator[Server]:
+    """The host that tests share."""
+    with small_host(tiny_folder) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def own_server(tiny_folder: Path) -> Iterator[Server]:
+    """A host for one file's tests alone."""
+    with small_host(tiny_folder) as running:
         yield running
 
 

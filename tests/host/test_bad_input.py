@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from comfy_host.client import Client, ExecutionError, PromptRefusedError
-from comfy_host.server import Server
+from comfy_host.server import PACK_FOLDER, Server
+from comfy_host.setup import PACK
+from PIL import Image
 
 REFUSED = {
     "no such model": ({"loader": {"model": "nowhere"}}, "loader", "value_not_in_list"),
@@ -21,6 +25,10 @@ REFUSED = {
     "no steps": ({"sampler": {"steps": 0}}, "sampler", "value_smaller_than_min"),
     "cfg out of range": ({"sampler": {"cfg": 1000.0}}, "sampler", "value_bigger_than_max"),
     "a model for a conditioning": ({"sampler": {"conditioning": ["loader", 0]}}, "sampler", "return_type_mismatch"),
+    "a way out for a model": ({"loader": {"model": "../../etc"}}, "loader", "value_not_in_list"),
+    "an absolute path for a model": ({"loader": {"model": "/etc"}}, "loader", "value_not_in_list"),
+    "no number of frames": ({"budget": {"frames": float("nan")}}, "budget", "invalid_input_type"),
+    "a text for a width": ({"budget": {"width": "wide"}}, "budget", "invalid_input_type"),
     "a negative tile": ({"decode": {"tile_size": -8}}, "decode", "value_smaller_than_min"),
 }
 """Changes to a good prompt; the node that the host refuses, and why."""
@@ -49,6 +57,28 @@ FAILS = {
         "BadInputError",
         ["7.0", "turn guidance on"],
     ),
+    "a cfg that is no number": (
+        {"sampler": {"cfg": float("nan")}},
+        "I2VChunkedSampler",
+        "BadInputError",
+        ["cfg is nan, which is not a finite number"],
+    ),
+    "a number for a model": ({"budget": {"model": 5}}, "I2VVRAMBudget", "BadInputError", ["model is 5", "I2V Loader"]),
+    "a text for a plan": ({"encode": {"plan": "x"}}, "I2VEncode", "BadInputError", ["plan is 'x'", "VRAM Budget"]),
+    "an object for a latent": (
+        {"decode": {"latent": {"samples": 1}}},
+        "I2VVAETiledDecode",
+        "BadInputError",
+        ["latent is of type dict", "I2V Load Latent"],
+    ),
+    "nothing for an image": ({"encode": {"image": None}}, "I2VEncode", "BadInputError", ["image is None", "IMAGE"]),
+    "half of a character": ({"encode": {"prompt": "a\ud800"}}, "I2VEncode", "BadInputError", [r"'a\ud800'", "a text"]),
+    "a book for a prompt": (
+        {"encode": {"prompt": "a " * 50_000}},
+        "I2VEncode",
+        "BadInputError",
+        ["100,000", "too long"],
+    ),
 }
 """Changes to a good prompt; the node that fails, its error, and what the message has to say."""
 
@@ -67,6 +97,27 @@ def assert_fails(client: Client, prompt: Any, node_type: str, error_type: str, s
     for words in [*said, "Remedy: "]:
         assert words in failure.value.message
     return failure.value
+
+
+def test_what_a_node_of_any_type_gives_is_held_against_the_schema(client: Client, make_prompt: Any) -> None:
+    def through_switch(*source: Any) -> dict[str, Any]:
+        prompt = make_prompt(sampler={"steps": ["any", 0]})
+        inputs = {"switch": True, "on_true": list(source), "on_false": list(source)}
+        prompt["any"] = {"class_type": "ComfySwitchNode", "inputs": inputs}
+        prompt["latent"] = {"class_type": "I2VLoadLatent", "inputs": {"file": "demo (bundled)"}}
+        return prompt
+
+    if "ComfySwitchNode" not in client.object_info():
+        pytest.skip("this host has no such node")
+    for source, said in ((("budget", 1), "not a whole number"), (("picture", 0), "a tensor of shape (1, 64, 96, 3)")):
+        assert_fails(client, through_switch(*source), "I2VChunkedSampler", "BadInputError", [said])
+    client.run(through_switch("budget", 2))
+
+
+def test_a_strip_for_a_picture_is_refused(client: Client, server: Server, make_prompt: Any) -> None:
+    Image.new("RGB", (1, 8000)).save(server.input_folder / "strip.png")
+    prompt = make_prompt(picture={"image": "strip.png"}, budget={"width": 512, "budget": "8GiB"})
+    assert_fails(client, prompt, "I2VEncode", "BadInputError", ["1×8000", "next to nothing"])
 
 
 def test_what_cannot_fit_is_refused_with_the_nearest_that_does(client: Client, make_prompt: Any) -> None:
@@ -125,6 +176,25 @@ def garbled_config(folder: Path) -> list[str]:
     return ["config.json", "JSON"]
 
 
+def empty_weights(folder: Path) -> list[str]:
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    return ["vae/diffusion_pytorch_model.safetensors", "damaged"]
+
+
+def renamed_pickle(folder: Path) -> list[str]:
+    torch.save({"x": torch.zeros(4)}, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    return ["unet/diffusion_pytorch_model.safetensors", "damaged"]
+
+
+def hostile_header(folder: Path) -> list[str]:
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(struct.pack("<Q", 2**63) + weights.read_bytes()[8:])
+    return ["unet/diffusion_pytorch_model.safetensors", "damaged"]
+
+
+SPOILS = [remove_files, truncate, only_pickles, garbled_config, empty_weights, renamed_pickle, hostile_header]
+
+
 @contextmanager
 def spoiled_model(server: Server, spoil: Callable[[Path], list[str]]) -> Iterator[tuple[str, list[str]]]:
     """A copy of the small model after `spoil`: its name, and what the error has to say."""
@@ -137,12 +207,28 @@ def spoiled_model(server: Server, spoil: Callable[[Path], list[str]]) -> Iterato
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("spoil", [remove_files, truncate, only_pickles, garbled_config])
+@pytest.mark.parametrize("spoil", SPOILS)
 def test_a_spoiled_model_is_refused_with_the_files_named(
     spoil: Callable[[Path], list[str]], client: Client, server: Server, make_prompt: Any
 ) -> None:
     with spoiled_model(server, spoil) as (name, said):
         assert_fails(client, make_prompt(loader={"model": name}), "I2VLoader", "ModelFolderError", said)
+
+
+def inputs_in_the_table() -> dict[str, set[str]]:
+    """The inputs that docs/bad-input.md speaks of, by their node's name."""
+    _, *sections = (PACK / "docs" / "bad-input.md").read_text("utf-8").split("\n## ")
+    rows = {section.partition("\n")[0]: re.findall(r"^\| (`.+?) \|", section, re.MULTILINE) for section in sections}
+    return {node: {name.strip("`") for row in found for name in row.split(", ")} for node, found in rows.items()}
+
+
+def test_the_table_in_the_docs_has_every_input_and_no_other(object_info: dict[str, Any]) -> None:
+    own = [node for node in object_info.values() if node["python_module"] == f"custom_nodes.{PACK_FOLDER}"]
+    expected = {
+        node["display_name"]: {name for section in ("required", "optional") for name in node["input"].get(section, {})}
+        for node in own
+    }
+    assert inputs_in_the_table() == expected
 
 
 def test_after_all_that_a_good_prompt_runs(client: Client, make_prompt: Any) -> None:

@@ -129,6 +129,42 @@ def test_names_count_up_and_take_dates_and_sizes(client: Client, save_prompt: Ma
     assert files_in(output) == [f"{today}/a_64x64_00001_.mp4", f"{today}/a_64x64_00002_.mp4"]
 
 
+def stages_in(report: Path) -> list[str]:
+    return [stage["stage"] for stage in json.loads(report.read_text("utf-8"))["stages"]]
+
+
+def test_the_memory_report_has_every_stage_also_those_of_an_earlier_prompt(
+    client: Client, save_prompt: MakePrompt, output: Path
+) -> None:
+    for seed in (140, 141):
+        run = client.run(save_prompt(changes={"sampler": {"seed": seed}}, memory_report=True))
+    assert "encode" not in run.executed
+    assert files_in(output) == [f"v/clip_0000{number}_.mp4{suffix}" for number in (1, 2) for suffix in ("", ".json")]
+    (video,) = shown(run, output)
+    report = json.loads(video.with_name(f"{video.name}.json").read_text("utf-8"))
+    assert report["video"] == video.name
+    assert (report["plan"]["width"], report["plan"]["frames"]) == (64, 4)
+    assert [stage["stage"] for stage in report["stages"]] == ["encode", "sample", "decode"]
+    for stage in report["stages"]:
+        assert 0.8 < stage["measured_peak_bytes"] / stage["predicted_peak_bytes"] < 1.2
+        assert stage["seconds"] > 0
+        assert stage["retries"] == stage["notes"] == []
+    assert report["seconds"] == pytest.approx(sum(stage["seconds"] for stage in report["stages"]))
+
+
+def test_the_memory_report_says_what_is_known_of_images_and_of_a_kept_latent(
+    client: Client, save_prompt: MakePrompt, output: Path, saved_latent: Any
+) -> None:
+    client.run(save_prompt({"images": ["decode", 0]}, format="png", filename_prefix="i", memory_report=True))
+    images = output / "i_00001_.json"
+    assert stages_in(images) == []
+    assert json.loads(images.read_text("utf-8"))["plan"] is None
+    prompt = latent_prompt(save_prompt, "l/kept_00001_.latent [output]")
+    prompt["video"]["inputs"] |= {"filename_prefix": "again", "memory_report": True}
+    client.run(prompt)
+    assert stages_in(output / "again_00001_.json") == ["decode"]
+
+
 def test_an_odd_picture_is_padded_and_that_is_said(
     client: Client, server: Server, save_prompt: MakePrompt, output: Path
 ) -> None:

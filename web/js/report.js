@@ -12,6 +12,8 @@ const NODES = [
   "I2VLoadLatent",
 ];
 const WIDGET = "i2v_report";
+const LINE_PIXELS = 15;
+const MOST_PIXELS = 260;
 
 function reportWidget(node) {
   const existing = node.widgets?.find((widget) => widget.name === WIDGET);
@@ -23,6 +25,8 @@ function reportWidget(node) {
   widget.label = "last run";
   widget.serialize = false;
   widget.options.serialize = false;
+  // As high as its text, where that is not long.
+  widget.options.getMinHeight = () => Math.min(MOST_PIXELS, LINE_PIXELS * (1 + widget.value.split("\n").length));
   return widget;
 }
 
