@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from comfy_api.latest import io
 
+from ..i2v_core.errors import BadInputError
 from ..i2v_core.families import I2VModel
 from ..i2v_core.memory.cards import CARDS, SYSTEM_SHARE_BYTES, THIS_MACHINE
 from ..i2v_core.memory.reading import SteadyReading
 from ..i2v_core.placement.precision import AUTO, PRECISIONS
 from ..i2v_core.planning.planner import make_plan
 from ..i2v_core.planning.report import report
-from ..i2v_core.units import GIB, format_gib
+from ..i2v_core.units import GIB, format_gib, parse_bytes
 from . import host
 from .checked import checked
 from .question import question
@@ -105,8 +107,11 @@ class VRAMBudget(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> Any:
-        """The advice depends on free memory too, so the host must not go by the inputs alone."""
-        return (_reading.update(host.room_bytes()), *(str(inputs[name]) for name in sorted(inputs) if name != "model"))
+        """The advice depends on free memory too, so the host must not go by the inputs alone; but not on what is free
+        beyond a budget that the user names, so that what was made for it stays in the host's cache.
+        """
+        usable_bytes = min(_reading.update(host.room_bytes()), _named_bytes(inputs.get("budget")))
+        return (usable_bytes, *(str(inputs[name]) for name in sorted(inputs) if name != "model"))
 
     @classmethod
     @checked
@@ -149,3 +154,11 @@ class VRAMBudget(io.ComfyNode):
             plan.precision,
             ui={"text": [text], "i2v_plan": [plan.as_dict()]},
         )
+
+
+def _named_bytes(budget: Any) -> float:
+    """The budget that the user names; no limit where that is left to what is free, or not to be understood."""
+    try:
+        return parse_bytes(budget)
+    except (BadInputError, AttributeError, TypeError):
+        return math.inf
