@@ -41,9 +41,10 @@ PROMPT = Prompt(
     negative_text="blue",
     fps=8,
 )
-# As torch, cuBLAS and CUDA's asynchronous allocator say it; the last also comes as an error of another class.
+# As torch, CUDA itself, cuBLAS and CUDA's asynchronous allocator say it.
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "torch": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cuda": lambda: torch.AcceleratorError("CUDA error: out of memory"),
     "cublas": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "async": lambda: RuntimeError("Allocation on device"),
 }
