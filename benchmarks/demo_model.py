@@ -154,7 +154,7 @@ def main() -> None:
     cases = held_out(arguments.images, CLIP)
     plain = run_way(maker, "plain", cases)
     print(table(summarise(plain.judged), "pictures"), flush=True)
-    others = [way for way in arguments.rows if way != "plain"]
+    others = [way for way in arguments.rows if way != "plain"] if arguments.row_images else []
     rows = [plain, *(run_way(maker, way, cases[: arguments.row_images]) for way in others)]
     lines = {row.way: compare(row, plain) for row in rows}
     print("\n" + table(lines, "way"))
