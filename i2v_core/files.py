@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import secrets
@@ -13,6 +14,8 @@ from datetime import datetime
 from pathlib import Path
 
 from .errors import FileError
+
+logger = logging.getLogger(__name__)
 
 _ELSEWHERE = "choose another name or folder"
 _FREE_SPACE = "free some space there and run again"
@@ -85,6 +88,14 @@ def whole_file(path: Path) -> Generator[Path]:
             os.replace(temporary, path)
     finally:
         _remove(temporary)
+
+
+def set_aside(path: Path) -> None:
+    """Gives a file that cannot be used the ending `.broken`, so that it is neither read again nor lost."""
+    try:
+        path.replace(path.with_suffix(".broken"))
+    except OSError as error:
+        logger.warning("%s cannot be moved: %s", path, error)
 
 
 def _remove(path: Path) -> None:

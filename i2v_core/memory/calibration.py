@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+
+from ..errors import FileError
+from ..files import file_errors, set_aside, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -79,13 +81,12 @@ class CalibrationStore:
         entries = self._read()
         ratios = entries.setdefault(key, {}).setdefault(stage, [])
         entries[key][stage] = [*ratios, round(ratio, 4)][-_KEPT_RATIOS:]
+        content = json.dumps({"version": _VERSION, "entries": entries}, indent=1)
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps({"version": _VERSION, "entries": entries}, indent=1), encoding="utf-8")
-            temporary.replace(self._path)
-        except OSError as error:
-            logger.warning("the calibration in %s cannot be written: %s", self._path, error)
+            with whole_file(self._path) as temporary, file_errors(self._path):
+                temporary.write_text(content, encoding="utf-8")
+        except FileError as error:
+            logger.warning("%s", error)
 
     def _read(self) -> dict[str, dict[str, list[float]]]:
         try:
@@ -95,14 +96,8 @@ class CalibrationStore:
             return {}
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             logger.warning("the calibration in %s cannot be read and is set aside: %s", self._path, error)
-            self._set_aside()
+            set_aside(self._path)
             return {}
-
-    def _set_aside(self) -> None:
-        try:
-            self._path.replace(self._path.with_suffix(".broken"))
-        except OSError as error:
-            logger.warning("%s cannot be moved: %s", self._path, error)
 
 
 def _entries(content: Any) -> dict[str, dict[str, list[float]]]:

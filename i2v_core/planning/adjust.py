@@ -8,7 +8,7 @@ from ..decoding import FramePieces
 from ..errors import BadInputError, DoesNotFitError
 from ..families import family_of
 from ..units import format_gib
-from .frame_ways import Candidate, first_that_fits, with_maps_parked
+from .frame_ways import first_that_fits, with_maps_parked
 from .margin import needed_bytes
 from .plan import DecodeSettings, Plan, Stage, StagePrediction
 from .planner import make_plan
@@ -65,7 +65,7 @@ def with_tile(plan: Plan, tile_pixels: int, overlap_pixels: int) -> Plan:
             f"{format_gib(plan.budget.usable_bytes)} can be used",
             "use a smaller tile, or 0 for the plan's own",
         )
-    return _with_decode(plan, found)
+    return replace(plan.with_prediction(found.prediction), decode=found.settings)
 
 
 def _predicted(plan: Plan, settings: DecodeSettings) -> StagePrediction:
@@ -75,8 +75,3 @@ def _predicted(plan: Plan, settings: DecodeSettings) -> StagePrediction:
 def _fits(plan: Plan, prediction: StagePrediction) -> bool:
     needed = needed_bytes(prediction, plan.device)
     return needed <= plan.budget.usable_bytes and plan.budget.host_allows(prediction.host_bytes)
-
-
-def _with_decode(plan: Plan, way: Candidate[DecodeSettings, StagePrediction]) -> Plan:
-    stages = tuple(way.prediction if old.stage is Stage.DECODE else old for old in plan.stages)
-    return replace(plan, decode=way.settings, stages=stages)

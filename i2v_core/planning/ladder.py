@@ -65,7 +65,7 @@ def _lower_encode(plan: Plan, most_bytes: int) -> Plan | None:
     for way in chain(*encode_ways(plan.request)):
         prediction = predict_encode(plan.request, way, plan.sample.compute_dtype)
         if _within(plan, prediction, most_bytes):
-            return replace(_with_stage(plan, prediction), encode=way)
+            return replace(plan.with_prediction(prediction), encode=way)
     return None
 
 
@@ -80,7 +80,7 @@ def _lower_sample(plan: Plan, most_bytes: int) -> Plan | None:
             approximation,
         )
         if found is not None:
-            lower = replace(_with_stage(plan, found.prediction), sample=found.settings)
+            lower = replace(plan.with_prediction(found.prediction), sample=found.settings)
             return replace(lower, chunk_size=found.prediction.chunk_size)
     return None
 
@@ -89,7 +89,7 @@ def _lower_decode(plan: Plan, most_bytes: int) -> Plan | None:
     for way in chain(*decode_ways(plan.request)):
         prediction = predict_decode(plan.request, way, plan.sample.compute_dtype)
         if _within(plan, prediction, most_bytes):
-            return replace(_with_stage(plan, prediction), decode=way)
+            return replace(plan.with_prediction(prediction), decode=way)
     return None
 
 
@@ -102,10 +102,6 @@ _RUNGS: dict[Stage, Callable[[Plan, int], Plan | None]] = {
 
 def _within(plan: Plan, prediction: StagePrediction, most_bytes: int) -> bool:
     return prediction.peak_bytes <= most_bytes and plan.budget.host_allows(prediction.host_bytes)
-
-
-def _with_stage(plan: Plan, prediction: StagePrediction) -> Plan:
-    return replace(plan, stages=tuple(prediction if old.stage is prediction.stage else old for old in plan.stages))
 
 
 def _sample_words(before: SampleSettings, after: SampleSettings) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -120,6 +120,10 @@ class Plan:
 
     def stage(self, stage: Stage) -> StagePrediction:
         return next(prediction for prediction in self.stages if prediction.stage is stage)
+
+    def with_prediction(self, prediction: StagePrediction) -> Plan:
+        """The plan with another prediction for its stage."""
+        return replace(self, stages=tuple(prediction if it.stage is prediction.stage else it for it in self.stages))
 
     @property
     def binding_stage(self) -> StagePrediction:

@@ -15,7 +15,7 @@ from ..placement.storage import WeightStorage
 from .plan import DecodeSettings, EncodeSettings, SamplePrediction, SampleSettings, Stage, StagePrediction
 from .request import Request
 from .trace import activation_bytes, skeleton, streamed_bytes, trace_bands, trace_denoiser, weights_bytes
-from .weights import denoiser_weights, highest_moment
+from .weights import highest_moment, module_weights
 
 # Copies of the latents in fp32 that the loop and the scheduler hold beside the denoiser's own tensors: the state, the
 # model's input, two predictions, and two old outputs of a multistep scheduler.
@@ -67,7 +67,7 @@ def predict_sample(request: Request, settings: SampleSettings) -> SamplePredicti
     size = replace(request.size, frames=facts.pixel_frames(seen_frames))
     trace = trace_denoiser(architecture, size, branches, settings.compute_dtype, settings.chunk_settings)
     calls = trace.calls
-    weights = denoiser_weights(trace.module, settings.weight_storage, tuple(call.modules for call in calls))
+    weights = module_weights(trace.module, settings.weight_storage, tuple(call.modules for call in calls))
     highest = highest_moment(calls, weights, streamed=settings.streamed)
     latent_bytes = prod(latent.shape_bcthw) * torch.float32.itemsize
     # Beside a window's own inputs there are those of the clip, and the blended prediction.
@@ -127,7 +127,7 @@ def _predict_by_layer(
     stage: Stage, module: nn.Module, workload: Workload, dtype: torch.dtype, *, streamed: bool
 ) -> StagePrediction:
     trace = trace_bands(module, workload, dtype)
-    weights = denoiser_weights(module, WeightStorage.AS_COMPUTED, tuple(call.modules for call in trace.calls))
+    weights = module_weights(module, WeightStorage.AS_COMPUTED, tuple(call.modules for call in trace.calls))
     highest = highest_moment(trace.calls, weights, streamed=streamed)
     return StagePrediction(
         stage=stage,

@@ -1,4 +1,4 @@
-"""Bytes of the denoiser's weights on the device, as they lie and as a layer call computes with them."""
+"""Bytes of a component's weights on the device, as they lie and as a layer call computes with them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .trace import TracedCall
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DenoiserWeights:
-    """Weights of a denoiser.
+class ModuleWeights:
+    """Weights of a component that runs layer by layer.
 
     `lying_bytes` are those of all weights, `scale_bytes` those of the scales of what lies in 8 bits, which stay on the
     device; `calls` has what each layer call needs.
@@ -44,12 +44,12 @@ class CallWeights:
 
 
 @lru_cache(maxsize=256)
-def denoiser_weights(
+def module_weights(
     module: nn.Module, storage: WeightStorage, calls: tuple[tuple[nn.Module, ...], ...]
-) -> DenoiserWeights:
+) -> ModuleWeights:
     """`module` is the denoiser's skeleton in the precision of computation, `calls` the parts of each layer call."""
     reduced: frozenset[Tensor] = frozenset() if storage is WeightStorage.AS_COMPUTED else frozenset(reducible(module))
-    return DenoiserWeights(
+    return ModuleWeights(
         lying_bytes=sum(_lying_bytes(tensor, reduced) for tensor in all_tensors(module)),
         scale_bytes=rounded_bytes(sum(len(weight) for weight in reduced) * torch.float32.itemsize),
         calls=tuple(_call_weights(modules, reduced) for modules in calls),
@@ -89,7 +89,7 @@ class Moment:
         return self.weights_bytes + self.activation_bytes
 
 
-def highest_moment(calls: Sequence[TracedCall], weights: DenoiserWeights, *, streamed: bool) -> Moment:
+def highest_moment(calls: Sequence[TracedCall], weights: ModuleWeights, *, streamed: bool) -> Moment:
     """The peak of a pass: with all weights in place, or streamed with those of a call and of the one after it."""
     moments: list[Moment] = []
     following = (*weights.calls[1:], weights.calls[0])

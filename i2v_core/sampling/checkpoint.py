@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError
-from ..files import file_errors, whole_file
+from ..files import file_errors, set_aside, whole_file
 from .state import LoopState, Remembered, Scalar
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class CheckpointFile:
             state = self._read(like_BCTHW)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
             logger.warning("the checkpoint in %s cannot be used and is set aside: %s", self.path, error)
-            self._set_aside()
+            set_aside(self.path)
             return None
         self._first_step = state.steps_done
         return state
@@ -145,12 +145,6 @@ class CheckpointFile:
         if state.latents_BCTHW.shape != like_BCTHW.shape or not torch.isfinite(state.latents_BCTHW).all():
             raise ValueError("its latents are of another shape, or not finite")
         return state
-
-    def _set_aside(self) -> None:
-        try:
-            self.path.replace(self.path.with_suffix(".broken"))
-        except OSError as error:
-            logger.warning("%s cannot be moved: %s", self.path, error)
 
 
 def _to_bytes(key: str, state: LoopState) -> bytes:

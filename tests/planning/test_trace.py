@@ -11,7 +11,7 @@ from i2v_core.chunking import ChunkSettings, DistinctPieces, LayerRunner
 from i2v_core.families import Placed, VideoSize, bundled_architecture, family_of
 from i2v_core.placement.storage import WeightStorage
 from i2v_core.planning.trace import META, skeleton, trace_denoiser, tracing, weights_bytes
-from i2v_core.planning.weights import denoiser_weights
+from i2v_core.planning.weights import module_weights
 from i2v_core.units import GIB, MIB
 
 PUBLISHED = bundled_architecture("i2vgen-xl")
@@ -49,6 +49,6 @@ def test_every_weight_of_the_denoiser_belongs_to_one_call() -> None:
     size = VideoSize(width_pixels=256, height_pixels=256, frames=2)
     trace = trace_denoiser(PUBLISHED, size, 1, torch.float16, ChunkSettings(workspace_bytes=MIB))
     modules = tuple(call.modules for call in trace.calls)
-    weights = denoiser_weights(trace.module, WeightStorage.AS_COMPUTED, modules)
+    weights = module_weights(trace.module, WeightStorage.AS_COMPUTED, modules)
     assert weights.lying_bytes == weights_bytes(PUBLISHED, "unet", torch.float16)
     assert sum(call.lying_bytes for call in weights.calls) == weights.lying_bytes
