@@ -1,6 +1,7 @@
 """All of the project's checks: lint, types and tests, those in a real ComfyUI included.
 
-Arguments go to pytest: `python scripts/test.py -m "not host"`, `python scripts/test.py -k tiles`.
+Arguments go to pytest: `python scripts/test.py -m "not host"`, `python scripts/test.py -k tiles`; `-n 0` runs the tests
+in one process, where a debugger can follow.
 Exit status: 0 all is well, 1 something is not, 130 interrupted.
 """
 
@@ -9,6 +10,8 @@ import sys
 from comfy_host import process, setup
 from comfy_host.errors import HostError
 
+# Four take some gigabytes of memory, and more than four wait for the one that has the real ComfyUI.
+SIDE_BY_SIDE = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadgroup"]
 CHECKS = {
     "lint": ["ruff", "check"],
     "format": ["ruff", "format", "--check"],
@@ -24,7 +27,7 @@ def main() -> int:
             failed = [name for name, check in CHECKS.items() if not _passes(name, [python, "-m", *check])]
             if failed:
                 print(f"\nFailed before the tests: {', '.join(failed)}")
-            return 0 if _passes("tests", [python, "-m", "pytest", *sys.argv[1:]]) and not failed else 1
+            return 0 if _passes("tests", [python, "-m", "pytest", *SIDE_BY_SIDE, *sys.argv[1:]]) and not failed else 1
     except HostError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1

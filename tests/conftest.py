@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,6 +117,13 @@ def save_tiny_i2vgen_xl(folder: Path, *, seed: int = 0, dtype: torch.dtype = tor
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "I2VGenXLPipeline"}))
 
 
+def pytest_configure() -> None:
+    """Tests in several processes share the cores; threads that wait for each other's cores make them slower."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if processes > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need a CUDA device are skipped, and said to be, where there is none."""
     if torch.cuda.is_available():
@@ -132,6 +140,18 @@ FAULTS = pytest.StashKey[Counter[str]]()
 def survived(pytestconfig: pytest.Config) -> Counter[str]:
     """Faults that were put in and survived, by kind; their number is said at the end of all tests."""
     return pytestconfig.stash.setdefault(FAULTS, Counter())
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where tests run in several processes, each hands its count to the one that started it."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["faults"] = dict(session.config.stash.get(FAULTS, Counter[str]()))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    node.config.stash.setdefault(FAULTS, Counter()).update(getattr(node, "workeroutput", {}).get("faults", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
