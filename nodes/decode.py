@@ -10,9 +10,10 @@ from ..i2v_core import stages
 from ..i2v_core.families import I2VModel
 from ..i2v_core.planning.adjust import with_tile
 from ..i2v_core.planning.plan import Plan, Stage
+from ..i2v_core.run_report import RunReport
 from . import host
 from .checked import checked
-from .sockets import CATEGORY, model_input, plan_input
+from .sockets import CATEGORY, model_input, plan_input, report_output, reports_of
 
 
 class VAETiledDecode(io.ComfyNode):
@@ -48,7 +49,7 @@ class VAETiledDecode(io.ComfyNode):
                     "seams to blend. Default 0.",
                 ),
             ],
-            outputs=[io.Image.Output("images", tooltip="The frames, in host memory.")],
+            outputs=[io.Image.Output("images", tooltip="The frames, in host memory."), report_output()],
         )
 
     @classmethod
@@ -59,4 +60,6 @@ class VAETiledDecode(io.ComfyNode):
         with host.stage(Stage.DECODE, model, plan) as (fitting, runtime, notes):
             tiled = with_tile(fitting, tile_size, overlap)
             frames_FHWC, report = stages.decode(model, tiled, latent["samples"], runtime)
-        return io.NodeOutput(frames_FHWC, ui=host.concluded(report, notes))
+        shown = host.concluded(report, notes)
+        run_report = RunReport(plan=plan, stages=(*reports_of(latent), *shown["i2v_stage"]))
+        return io.NodeOutput(frames_FHWC, run_report, ui=shown)

@@ -1,11 +1,10 @@
-"""The one adapter to ComfyUI: device, memory, folders, progress, interrupt."""
+"""The one adapter to ComfyUI: device, memory, folders, interrupt. Its parts are in `host_files` and `host_progress`."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-import time
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management as management
-import comfy.utils
 import folder_paths
 import torch
 from comfy.cli_args import args
@@ -31,14 +29,13 @@ from ..i2v_core.planning.plan import Plan, Stage
 from ..i2v_core.planning.planner import make_plan
 from ..i2v_core.stages import Runtime, StageReport
 from ..i2v_core.units import format_gib
-from .preview import AnimatedPreview, FinishedFrames
+from .host_progress import Progress, wants_tiny_previews
+from .tiny_decoder import find_tiny_decoder
 
 logger = logging.getLogger(__name__)
 
 DEMO_MODEL = "demo (bundled)"
 _DEBUG_MEMORY = os.environ.get("I2V_DEBUG_MEMORY", "0") != "0"
-# Frames come faster than a page can show animations of them.
-_FRAMES_SHOWN_EVERY_SECONDS = 0.5
 _DEMO_FOLDER = Path(__file__).parent.parent / "assets" / "demo_model"
 
 
@@ -67,7 +64,7 @@ def plan_device(architecture: Architecture) -> DeviceFacts:
     """
     device = management.get_torch_device()
     facts = device_facts(device)
-    learned = _calibration_store().calibration(calibration_key(facts.name, architecture.fingerprint))
+    learned = calibration_store().calibration(calibration_key(facts.name, architecture.fingerprint))
     facts = replace(facts, calibration=learned)
     forced = {
         torch.float32: args.force_fp32 or args.fp32_unet,
@@ -125,8 +122,8 @@ def stage(
 ) -> Generator[tuple[Plan, Runtime, list[str]]]:
     """Room on the device, a plan that fits what is free now, and the runtime; what is left over is freed at the end.
 
-    The list holds notes for the user, such as that the plan had to be made again. With `preview_factors` the progress
-    bar shows all frames as they take shape.
+    The list holds notes for the user, such as that the plan had to be made again. While it runs the node says how far
+    it is; with `preview_factors` the progress bar shows all frames as they take shape.
     """
     plan.check_made_for(model.architecture)
     here = _for_this_machine(plan)
@@ -144,12 +141,15 @@ def stage(
             "planned again for " + name.value
         )
         logger.warning("%s", notes[-1])
-    progress = _Progress(preview_factors)
+    wants_tiny = preview_factors is not None and wants_tiny_previews()
+    tiny = find_tiny_decoder(model.architecture, device) if wants_tiny else None
+    progress = Progress(preview_factors, tiny, notes)
     runtime = Runtime(
         device=device,
         attention=attention_backend(),
         check_cancelled=management.throw_exception_if_processing_interrupted,
         on_progress=progress.update,
+        on_status=progress.show,
         on_frames=progress.add_frames,
         make_room=lambda: _unload_everything(device),
         free_bytes=lambda: int(management.get_free_memory(device)),
@@ -159,6 +159,13 @@ def stage(
             yield fitting, runtime, notes
     finally:
         management.soft_empty_cache()
+
+
+def unload_everything() -> torch.device:
+    """Frees the host's device of the host's own models, and returns it."""
+    device = management.get_torch_device()
+    _unload_everything(device)
+    return device
 
 
 def _for_this_machine(plan: Plan) -> Plan:
@@ -180,34 +187,6 @@ def _unload_everything(device: torch.device) -> None:
     management.soft_empty_cache()
 
 
-class _Progress:
-    """The host's progress bar, with an animated preview of latents, where their preview factors are given, or of frames
-    that are done.
-    """
-
-    def __init__(self, preview_factors: Tensor | None) -> None:
-        self._bar = comfy.utils.ProgressBar(1)
-        self._factors = preview_factors
-        self._finished = FinishedFrames()
-        self._shown_seconds = 0.0
-
-    def add_frames(self, frames_FHWC: Tensor) -> None:
-        if args.preview_method.value != "none":
-            self._finished.add(frames_FHWC)
-
-    def update(self, done: int, total: int, latents_BCTHW: Tensor | None) -> None:
-        preview = self._preview(latents_BCTHW) if args.preview_method.value != "none" else None
-        self._bar.update_absolute(done, total, preview.for_host() if preview else None)
-
-    def _preview(self, latents_BCTHW: Tensor | None) -> AnimatedPreview | None:
-        if latents_BCTHW is not None:
-            return None if self._factors is None else AnimatedPreview.of_latents(latents_BCTHW, self._factors)
-        if time.monotonic() - self._shown_seconds < _FRAMES_SHOWN_EVERY_SECONDS:
-            return None
-        self._shown_seconds = time.monotonic()
-        return self._finished.preview()
-
-
 def concluded(report: StageReport, notes: list[str]) -> dict[str, list[Any]]:
     """Remembers how far off the prediction was, for later plans; and what a stage node shows: the numbers for scripts,
     the line for people.
@@ -216,7 +195,7 @@ def concluded(report: StageReport, notes: list[str]) -> dict[str, list[Any]]:
     # Of attempts that ran out of memory only those teach that had taken more than was predicted.
     lessons = [(predicted, taken) for predicted, taken in report.failed if taken > predicted]
     for predicted, taken in (*lessons, (plan.stage(report.stage).peak_bytes, report.measured_peak_bytes)):
-        _calibration_store().record(
+        calibration_store().record(
             calibration_key(plan.device.name, plan.request.architecture.fingerprint),
             report.stage.value,
             predicted_bytes=predicted,
@@ -232,7 +211,16 @@ def checkpoint_folder() -> Path:
     return _own_folder() / "checkpoints"
 
 
-def _calibration_store() -> CalibrationStore:
+def queue_file() -> Path:
+    return _own_folder() / "jobs.queue"
+
+
+def pictures_folder() -> Path:
+    """Where pictures from the graph are kept for jobs that wait."""
+    return _own_folder() / "pictures"
+
+
+def calibration_store() -> CalibrationStore:
     return CalibrationStore(_own_folder() / "calibration.json")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..i2v_core.families.preview import preview_frames
 
-_SIDE_PIXELS = 384
+SIDE_PIXELS = 384
 _FRAME_MILLISECONDS = 125
 _MOST_FRAMES = 32
 
@@ -57,7 +57,7 @@ class FinishedFrames:
         for frame_HWC in frames_FHWC:
             if self._seen % self._every == 0:
                 small = Image.fromarray((frame_HWC * 255).byte().numpy())
-                small.thumbnail((_SIDE_PIXELS, _SIDE_PIXELS))
+                small.thumbnail((SIDE_PIXELS, SIDE_PIXELS))
                 self._kept.append(small)
             self._seen += 1
             if len(self._kept) > _MOST_FRAMES:
@@ -69,5 +69,5 @@ class FinishedFrames:
 
 def _enlarged(pixels_hw3: np.ndarray[Any, Any]) -> Image.Image:
     frame = Image.fromarray(pixels_hw3)
-    scale = _SIDE_PIXELS / max(frame.size)
+    scale = SIDE_PIXELS / max(frame.size)
     return frame.resize((round(frame.width * scale), round(frame.height * scale)), Image.Resampling.BILINEAR)

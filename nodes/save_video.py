@@ -11,11 +11,11 @@ from ..i2v_core import stages
 from ..i2v_core.errors import BadInputError
 from ..i2v_core.families import I2VModel
 from ..i2v_core.planning.plan import Plan, Stage
-from ..i2v_core.run_report import write_run_report
+from ..i2v_core.run_report import RunReport, write_run_report
 from ..i2v_core.video import FORMATS, VideoSettings, VideoSink, open_video
 from . import host, host_files
 from .checked import checked
-from .sockets import CATEGORY, REPORTS, I2VModelSocket, I2VPlanSocket
+from .sockets import CATEGORY, I2VModelSocket, I2VPlanSocket, report_output, reports_of
 
 _DECODED = ("model", "plan", "latent")
 _ABSENT: Any = object()
@@ -78,7 +78,10 @@ class SaveVideo(io.ComfyNode):
                     "Of images no stage is known. Default off.",
                 ),
             ],
-            outputs=[io.String.Output("filename", tooltip="Full path of the file, or of the folder of pictures.")],
+            outputs=[
+                io.String.Output("filename", tooltip="Full path of the file, or of the folder of pictures."),
+                report_output(),
+            ],
         )
 
     @classmethod
@@ -129,10 +132,11 @@ class SaveVideo(io.ComfyNode):
                 assert plan is not None
                 assert latent is not None
                 shown = _decode_into(sink, model, plan, latent["samples"])
+        report = RunReport(plan=plan, stages=(*reports_of(latent), *shown.get("i2v_stage", ())))
         if memory_report:
-            write_run_report(output.path, plan, [*_stages_before(latent), *shown.get("i2v_stage", ())])
+            write_run_report(output.path, report)
         text = "\n".join([_summary(output, sink), *shown.get("text", ())])
-        return io.NodeOutput(str(output.path), ui={**shown, **_preview(output, sink), "text": [text]})
+        return io.NodeOutput(str(output.path), report, ui={**shown, **_preview(output, sink), "text": [text]})
 
 
 def _check_sources(connected: set[str]) -> None:
@@ -152,11 +156,6 @@ def _size_pixels(plan: Plan | None, images: Tensor | None) -> tuple[int, int]:
         return images.shape[2], images.shape[1]
     assert plan is not None
     return plan.request.size.width_pixels, plan.request.size.height_pixels
-
-
-def _stages_before(latent: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The reports of the stages that made the latent; none where it was loaded, or where a node has dropped them."""
-    return (latent or {}).get(REPORTS, [])
 
 
 def _write_images(images_FHWC: Tensor, sink: VideoSink) -> dict[str, list[Any]]:

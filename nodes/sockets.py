@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from comfy_api.latest import io
 
 CATEGORY = "image to video/I2V Budget"
@@ -12,6 +15,19 @@ REPORTS = "i2v_reports"
 I2VModelSocket = io.Custom("I2V_MODEL")
 I2VPlanSocket = io.Custom("I2V_PLAN")
 I2VConditioningSocket = io.Custom("I2V_CONDITIONING")
+I2VReportSocket = io.Custom("I2V_REPORT")
+
+
+def reports_of(latent: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], ...]:
+    """The reports of the stages that made a latent; none where it was loaded, or where a node has dropped them."""
+    reports = (latent or {}).get(REPORTS)
+    return tuple(reports) if isinstance(reports, (list, tuple)) else ()
+
+
+def report_output() -> io.Output:
+    return I2VReportSocket.Output(
+        "report", tooltip="What each stage of the run was predicted to take and took, for I2V Memory Report."
+    )
 
 
 def model_input() -> io.Input:

@@ -1,14 +1,18 @@
 """A rough picture of latents without the decoder: one linear map from latent channels to colours.
 
-The map is fitted to the very picture that is being animated, whose latents are known, so that it suits any
-autoencoder without constants of its own.
+The map is the model folder's own, where that has one (`scripts/fit_preview.py` makes it). Else it is fitted to the very
+picture that is being animated, whose latents are known. So it suits any autoencoder without constants of its own.
 
-Shape legend: C latent channels, T latent frames, h/w latent size.
+Shape legend: C latent channels, T latent frames, h/w latent size, N pixels in latent space.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -16,25 +20,93 @@ from torch import Tensor
 
 from .pictures import to_tensor
 
+logger = logging.getLogger(__name__)
+
+FACTORS_FILE = "preview_factors.json"
+"""In a model's folder: `factors` has a row of red, green and blue for each latent channel, and one for the constant."""
+
 # Keeps the fit defined for pictures of one colour; small beside latents of unit variance.
 _RIDGE = 1e-2
 
+_SD1_AUTOENCODER = {
+    "in_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "scaling_factor": 0.18215,
+}
+"""Which autoencoder it is shows in its config: fine-tuned ones keep Stable Diffusion 1's latents, others differ in size
+or in scale (Stable Diffusion XL's, for one, has 0.13025)."""
+
+
+def preview_factors(folder: Path, latents_1Chw: Tensor, picture: Image.Image) -> Tensor:
+    """Factors (C + 1, 3) from a model's latents to colours: those of its folder, or those that fit this picture."""
+    own = read_factors(folder / FACTORS_FILE, latents_1Chw.shape[1])
+    return fit_preview(latents_1Chw, picture) if own is None else own
+
 
 def fit_preview(latents_1Chw: Tensor, picture: Image.Image) -> Tensor:
-    """Least-squares factors (C + 1, 3) from latents to the picture's colours at latent size."""
-    height, width = latents_1Chw.shape[-2:]
-    small = picture.resize((width, height), resample=Image.Resampling.BOX)
-    colours = to_tensor(small)[0].flatten(1).T.double()
-    latents = _with_ones(latents_1Chw[0].flatten(1).T.double().cpu())
-    gram = latents.T @ latents + _RIDGE * torch.eye(latents.shape[1], dtype=torch.float64)
+    """Least-squares factors (C + 1, 3) for one picture."""
+    return fit_factors([(latents_1Chw, picture)])
+
+
+def fit_factors(pairs: Iterable[tuple[Tensor, Image.Image]]) -> Tensor:
+    """Least-squares factors (C + 1, 3) from latents (1, C, h, w) to the colours of their pictures at latent size."""
+    gram: Tensor | float = 0.0
+    moment: Tensor | float = 0.0
+    for latents_1Chw, picture in pairs:
+        latents_NC = _with_ones(latents_1Chw[0].flatten(1).T.double().cpu())
+        gram = gram + latents_NC.T @ latents_NC
+        moment = moment + latents_NC.T @ colours_at_latent_size(latents_1Chw, picture).double()
+    assert isinstance(gram, Tensor), "nothing to fit to"
     linalg: Any = torch.linalg
-    return linalg.solve(gram, latents.T @ colours).float()
+    return linalg.solve(gram + _RIDGE * torch.eye(len(gram), dtype=torch.float64), moment).float()
+
+
+def colours_at_latent_size(latents_1Chw: Tensor, picture: Image.Image) -> Tensor:
+    """The picture's colours (N, 3) in 0…1, one for each pixel of its latents."""
+    height, width = latents_1Chw.shape[-2:]
+    return to_tensor(picture.resize((width, height), resample=Image.Resampling.BOX))[0].flatten(1).T
 
 
 def preview_frames(latents_1CThw: Tensor, factors: Tensor) -> Tensor:
     """Colours (T, h, w, 3) in 0…1 on the CPU."""
     latents_ThwC = latents_1CThw[0].permute(1, 2, 3, 0).float().cpu()
     return (_with_ones(latents_ThwC) @ factors).clamp(0, 1)
+
+
+def write_factors(file: Path, factors: Tensor, facts: Mapping[str, Any]) -> None:
+    """A file for a model's folder; `facts` say how the factors came about."""
+    rows = [[round(float(value), 6) for value in row] for row in factors]
+    file.write_text(json.dumps({**facts, "factors": rows}, indent=1) + "\n", "utf-8")
+
+
+def read_factors(file: Path, channels: int) -> Tensor | None:
+    """The factors (C + 1, 3) of a file; None where there is none. One that cannot be used is warned of, and None too:
+    a preview is not worth ending a run for.
+    """
+    if not file.is_file():
+        return None
+    try:
+        factors = torch.tensor(json.loads(file.read_text("utf-8"))["factors"], dtype=torch.float32)
+        if factors.shape != (channels + 1, 3):
+            raise ValueError(f"factors of shape {tuple(factors.shape)}, not {(channels + 1, 3)}")
+        if not torch.isfinite(factors).all():
+            raise ValueError("factors that are not finite")
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, RecursionError) as error:
+        logger.warning("%s is not used, and previews are fitted to the picture: %s", file, error)
+        return None
+    return factors
+
+
+def tiny_decoder(autoencoder_config: Mapping[str, Any]) -> str | None:
+    """What the host calls the tiny decoder for an autoencoder's latents; None where there is none."""
+    # Where a config leaves something out, diffusers takes the number of Stable Diffusion 1 for these.
+    config = {"in_channels": 3, "latent_channels": 4, "scaling_factor": 0.18215, **autoencoder_config}
+    found = {name: config.get(name) for name in _SD1_AUTOENCODER}
+    found["block_out_channels"] = tuple(cast("Sequence[int]", found["block_out_channels"] or ()))
+    has_shift = any(config.get(name) for name in ("shift_factor", "latents_mean", "latents_std"))
+    return "taesd_decoder" if found == _SD1_AUTOENCODER and not has_shift else None
 
 
 def _with_ones(values: Tensor) -> Tensor:

@@ -57,15 +57,22 @@ class StorageMeter(TorchDispatchMode):
         limit_bytes: the size of the emulated device. An operation whose result would exceed it fails with a
             `torch.OutOfMemoryError`, and leaves the count as it was before.
         device_type: count only storages on this type of device ("cuda", "cpu", "meta"); None counts all.
+        on_change: told the bytes in use each time that they change.
 
     Fake tensors: enter the meter inside the `FakeTensorMode`.
     """
 
     def __init__(
-        self, *, exclude: Iterable[nn.Module] = (), limit_bytes: int | None = None, device_type: str | None = None
+        self,
+        *,
+        exclude: Iterable[nn.Module] = (),
+        limit_bytes: int | None = None,
+        device_type: str | None = None,
+        on_change: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.limit_bytes = limit_bytes
+        self.on_change = on_change
         self.device_type = device_type
         self.current_bytes = 0
         self.peak_bytes = 0
@@ -96,7 +103,7 @@ class StorageMeter(TorchDispatchMode):
             # Held until here, so that no storage of `new` can have died and been forgotten in the meantime.
             for tensor in {_key(tensor): tensor for tensor in new}.values():
                 del self._storages[_key(tensor)]
-                self.current_bytes -= rounded_bytes(tensor.untyped_storage().nbytes())
+                self._change(-rounded_bytes(tensor.untyped_storage().nbytes()))
 
     def reset_peak(self) -> None:
         """Start a new peak from what is live now."""
@@ -142,8 +149,13 @@ class StorageMeter(TorchDispatchMode):
                 f"{self.current_bytes} of {self.limit_bytes} bytes are in use."
             )
         self._watch(tensor, size_bytes)
-        self.current_bytes += size_bytes
+        self._change(size_bytes)
+
+    def _change(self, by_bytes: int) -> None:
+        self.current_bytes += by_bytes
         self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+        if self.on_change is not None:
+            self.on_change(self.current_bytes)
 
     def _watch_host(self, tensor: torch.Tensor) -> None:
         """Remember a storage in host memory, which counts for itself."""
@@ -159,7 +171,8 @@ class StorageMeter(TorchDispatchMode):
 
         def forget(_: object) -> None:
             del self._storages[key]
-            self.current_bytes -= size_bytes
+            if size_bytes:
+                self._change(-size_bytes)
 
         if key not in self._storages:
             self._storages[key] = weakref.ref(tensor.untyped_storage(), forget)

@@ -16,11 +16,21 @@ def empty_parked(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
         return torch.empty(
             shape,
             dtype=dtype,
-            device="meta" if device.type == "meta" else "cpu",
+            device=_host_of(device),
             pin_memory=device.type == "cuda" and torch.cuda.is_available(),  # fake CUDA tensors come without CUDA too
         )
+
+
+def kept_on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in fp32 in host memory, of what the device has no more need for."""
+    with host_memory():
+        return torch.empty_like(tensor, device=_host_of(tensor.device), dtype=torch.float32).copy_(tensor)
 
 
 def fetch(parked: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A copy on the device, in order with the other work of its stream."""
     return torch.empty_like(parked, device=device).copy_(parked, non_blocking=device.type == "cuda")
+
+
+def _host_of(device: torch.device) -> torch.device:
+    return device if device.type == "meta" else torch.device("cpu")

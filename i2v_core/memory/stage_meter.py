@@ -13,28 +13,50 @@ from torch import nn
 
 from ..units import format_gib
 from .meter import StorageMeter
+from .timeline import Timeline, TimelineRecorder
 
 logger = logging.getLogger(__name__)
 
+_SAMPLE_EVERY_SECONDS = 0.01
+
 
 class StageMeter(ABC):
-    """Peak bytes that one stage has on its device, and its seconds. Made by `stage_meter`.
+    """Peak bytes that one stage has on its device, over time, and its seconds. Made by `stage_meter`.
 
     Counted is what the stage itself brings: its weights (`weights`) and the tensors it makes.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._since = time.perf_counter()
-        self.seconds = 0.0
+        self._before_seconds, self._since = 0.0, time.perf_counter()
+        self._running = True
+        self._recorder = TimelineRecorder()
 
     @property
     @abstractmethod
-    def peak_bytes(self) -> int: ...
+    def peak_bytes(self) -> int:
+        """Of the attempt under way."""
 
+    @property
     @abstractmethod
+    def used_bytes(self) -> int:
+        """In use now."""
+
+    @property
+    def seconds(self) -> float:
+        return self._before_seconds + (time.perf_counter() - self._since if self._running else 0.0)
+
+    @property
+    def timeline(self) -> Timeline:
+        return self._recorder.timeline()
+
+    def sample(self) -> None:
+        """Look at what is in use, where that is not seen as it changes; to be called often."""
+        return
+
     def restart_peak(self) -> None:
-        """Forget the peak so far, of an attempt that failed."""
+        """Forget the peak so far, of an attempt that failed. The timeline keeps it."""
+        self._recorder.restart(self.seconds)
 
     @abstractmethod
     def log_step(self, step: int) -> None:
@@ -51,26 +73,54 @@ class StageMeter(ABC):
         try:
             yield
         finally:
-            self._since = time.perf_counter()
+            self._since, self._running = time.perf_counter(), True
 
     def stop(self) -> None:
-        self.seconds += time.perf_counter() - self._since
+        self._before_seconds, self._running = self.seconds, False
 
 
 class CudaStageMeter(StageMeter):
-    """Reads the caching allocator. Counts from what was allocated when the stage began."""
+    """Reads the caching allocator. Counts from what was allocated when the stage began.
+
+    The allocator's own peak is started anew with each sample, so that the timeline misses nothing between them.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
+        self._peak_bytes = 0
+        self._sampled_seconds = 0.0
         torch.cuda.reset_peak_memory_stats(device)
         self._before_bytes = torch.cuda.memory_allocated(device)
 
     @property
     def peak_bytes(self) -> int:
-        return torch.cuda.max_memory_allocated(self._device) - self._before_bytes
+        return max(self._peak_bytes, self._allocator_peak_bytes()) if self._running else self._peak_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        return torch.cuda.memory_allocated(self._device) - self._before_bytes
+
+    def sample(self) -> None:
+        # Asking the allocator takes about as long as a small kernel.
+        if self.seconds - self._sampled_seconds >= _SAMPLE_EVERY_SECONDS:
+            self._sample()
 
     def restart_peak(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self._device)
+        self._sample()
+        self._peak_bytes = 0
+        super().restart_peak()
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        with super().paused():
+            try:
+                yield
+            finally:
+                torch.cuda.reset_peak_memory_stats(self._device)
+
+    def stop(self) -> None:
+        self._sample()
+        super().stop()
 
     def log_step(self, step: int) -> None:
         logger.debug(
@@ -81,6 +131,16 @@ class CudaStageMeter(StageMeter):
             format_gib(torch.cuda.mem_get_info(self._device)[0]),
         )
 
+    def _allocator_peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device) - self._before_bytes
+
+    def _sample(self) -> None:
+        peak_bytes = self._allocator_peak_bytes()
+        self._peak_bytes = max(self._peak_bytes, peak_bytes)
+        self._sampled_seconds = self.seconds
+        self._recorder.record(self._sampled_seconds, max(self.used_bytes, 0), meanwhile_bytes=peak_bytes)
+        torch.cuda.reset_peak_memory_stats(self._device)
+
 
 class CountingStageMeter(StageMeter):
     """Counts live storages as they are made, for devices whose allocator keeps no peak."""
@@ -88,12 +148,18 @@ class CountingStageMeter(StageMeter):
     def __init__(self, device: torch.device, storages: StorageMeter) -> None:
         super().__init__(device)
         self._storages = storages
+        storages.on_change = self._on_change
 
     @property
     def peak_bytes(self) -> int:
         return self._storages.peak_bytes
 
+    @property
+    def used_bytes(self) -> int:
+        return self._storages.current_bytes
+
     def restart_peak(self) -> None:
+        super().restart_peak()
         self._storages.reset_peak()
 
     def weights(self, module: nn.Module) -> AbstractContextManager[None]:
@@ -108,6 +174,10 @@ class CountingStageMeter(StageMeter):
             finally:
                 self._storages.__enter__()
 
+    def stop(self) -> None:
+        self._on_change(self.used_bytes)
+        super().stop()
+
     def log_step(self, step: int) -> None:
         logger.debug(
             "step %d: allocated %s, peak %s",
@@ -115,6 +185,10 @@ class CountingStageMeter(StageMeter):
             format_gib(self._storages.current_bytes),
             format_gib(self._storages.peak_bytes),
         )
+
+    def _on_change(self, used_bytes: int) -> None:
+        # What dies between two spans that count is seen at the end of the first.
+        self._recorder.record(self.seconds, used_bytes)
 
 
 @contextmanager
@@ -134,3 +208,4 @@ def stage_meter(device: torch.device, limit_bytes: int | None = None) -> Generat
             yield meter
         finally:
             meter.stop()
+            storages.on_change = None

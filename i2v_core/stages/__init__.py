@@ -4,6 +4,7 @@ from .decode_stage import DecodeStream, decode, decode_stream
 from .encode_stage import encode
 from .runtime import Runtime, StageReport
 from .sample_stage import MAX_STEPS, SamplerSettings, sample
+from .status import StageStatus
 
 __all__ = [
     "MAX_STEPS",
@@ -11,6 +12,7 @@ __all__ = [
     "Runtime",
     "SamplerSettings",
     "StageReport",
+    "StageStatus",
     "decode",
     "decode_stream",
     "encode",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from ..chunking import LayerRunner
 from ..errors import RanOutError
@@ -23,6 +25,7 @@ from ..planning.plan import Plan, Stage
 from ..planning.predict import component_dtype
 from ..units import format_gib
 from .runtime import Runtime, StageReport
+from .status import Pace, StageStatus
 
 Result = TypeVar("Result")
 
@@ -38,13 +41,14 @@ class StageRun:
         self._notes: list[str] = []
         self._failed: list[tuple[int, int]] = []
         self._made_room = False
+        self._pace = Pace()
 
     @contextmanager
     def place(self, component: str, *, by_layer: bool = False) -> Generator[Placed]:
         """The component on the device, or coming there leaf by leaf or layer by layer where the plan streams it."""
         self.runtime.check_cancelled()
         module, device = self.model.modules[component], self.runtime.device
-        dtype = component_dtype(self.model.architecture, component, self.plan.sample.compute_dtype)
+        dtype = component_dtype(self.model.architecture, component, self.plan.sample.compute_dtype, self._stage)
         storage = self.plan.sample.weight_storage if self._stage is Stage.SAMPLE else WeightStorage.AS_COMPUTED
 
         def ready(runner: LayerRunner) -> Placed:
@@ -99,6 +103,35 @@ class StageRun:
             remedy(self.plan, self._stage),
         )
 
+    def begin(self, done: int, total: int) -> None:
+        """The steps, or frames, after `done` begin, by the plan as it is now."""
+        self._pace.begin(done)
+        self._show(done, total)
+
+    def progress(self, done: int, total: int, latents_BCTHW: Tensor | None = None) -> None:
+        """`done` of `total` are done. What the caller does with that neither counts nor is timed; not to be called
+        while the meter is paused.
+        """
+        self._pace.record(done)
+        self._show(done, total)
+        with self.meter.paused():
+            self.runtime.on_progress(done, total, latents_BCTHW)
+
+    def _show(self, done: int, total: int) -> None:
+        self.runtime.on_status(
+            StageStatus(
+                stage=self._stage,
+                done=done,
+                total=total,
+                seconds=self._pace.seconds,
+                seconds_each=self._pace.seconds_each,
+                used_bytes=self.meter.used_bytes,
+                peak_bytes=self.meter.peak_bytes,
+                usable_bytes=self.plan.budget.usable_bytes,
+                notes=tuple(self._notes),
+            )
+        )
+
     def note(self, note: str) -> None:
         """Something that the user should know of the run."""
         logger.warning("%s", note)
@@ -113,6 +146,7 @@ class StageRun:
             uncertainty_bytes=uncertainty_bytes(prediction, self.plan.device),
             measured_peak_bytes=self.meter.peak_bytes,
             seconds=self.meter.seconds,
+            timeline=self.meter.timeline,
             notes=tuple(self._notes),
             failed=tuple(self._failed),
         )
@@ -152,4 +186,9 @@ def _give_back(device: torch.device) -> None:
 def running(stage: Stage, model: I2VModel, plan: Plan, runtime: Runtime) -> Generator[StageRun]:
     plan.check_made_for(model.architecture)
     with torch.no_grad(), stage_meter(runtime.device) as meter:
-        yield StageRun(stage, model, plan, runtime, meter)
+
+        def check_cancelled() -> None:
+            meter.sample()
+            runtime.check_cancelled()
+
+        yield StageRun(stage, model, plan, replace(runtime, check_cancelled=check_cancelled), meter)

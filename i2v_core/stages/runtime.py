@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..memory.timeline import Timeline
 from ..placement.attention import AttentionBackend
 from ..planning.plan import Plan, Stage
 from ..units import format_gib
+from .status import StageStatus
 
 
 def _nothing() -> None:
@@ -29,6 +31,10 @@ def _no_progress(done: int, total: int, latents_BCTHW: Tensor | None) -> None:
     pass
 
 
+def _no_status(status: StageStatus) -> None:
+    pass
+
+
 def _no_frames(frames_FHWC: Tensor) -> None:
     pass
 
@@ -39,14 +45,16 @@ class Runtime:
 
     `check_cancelled` raises the caller's own exception to stop; it is called at least once a chunk.
     `on_progress` takes what is done, the total, and while sampling the clean latents so far (1, C, T, H, W);
-    `on_frames` takes finished frames (f, H, W, 3) as they are decoded. `make_room` frees what it can of device memory
-    that others hold, and `free_bytes` says what is free then; both are asked only when memory has run out.
+    `on_status` what there is to say, from before the first step on; `on_frames` finished frames (f, H, W, 3) as they
+    are decoded. `make_room` frees what it can of device memory that others hold, and `free_bytes` says what is free
+    then; both are asked only when memory has run out.
     """
 
     device: torch.device
     attention: AttentionBackend = AttentionBackend.SDPA
     check_cancelled: Callable[[], None] = _nothing
     on_progress: Callable[[int, int, Tensor | None], None] = _no_progress
+    on_status: Callable[[StageStatus], None] = _no_status
     on_frames: Callable[[Tensor], None] = _no_frames
     make_room: Callable[[], None] = _nothing
     free_bytes: Callable[[], int | None] = _unknown
@@ -57,7 +65,7 @@ class StageReport:
     """What a stage was predicted to take, give or take, what it took, and how long.
 
     `plan` is the one that it ended with, `notes` say what happened on the way. `failed` are attempts that ran out of
-    memory: what they were predicted to take, and what they had taken by then.
+    memory: what they were predicted to take, and what they had taken by then. `timeline` shows them too.
     """
 
     stage: Stage
@@ -66,6 +74,7 @@ class StageReport:
     uncertainty_bytes: int
     measured_peak_bytes: int
     seconds: float
+    timeline: Timeline
     notes: tuple[str, ...] = ()
     failed: tuple[tuple[int, int], ...] = ()
 
@@ -77,16 +86,18 @@ class StageReport:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON. `retries` are the attempts that ran out of memory."""
+        """For JSON. `retries` are the attempts that ran out of memory, `usable_bytes` is what the plan may use."""
         return {
             "stage": self.stage.value,
             "predicted_peak_bytes": self.predicted_peak_bytes,
             "uncertainty_bytes": self.uncertainty_bytes,
             "measured_peak_bytes": self.measured_peak_bytes,
+            "usable_bytes": self.plan.budget.usable_bytes,
             "seconds": round(self.seconds, 3),
             "retries": [
                 {"predicted_peak_bytes": predicted, "measured_peak_bytes": measured}
                 for predicted, measured in self.failed
             ],
             "notes": list(self.notes),
+            "timeline": self.timeline.as_dict(),
         }

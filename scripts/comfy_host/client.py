@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 import urllib.error
 import urllib.request
 import uuid
@@ -23,6 +24,8 @@ JSON = dict[str, Any]
 """What the host's own JSON objects are here: they have no schema that could be named."""
 
 TIMEOUT_SECONDS = 30.0
+TEXT_MESSAGE = 3
+"""The host's number of a binary message that is a text; the others are previews."""
 ENDS = {"execution_success", "execution_error", "execution_interrupted"}
 
 
@@ -133,7 +136,8 @@ class Client:
         Args:
             prompt: the prompt.
             workflow: as in `queue`.
-            watch: called with each event of this prompt as it comes.
+            watch: called with each event of this prompt as it comes; and with previews (`preview`: `image`, the bytes
+                of a file) and words on a node (`progress_text`: `node`, `text`), which do not say whose they are.
             timeout_seconds: how long it may take.
 
         Raises:
@@ -161,8 +165,10 @@ class Client:
         async with aiohttp.ClientSession() as session, session.ws_connect(address, max_msg_size=0) as socket:
             prompt_id = await asyncio.to_thread(self.queue, prompt, workflow=workflow)
             async for message in socket:
+                if message.type is aiohttp.WSMsgType.BINARY:
+                    watch(_binary_event(message.data))
                 if message.type is not aiohttp.WSMsgType.TEXT:
-                    continue  # previews are binary
+                    continue
                 content = json.loads(message.data)
                 data = content["data"]
                 if data.get("prompt_id") != prompt_id:
@@ -193,3 +199,13 @@ class Client:
         except OSError as error:
             raise HostError(f"{request.full_url} does not answer: {error}") from error
         return json.loads(content) if content else None
+
+
+def _binary_event(message: bytes) -> Event:
+    """A preview or a text, by the number that comes first."""
+    (kind,) = struct.unpack_from(">I", message)
+    if kind == TEXT_MESSAGE:
+        (length,) = struct.unpack_from(">I", message, 4)
+        node, text = message[8 : 8 + length], message[8 + length :]
+        return Event(kind="progress_text", data={"node": node.decode("utf-8"), "text": text.decode("utf-8")})
+    return Event(kind="preview", data={"image": message[8:]})

@@ -10,6 +10,7 @@ const NODES = [
   "I2VSaveVideo",
   "I2VSaveLatent",
   "I2VLoadLatent",
+  "I2VBatch",
 ];
 const WIDGET = "i2v_report";
 const LINE_PIXELS = 15;
