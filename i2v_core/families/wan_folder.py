@@ -1,0 +1,133 @@
+"""A Wan model's folder in diffusers layout: what it must hold, and how that is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor, nn
+
+from ..errors import ModelFolderError
+from .folder import ComponentSpec, check_folder, load_diffusers, load_transformers, read_json
+from .model import Architecture, I2VModel
+
+_DIFFUSERS_STEM, _TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+_TRANSFORMER, _EXPERT = (
+    ComponentSpec(name=name, weights_stem=_DIFFUSERS_STEM) for name in ("transformer", "transformer_2")
+)
+_ALWAYS = (
+    _TRANSFORMER,
+    ComponentSpec(name="vae", weights_stem=_DIFFUSERS_STEM),
+    ComponentSpec(name="text_encoder", weights_stem=_TRANSFORMERS_STEM),
+    ComponentSpec(name="tokenizer", files=("tokenizer_config.json", "tokenizer.json|spiece.model")),
+    ComponentSpec(name="scheduler", files=("scheduler_config.json",)),
+)
+_VISION = (
+    ComponentSpec(name="image_encoder", weights_stem=_TRANSFORMERS_STEM),
+    ComponentSpec(name="image_processor", files=("preprocessor_config.json",)),
+)
+_CONFIG_FILES = {
+    "tokenizer": "tokenizer_config.json",
+    "image_processor": "preprocessor_config.json",
+    "scheduler": "scheduler_config.json",
+}
+# Of model_index.json: when the second expert takes over, and whether each token has a time step of its own.
+_PIPELINE_KEYS = ("boundary_ratio", "expand_timesteps")
+
+
+def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
+    """The components' configs by name, and under `pipeline` what model_index.json says of sampling.
+
+    Raises:
+        ModelFolderError: a config is missing or damaged, or holds numbers that make no model.
+    """
+    configs = {
+        component.name: read_json(folder / component.name / _CONFIG_FILES.get(component.name, "config.json"))
+        for component in _components(folder)
+    }
+    index = read_json(folder / "model_index.json")
+    configs["pipeline"] = {name: index[name] for name in _PIPELINE_KEYS if index.get(name) is not None}
+    _check(folder, configs)
+    return configs
+
+
+def load(folder: Path, architecture: Architecture) -> I2VModel:
+    """Raises `ModelFolderError` naming every missing or damaged file."""
+    from transformers import AutoTokenizer
+
+    weights = check_folder(folder, _components(folder))
+    classes = _module_classes()
+    modules = {
+        name: (load_transformers if name in ("text_encoder", "image_encoder") else load_diffusers)(classes[name], it)
+        for name, it in weights.items()
+    }
+    tokenizer_class: Any = AutoTokenizer
+    try:
+        tokenizer = tokenizer_class.from_pretrained(str(folder / "tokenizer"), local_files_only=True)
+    # Of a damaged vocabulary the tokenizers library raises plain `Exception`.
+    except Exception as error:
+        raise ModelFolderError(
+            f"the tokenizer in {folder / 'tokenizer'} cannot be read ({error})", "download its files again"
+        ) from error
+    return I2VModel(architecture=architecture, folder=folder, modules=modules, tokenizer=tokenizer)
+
+
+def skeleton(architecture: Architecture, component: str) -> nn.Module:
+    """See `base.Family`."""
+    cls, config = _module_classes()[component], architecture.config(component)
+    if component in ("text_encoder", "image_encoder"):
+        return cls(cls.config_class.from_dict(config)).eval()
+    return cls.from_config(config).eval()
+
+
+def vision_pixels(architecture: Architecture, picture: Image.Image) -> Tensor:
+    """The picture (1, 3, H, W) as the vision encoder's own processor gives it, on the CPU."""
+    from transformers import CLIPImageProcessor
+
+    processor: Any = CLIPImageProcessor
+    config = architecture.config("image_processor")
+    return processor.from_dict(config)(images=picture, return_tensors="pt").pixel_values
+
+
+def _components(folder: Path) -> tuple[ComponentSpec, ...]:
+    """What a folder must hold: a second expert where there is a boundary between two, and a vision encoder where the
+    transformer takes what one sees.
+    """
+    two = read_json(folder / "model_index.json").get("boundary_ratio") is not None
+    sees = read_json(folder / "transformer" / "config.json").get("image_dim") is not None
+    return (*_ALWAYS, *((_EXPERT,) if two else ()), *(_VISION if sees else ()))
+
+
+def _module_classes() -> Mapping[str, Any]:
+    """Imported at first use: diffusers and transformers take seconds, which the host's start must not pay."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+    from transformers import CLIPVisionModel, UMT5EncoderModel
+
+    return {
+        "transformer": WanTransformer3DModel,
+        "transformer_2": WanTransformer3DModel,
+        "vae": AutoencoderKLWan,
+        "text_encoder": UMT5EncoderModel,
+        "image_encoder": CLIPVisionModel,
+    }
+
+
+def _check(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise `ModelFolderError` unless what is read of the configs later can be read: better now than after minutes."""
+    try:
+        channels, vae = int(configs["vae"].get("z_dim", 16)), configs["vae"]
+        statistics = [float(value) for name in ("latents_mean", "latents_std") for value in vae[name]]
+        if len(statistics) != 2 * channels:
+            raise ValueError(f"{len(statistics)} numbers say how {channels} latent channels are distributed")
+        int(configs["transformer"]["text_dim"])
+        float(configs["pipeline"].get("boundary_ratio", 0))
+        if "image_encoder" in configs:
+            vision = configs["image_encoder"]
+            _ = int(vision["image_size"]) // int(vision["patch_size"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelFolderError(
+            f"the configs in {folder} make no model ({error!r})", "download the config files again"
+        ) from error
