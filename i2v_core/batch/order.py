@@ -1,0 +1,124 @@
+"""Which job comes next: by weight, or first come, first served. Pure functions of what is known of the jobs.
+
+The weight of a job is its predicted seconds ÷ its predicted VRAM in GiB × its priority; the largest comes first. A
+score doubles with every `AGEING_SECONDS` of waiting. So no job starves: one with w times the weight overtakes only
+those that have waited less than `AGEING_SECONDS` · log2 w longer. And since all scores grow alike, the order of two
+jobs never changes while they wait: it can be kept in a heap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from ..units import GIB, format_gib
+
+AGEING_SECONDS = 1800.0
+LOADED_FACTOR = 1.25
+"""For a job of the plan that ran last: its traces, kernels and blocks of memory are there."""
+
+_LEAST_SECONDS, _LEAST_BYTES = 1e-3, 1 << 20
+
+SortKey = tuple[float, float, float, int]
+"""Ascending: the place that a user has given, the rule's number, when it was added, its id."""
+
+
+class Rule(str, Enum):
+    WEIGHT = "weight"
+    FIRST_COME = "first-come"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taking:
+    """What a job is predicted to take on a kind of card: seconds in all, and bytes at its peak."""
+
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A job that waits. `on` says what it takes on each kind of card that it fits; `plan` names jobs of one shape."""
+
+    id: int
+    added_at: float
+    plan: str
+    on: Mapping[str, Taking]
+    priority: float = 1.0
+    position: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """The numbers by which a job has its place."""
+
+    rule: Rule
+    taking: Taking
+    priority: float
+    waited_seconds: float
+    weight: float
+    ageing: float
+    loaded: float
+    position: int | None
+
+    @property
+    def score(self) -> float:
+        return self.weight * self.ageing * self.loaded
+
+    def __str__(self) -> str:
+        if self.position is not None:
+            return f"put at place {self.position + 1} by hand"
+        if self.rule is Rule.FIRST_COME:
+            return f"first come, first served: waiting for {self.waited_seconds:.0f} s"
+        return (
+            f"score {self.score:.3g} = weight {self.weight:.3g} ({self.taking.seconds:.1f} s ÷ "
+            f"{format_gib(self.taking.peak_bytes)} × priority {self.priority:g}) × {self.ageing:.3g} for "
+            f"{self.waited_seconds:.0f} s of waiting × {self.loaded:g} "
+            f"{'since its plan ran last' if self.loaded > 1 else 'since another plan ran last'}"
+        )
+
+
+def weight(taking: Taking, priority: float) -> float:
+    """Seconds ÷ GiB × priority, above 0."""
+    return max(taking.seconds, _LEAST_SECONDS) / (max(taking.peak_bytes, _LEAST_BYTES) / GIB) * priority
+
+
+def explain(rule: Rule, job: Candidate, kind: str, now: float, loaded_plan: str | None = None) -> Explanation:
+    """Why a job has its place on a kind of card at a time."""
+    taking, waited_seconds = job.on[kind], max(0.0, now - job.added_at)
+    return Explanation(
+        rule=rule,
+        taking=taking,
+        priority=job.priority,
+        waited_seconds=waited_seconds,
+        weight=weight(taking, job.priority),
+        ageing=2 ** min(waited_seconds / AGEING_SECONDS, 1000),
+        loaded=LOADED_FACTOR if job.plan == loaded_plan else 1.0,
+        position=job.position,
+    )
+
+
+def sort_key(rule: Rule, job: Candidate, kind: str) -> SortKey:
+    """Jobs in ascending order of it come one after another, on a kind of card that they fit; it never changes."""
+    position = math.inf if job.position is None else job.position
+    return (position, _NUMBERS[rule](job, kind), job.added_at, job.id)
+
+
+def with_preference(rule: Rule, key: SortKey, job: Candidate, loaded_plan: str | None) -> SortKey:
+    """The key of a job, on a card where the given plan ran last."""
+    if rule is not Rule.WEIGHT or job.plan != loaded_plan:
+        return key
+    return (key[0], key[1] - math.log2(LOADED_FACTOR), *key[2:])
+
+
+def _by_weight(job: Candidate, kind: str) -> float:
+    """The score's logarithm, as it was when the epoch began, negated."""
+    return job.added_at / AGEING_SECONDS - math.log2(weight(job.on[kind], job.priority))
+
+
+_NUMBERS: dict[Rule, Callable[[Candidate, str], float]] = {
+    Rule.WEIGHT: _by_weight,
+    Rule.FIRST_COME: lambda job, _: job.added_at,
+}

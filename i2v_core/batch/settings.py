@@ -1,0 +1,43 @@
+"""What an engine is told, and what it tells of its devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..sampling.checkpoint import CheckpointWhen
+from .admission import Room
+from .claims import LEASE_SECONDS
+from .order import Rule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """`in_hand`: jobs of a device between the queue and their file; 1 runs them one after another. `attempts`: runs of
+    a job that may fail. `patience_seconds`: how long a stage waits for other programs before it is planned again for
+    less. `work` is the folder of what jobs go on from; None: beside the queue's file. `waits_for_more`: the engine goes
+    on when the queue is empty, until it is stopped.
+    """
+
+    output: Path
+    work: Path | None = None
+    rule: Rule = Rule.WEIGHT
+    in_hand: int = 4
+    attempts: int = 3
+    retry_seconds: float = 5.0
+    patience_seconds: float = 60.0
+    checkpoints: CheckpointWhen = CheckpointWhen.AUTO
+    waits_for_more: bool = False
+    renew_seconds: float = 1.0
+    lease_seconds: float = LEASE_SECONDS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceStatus:
+    """What a page shows of a device. `waits` says what each stage that is not let in is waiting for."""
+
+    name: str
+    room: Room
+    reserved_bytes: int
+    jobs: tuple[int, ...]
+    waits: tuple[str, ...]

@@ -1,0 +1,221 @@
+"""I2V Batch."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..i2v_core import stages
+from ..i2v_core.batch.job import MAX_PRIORITY, MAX_SEED, JobSpec
+from ..i2v_core.batch.order import Rule
+from ..i2v_core.batch.part import QueuePart
+from ..i2v_core.batch.picture import draw_batch
+from ..i2v_core.batch.table import summary, table
+from ..i2v_core.errors import BadInputError, I2VError
+from ..i2v_core.families import I2VModel, family_of
+from ..i2v_core.planning.plan import Plan
+from ..i2v_core.sampling.checkpoint import weights_identity
+from ..i2v_core.sampling.schedulers import SCHEDULERS
+from ..i2v_core.video import FORMATS
+from . import batch_run, host, host_files
+from .batch_jobs import check_sources, forget_pictures, jobs_of
+from .checked import checked
+from .host_progress import words_on_the_node
+from .sockets import CATEGORY, model_input, plan_input
+
+_ABSENT: Any = object()
+_PICTURE = "batch.png"
+
+
+class Batch(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="I2VBatch",
+            display_name="I2V Batch",
+            category=CATEGORY,
+            description="Makes many videos unattended, from a list, a folder of pictures or images. The list is "
+            "checked whole before anything starts; a video that fails does not stop the others; run again, it goes on "
+            "with what is left.",
+            search_aliases=["batch", "queue videos", "csv", "many videos", "folder of images", "overnight", "job list"],
+            is_output_node=True,
+            inputs=[
+                model_input(),
+                plan_input(),
+                io.String.Input(
+                    "jobs",
+                    default="",
+                    tooltip="A list (.csv or .jsonl) or a folder of pictures, by its name in ComfyUI's input folder. "
+                    "Columns of a list: image, prompt, and where wanted negative, seed, size, frames, steps, cfg, fps, "
+                    "priority and others. Empty for images from the graph. Default: empty.",
+                ),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    default="",
+                    tooltip="For a folder or images: one line for all, one for each, or several for the only picture. "
+                    "A text file of a picture's name in the folder goes before. Default: empty.",
+                ),
+                io.String.Input(
+                    "negative_prompt",
+                    multiline=True,
+                    default="",
+                    tooltip="What to keep out, in words, where a row does not say it. Default: empty.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=30,
+                    min=1,
+                    max=stages.MAX_STEPS,
+                    tooltip="Denoising steps, where a row does not say it. Default 30.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=9.0,
+                    min=1.0,
+                    max=100.0,
+                    step=0.05,
+                    tooltip="Strength of guidance, where a row does not say it; 1 turns it off. Default 9.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=False,  # another seed with each run would make every video anew
+                    tooltip="Number that the starting noise is made from, where a row does not say it. Default 0.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=list(SCHEDULERS),
+                    default=SCHEDULERS[0],
+                    tooltip=f"How a step is taken, where a row does not say it. Default {SCHEDULERS[0]}.",
+                ),
+                io.Float.Input(
+                    "fps",
+                    default=8.0,
+                    min=1.0,
+                    max=120.0,
+                    step=0.01,
+                    tooltip="Frames per second of the video and of the motion that the model is told to imagine, where "
+                    "a row does not say it. Default 8.",
+                ),
+                io.Combo.Input(
+                    "format",
+                    options=list(FORMATS),
+                    default="mp4",
+                    tooltip="Kind of file, where a row does not say it; as in I2V Save Video. Default mp4.",
+                ),
+                io.Float.Input(
+                    "priority",
+                    default=1.0,
+                    min=0.01,
+                    max=MAX_PRIORITY,
+                    step=0.01,
+                    tooltip="Weight of a job against others, where a row does not say it: twice as much counts as "
+                    "twice as long. Default 1.",
+                ),
+                io.Combo.Input(
+                    "rule",
+                    options=[rule.value for rule in Rule],
+                    default=Rule.WEIGHT.value,
+                    tooltip="Which job comes next: weight takes the largest of predicted seconds ÷ predicted VRAM × "
+                    "priority, which grows while a job waits; first-come goes by the list. Default weight.",
+                ),
+                io.String.Input(
+                    "output_folder",
+                    default="video/batch",
+                    tooltip="Folder in ComfyUI's output folder for the videos. Default video/batch.",
+                ),
+                io.Image.Input(
+                    "images", optional=True, tooltip="Pictures from the graph, a video for each, in place of jobs."
+                ),
+            ],
+            outputs=[
+                io.String.Output("table", tooltip="What each job was predicted to take and took, and what went wrong."),
+                io.String.Output("folder", tooltip="Full path of the folder with the videos."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> Any:
+        """Another each time: what is left of the jobs is not in the inputs. Of finished jobs it is told in a moment."""
+        return float("nan")
+
+    @classmethod
+    def validate_inputs(cls, jobs: Any, output_folder: Any, images: Any = _ABSENT) -> bool | str:
+        """Said before anything runs. The host gives None for what comes from another node."""
+        try:
+            check_sources(jobs, has_images=images is not _ABSENT)
+            if output_folder is not None:
+                host_files.check_prefix(output_folder, "an output_folder")
+        except BadInputError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    @checked
+    def execute(
+        cls,
+        model: I2VModel,
+        plan: Plan,
+        jobs: str,
+        prompts: str,
+        negative_prompt: str,
+        steps: int,
+        cfg: float,
+        seed: int,
+        scheduler: str,
+        fps: float,
+        format: str,
+        priority: float,
+        rule: str,
+        output_folder: str,
+        images: Tensor | None = None,
+    ) -> io.NodeOutput:
+        plan.check_made_for(model.architecture)
+        facts = family_of(model.architecture).facts
+        facts.scheduler(scheduler)
+        folder = host_files.output_folder(output_folder)
+        defaults = JobSpec(
+            model=model.folder,
+            model_identity=weights_identity(model.folder),
+            image=Path(),
+            prompt="",
+            negative=negative_prompt,
+            size=plan.request.size,
+            precision=plan.request.precision,
+            allow_approximate=plan.request.allow_approximate,
+            steps=steps,
+            cfg=cfg,
+            seed=seed,
+            scheduler=scheduler,
+            fps=fps,
+            format=format,
+            priority=priority,
+        )
+        found = jobs_of(jobs, images, prompts, defaults, facts)
+        with closing(QueuePart(host.queue_file())) as part:
+            batch_run.asked_again(part, (job.spec for job in found.jobs))
+            outcome = batch_run.run(part, model, plan.budget, Rule(rule), folder, words_on_the_node())
+            words = summary(part.counts(), found.bad)
+        forget_pictures(outcome.records)
+        rows = table(outcome.records, found.bad, folder)
+        picture, remarks = _picture(outcome, folder / _PICTURE)
+        text = "\n".join([words, *outcome.figures.out_of_range(), *remarks, rows])
+        return io.NodeOutput(rows, str(folder), ui={"text": [text], **picture})
+
+
+def _picture(outcome: batch_run.Outcome, path: Path) -> tuple[dict[str, Any], list[str]]:
+    """What ran when, for the node; without one where nothing ran, and what went wrong where it cannot be made."""
+    if not outcome.spans:
+        return {}, []
+    try:
+        draw_batch(outcome.spans, outcome.figures, path)
+    except I2VError as error:
+        return {}, [f"there is no picture of the batch: {error}"]
+    return {"images": [host_files.viewable(path)]}, []

@@ -1,0 +1,56 @@
+"""The picture of a batch is a picture, with the colours of what ran."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from i2v_core.batch.events import Span
+from i2v_core.batch.picture import draw_batch
+from i2v_core.batch.watch import Figures
+from i2v_core.errors import FileError, MissingPackageError
+
+FIGURES = Figures(seconds=9.0, done=2, failed=1, retries=1, devices_lost=0, waiting_share=0.2, reserved_share=0.5)
+SAMPLE_COLOUR, DECODE_COLOUR, WAITED_COLOUR = (0x8F, 0x8B, 0xF5), (0x62, 0xC3, 0x8A), (0x4A, 0x4F, 0x5C)
+
+
+def span(stage: str, asked: float, begun: float, ended: float, device: str = "cuda:0") -> Span:
+    return Span(job=1, device=device, stage=stage, asked=asked, begun=begun, ended=ended)
+
+
+def count(path: Path, colour: tuple[int, int, int]) -> int:
+    pixels_HW3 = np.asarray(Image.open(path).convert("RGB"))
+    return int((pixels_HW3 == colour).all(axis=-1).sum())
+
+
+@pytest.mark.parametrize("seconds", [1.0, 10_000.0])
+def test_stages_are_drawn_as_long_as_they_took(tmp_path: Path, seconds: float) -> None:
+    path = tmp_path / "batch.png"
+    sampled = span("sample", 5 * seconds, 5 * seconds, 8 * seconds)
+    decoded = span("decode", 6 * seconds, 8 * seconds, 9 * seconds)
+    draw_batch([sampled, decoded], FIGURES, path)
+    ratio = count(path, SAMPLE_COLOUR) / count(path, DECODE_COLOUR)
+    assert ratio == pytest.approx(3, rel=0.15)
+    assert count(path, WAITED_COLOUR) > 0
+
+
+def test_every_device_has_its_lines(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.png", tmp_path / "two.png"
+    spans = [span("sample", 0, 0, 3)]
+    draw_batch(spans, FIGURES, one)
+    draw_batch([*spans, span("sample", 0, 0, 3, device="cuda:1")], FIGURES, two)
+    assert Image.open(two).height > Image.open(one).height
+    assert count(two, SAMPLE_COLOUR) > 1.5 * count(one, SAMPLE_COLOUR)
+
+
+def test_what_stands_in_its_way_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spans = [span("sample", 0, 0, 3)]
+    with pytest.raises(FileError):
+        draw_batch(spans, FIGURES, tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingPackageError, match="matplotlib"):
+        draw_batch(spans, FIGURES, tmp_path / "batch.png")

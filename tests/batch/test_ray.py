@@ -1,0 +1,86 @@
+"""The queue on a cluster: a real Ray of this machine with two workers, one of which is killed in the middle."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import signal
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from i2v_core.batch.events import Event, EventKind
+from i2v_core.batch.job import JobState
+from i2v_core.batch.ray_cluster import LOCAL
+from i2v_core.batch.ray_engine import RayEngine
+from i2v_core.batch.settings import EngineSettings
+from i2v_core.batch.store import JobStore
+from i2v_core.errors import MissingPackageError
+from i2v_core.sampling.checkpoint import CheckpointWhen
+
+from .conftest import MakeJob
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no kill -9")
+def test_a_worker_that_is_killed_costs_no_job(tmp_path: Path, make_job: MakeJob, survived: Counter[str]) -> None:
+    pytest.importorskip("ray")
+    store = JobStore(tmp_path / "jobs.queue")
+    specs = [make_job(seed, steps=12) for seed in range(5)]
+    ids = store.add([*specs, make_job(9, image=Path("gone.png"))])
+    settings = EngineSettings(
+        output=tmp_path / "out",
+        checkpoints=CheckpointWhen.EVERY_STEP,
+        in_hand=2,
+        attempts=3,
+        retry_seconds=0.0,
+        renew_seconds=0.2,
+    )
+    events: list[Event] = []
+    under_way = threading.Event()
+
+    def hear(event: Event) -> None:
+        events.append(event)
+        if event.kind is EventKind.DONE:
+            under_way.set()
+
+    engine = RayEngine(store, LOCAL, settings, cpu_workers=2, on_event=hear)
+    engine.start()
+    assert under_way.wait(120)
+    pids = engine.worker_pids()
+    assert len(set(pids.values())) == 2
+    victim = next(job.device for job in store.jobs(JobState.RUNNING) if job.device)
+    os.kill(pids[victim], signal.SIGKILL)
+    assert engine.join(120)
+
+    assert [event.device for event in events if event.kind is EventKind.DEVICE_LOST] == [victim]
+    states = [store.job(job_id).state for job_id in ids]
+    assert states == [JobState.DONE] * len(specs) + [JobState.FAILED]
+    assert Counter(event.job for event in events if event.kind is EventKind.DONE) == Counter(ids[:-1])
+    assert "gone.png" in (store.job(ids[-1]).problem or "")
+    for job_id, spec in zip(ids, specs, strict=False):
+        job = store.job(job_id)
+        assert job.output == tmp_path / "out" / spec.output_name
+        assert job.output is not None
+        assert job.output.is_file()
+        assert job.report is not None
+        assert job.thumbnail is not None
+    store.close()
+    survived["killed workers of a cluster"] += 1
+
+
+def test_without_ray_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import_module = builtins.__import__
+
+    def refuse(name: str, *args: object) -> object:
+        if name.split(".", maxsplit=1)[0] == "ray":
+            raise ImportError(name)
+        return import_module(name, *args)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    store = JobStore(tmp_path / "jobs.queue")
+    with pytest.raises(MissingPackageError, match="pip install ray"):
+        RayEngine(store, LOCAL, EngineSettings(output=tmp_path))
+    store.close()

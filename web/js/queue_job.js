@@ -1,0 +1,150 @@
+// One job of the queue as it is drawn. Whatever it shows is text or has a text beside it.
+import { api } from "../../../scripts/api.js";
+import { language, t } from "./i18n.js";
+
+const GIB = 2 ** 30;
+const MIB = 2 ** 20;
+// What can be done with a job in each state.
+const ALLOWED = {
+  waiting: ["pause", "cancel"],
+  paused: ["resume", "cancel"],
+  running: ["pause", "cancel"],
+  failed: ["retry"],
+  cancelled: ["retry"],
+  done: [],
+};
+const ACTIONS = ["pause", "resume", "cancel", "retry"];
+
+export function element(tag, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+// With a space that does not break.
+const amount = (bytes) =>
+  bytes < 0.1 * GIB ? `${(bytes / MIB).toFixed(1)}\u00a0MiB` : `${(bytes / GIB).toFixed(2)}\u00a0GiB`;
+
+// A duration in its two largest units, as in "3 hr 20 min".
+export function duration(seconds) {
+  const minutes = Math.round(seconds / 60);
+  const hours = [[Math.floor(minutes / 60), "hour"], [minutes % 60, "minute"]];
+  const parts = seconds < 60 ? [[Math.ceil(seconds), "second"]] : minutes < 60 ? [[minutes, "minute"]] : hours;
+  const words = ([value, unit]) => Intl.NumberFormat(language(), { style: "unit", unit, unitDisplay: "short" }).format(value);
+  return parts.map(words).join(" ");
+}
+
+function viewUrl(file) {
+  return api.apiURL(`/view?${new URLSearchParams(file)}`);
+}
+
+export class JobCard {
+  #job;
+  #act;
+  #picture = element("img", { alt: "" });
+  #link = element("a", { target: "_blank", rel: "noopener" }, this.#picture);
+  #state = element("span", { className: "state" });
+  #prompt = element("p", { className: "prompt" });
+  #progress = element("progress");
+  #words = element("p", { className: "words" });
+  #memory = element("p", { className: "words" });
+  #problem = element("p", { className: "problem" });
+  #reason = element("p");
+  #why = element("details");
+  #priority = element("input", { type: "number", min: 0.01, max: 1000, step: "any" });
+  #buttons = {};
+  element;
+
+  // `move` takes the job and by how many places.
+  constructor(job, act, move) {
+    this.#act = act;
+    for (const action of ACTIONS) {
+      const label = t(`${action}Job`);
+      this.#buttons[action] = this.#button(label, () => act({ action, job: job.id }), label);
+    }
+    this.#buttons.up = this.#button("↑", () => move(this.#job, -1), t("queueUp"));
+    this.#buttons.down = this.#button("↓", () => move(this.#job, 1), t("queueDown"));
+    this.#priority.onchange = () => this.#prioritize();
+    const { up, down, pause, resume, cancel, retry } = this.#buttons;
+    const priority = element("label", {}, `${t("queuePriority")} `, this.#priority);
+    const controls = element("div", { className: "controls" }, priority, up, down, pause, resume, cancel, retry);
+    const title = element("p", { className: "name" }, element("b", { textContent: job.name }), " ", this.#state);
+    this.#why.append(element("summary", { textContent: t("queueWhy") }), this.#reason);
+    const words = [this.#prompt, this.#progress, this.#words, this.#memory, this.#why, this.#problem];
+    const body = element("div", {}, title, ...words);
+    this.element = element("li", {}, this.#link, body, controls);
+    this.element.setAttribute("data-job", job.id);
+    this.#progress.setAttribute("aria-label", job.name);
+  }
+
+  // `first` and `last`: of those that wait.
+  show(job, { first, last }) {
+    this.#job = job;
+    this.element.className = job.state;
+    this.#state.textContent = job.wish ? t(`${job.wish}Wish`) : t(`${job.state}Job`);
+    this.#prompt.textContent = this.#prompt.title = job.prompt;
+    this.#showPicture(job);
+    this.#showProgress(job);
+    this.#memory.textContent = [
+      job.size,
+      job.predicted_bytes == null ? "" : t("queuePredicted", { amount: amount(job.predicted_bytes) }),
+      job.measured_bytes == null ? "" : t("queueMeasured", { amount: amount(job.measured_bytes) }),
+    ].filter(Boolean).join(" · ");
+    this.#problem.textContent = job.state === "done" ? "" : (job.problem ?? "");
+    this.#why.hidden = !job.why;
+    this.#reason.textContent = job.why ?? "";
+    this.#showControls(job, first, last);
+  }
+
+  #button(textContent, onclick, label) {
+    const made = element("button", { type: "button", textContent, onclick });
+    made.setAttribute("aria-label", label);
+    made.title = label;
+    return made;
+  }
+
+  #showPicture({ thumbnail, output, name }) {
+    const address = api.apiURL(thumbnail);
+    if (this.#picture.getAttribute("src") !== address) this.#picture.setAttribute("src", address);
+    if (output) {
+      this.#link.href = viewUrl(output);
+      this.#link.setAttribute("aria-label", t("queueOpen", { name }));
+    } else {
+      this.#link.removeAttribute("href");
+    }
+  }
+
+  #showProgress({ state, stage, done, total, seconds, seconds_left, attempts, pinned }) {
+    const runs = state === "running";
+    this.#progress.hidden = !runs;
+    this.#progress.max = total || 1;
+    this.#progress.value = done;
+    const parts = [];
+    if (runs && stage) parts.push(total ? t("queueProgress", { stage: t(stage), done, total }) : t(stage));
+    // What takes longer than predicted has no known end.
+    if (runs && seconds_left) parts.push(t("queueLeft", { time: duration(seconds_left) }));
+    if (state === "waiting" && seconds_left != null) parts.push(t("queueTakes", { time: duration(seconds_left) }));
+    if (state === "done" && seconds != null) parts.push(t("queueTook", { time: duration(seconds) }));
+    if (state === "waiting" && pinned) parts.push(t("queuePinned"));
+    if (attempts) parts.push(t("queueAttempts", { count: attempts }));
+    this.#words.textContent = parts.join(" · ");
+  }
+
+  #showControls({ state, wish, priority }, first, last) {
+    const waits = state === "waiting";
+    for (const [name, button] of Object.entries(this.#buttons)) {
+      const allowed = ["up", "down"].includes(name) ? waits : ALLOWED[state].includes(name) && !wish;
+      button.hidden = !allowed;
+    }
+    this.#buttons.up.disabled = first;
+    this.#buttons.down.disabled = last;
+    this.#priority.parentElement.hidden = !waits && state !== "paused";
+    if (document.activeElement !== this.#priority) this.#priority.value = priority;
+  }
+
+  #prioritize() {
+    const priority = this.#priority.valueAsNumber;
+    if (Number.isNaN(priority)) this.#priority.value = this.#job.priority;
+    else this.#act({ action: "prioritize", job: this.#job.id, priority });
+  }
+}
