@@ -37,14 +37,14 @@ def live_plan(values: Mapping[str, Any], *, with_fixes: bool) -> JSON:
     )
     plan = find_plan(asked.request, asked.budget, asked.device)
     if plan is not None:
-        return _shown(asked, plan.stages, fits=True, verdict=_fitting(plan), details=_ways(plan), fixes=[])
+        return _shown(asked, plan.stages, fits=True, verdict=_fitting(plan), ways=_ways(plan), fixes=[])
     stages = least_stages(asked.request, asked.device, asked.budget.host_free_bytes)
     return _shown(
         asked,
         stages,
         fits=False,
         verdict=_refusing(asked, stages),
-        details="",
+        ways=[],
         fixes=_fixes(asked) if with_fixes else None,
     )
 
@@ -97,12 +97,12 @@ def _refusing(asked: Question, stages: Iterable[StagePrediction]) -> str:
     )
 
 
-def _ways(plan: Plan) -> str:
-    """How the denoiser runs, in few words."""
-    ways = [plan.precision, "layers whole" if plan.sample.workspace_bytes is None else "layers in pieces"]
-    ways += ["weights streamed"] if plan.sample.streamed else []
+def _ways(plan: Plan) -> list[str]:
+    """How the denoiser runs, as names that the page has texts for; what is approximate is said as it is."""
+    ways = [plan.precision, "whole" if plan.sample.workspace_bytes is None else "pieces"]
+    ways += ["streamed"] if plan.sample.streamed else []
     ways += [f"approximate: {approximation}"] if (approximation := str(Approximation.of(plan.sample))) else []
-    return ", ".join(ways)
+    return ways
 
 
 def _fixes(asked: Question) -> list[JSON]:

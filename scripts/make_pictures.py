@@ -1,15 +1,26 @@
-"""Makes the pictures of the README and beside the workflows, and the bundled latent, from the bundled model.
+"""Makes the pictures of the docs and beside the workflows, and the bundled latent.
 
-Run it in the environment that demo.py makes: `.venv/bin/python scripts/make_pictures.py`.
+Frames come from the bundled model, all else from the real page in a browser. Run it in the environment that test.py
+makes: `.venv/bin/python scripts/make_pictures.py`; with names of pictures, such as `graph live_budget`, only these.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+import imageio.v3 as iio
 import torch
-from PIL import Image, ImageDraw
+from comfy_host import setup
+from comfy_host.page import Page, browser, opened
+from comfy_host.server import PACK_FOLDER, Server
+from matplotlib import get_data_path
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 PACK = Path(__file__).resolve().parent.parent
@@ -27,10 +38,22 @@ from i2v_core.units import GIB  # noqa: E402
 
 PROMPTS = ("a red circle moves right and a blue square stays", "a red circle moves up and a blue square stays")
 LATENT = PACK / "assets" / "demo_latent.latent"
+PICTURE = PACK / "assets" / "demo_input.png"
 WORKFLOWS = PACK / "workflows"
+IMAGES = PACK / "docs" / "images"
+FONT = Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+BUDGET = "I2VVRAMBudget"
+ARCHITECTURES = PACK / "i2v_core" / "families" / "architectures"
+PIPELINES = {
+    "i2vgen-xl": "I2VGenXLPipeline",
+    "svd": "StableVideoDiffusionPipeline",
+    "wan2.2-ti2v-5b": "WanPipeline",
+}
 CPU = torch.device("cpu")
 RUNTIME = stages.Runtime(device=CPU)
-SIDE_PIXELS, GAP_PIXELS, TEXT_PIXELS = 160, 6, 18
+SIDE_PIXELS, GAP_PIXELS, TEXT_PIXELS = 160, 6, 22
+CARD_PIXELS = 640
+"""Side of a workflow's picture: the template browser's cards are square."""
 SHOWN_FRAMES = 4
 
 
@@ -42,7 +65,7 @@ def plan_for(model: I2VModel, frames: int) -> Plan:
 def make_latent(model: I2VModel, plan: Plan, picture: Image.Image, text: str) -> Tensor:
     prompt = Prompt(image_FHWC=to_tensor(picture).permute(0, 2, 3, 1), text=text, negative_text="", fps=8)
     conditioning, _ = stages.encode(model, plan, prompt, RUNTIME)
-    settings = stages.SamplerSettings(steps=20, cfg=2.0, seed=1)
+    settings = stages.SamplerSettings(steps=20, cfg=1.25, seed=1)
     samples, _ = stages.sample(model, plan, conditioning, settings, RUNTIME)
     return samples
 
@@ -68,26 +91,179 @@ def sheet(rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
     return canvas
 
 
-def main() -> None:
+def card(title: str, rows: list[list[Image.Image]]) -> Image.Image:
+    """A square picture for the template browser: rows of pictures as large as fits, and a title.
+
+    The title is below, since the page has a badge of its own in the upper left.
+    """
+    canvas = Image.new("RGB", (CARD_PIXELS, CARD_PIXELS), "white")
+    title_pixels = 44
+    ImageDraw.Draw(canvas).text(
+        (12, CARD_PIXELS - title_pixels + 6), title, fill="black", font=ImageFont.truetype(FONT, 24)
+    )
+    columns = max(len(row) for row in rows)
+    aspect = rows[0][0].height / rows[0][0].width
+    width = min(CARD_PIXELS / columns, (CARD_PIXELS - title_pixels) / len(rows) / aspect) - GAP_PIXELS
+    size = (int(width), int(width * aspect))
+    left = (CARD_PIXELS - columns * (size[0] + GAP_PIXELS)) // 2
+    for row, pictures in enumerate(rows):
+        for column, picture in enumerate(pictures):
+            place = (left + column * (size[0] + GAP_PIXELS), GAP_PIXELS + row * (size[1] + GAP_PIXELS))
+            canvas.paste(picture.resize(size, Image.Resampling.LANCZOS), place)
+    return canvas
+
+
+def make_frames() -> None:
+    """What the bundled model makes: the README's frames, the cards of workflows that run it, the bundled latent."""
+    torch.set_num_threads(1)  # more slow small layers down
     model = load_model(PACK / "assets" / "demo_model")
-    picture = Image.open(PACK / "assets" / "demo_input.png").convert("RGB")
+    picture = Image.open(PICTURE).convert("RGB")
     plan, long_plan = plan_for(model, 16), plan_for(model, 48)
     latents = [make_latent(model, plan, picture, text) for text in PROMPTS]
     save_latent(LATENT, latents[0], plan)
+    frames = [shown_frames(model, plan, samples) for samples in latents]
     rows = [
-        (f"input picture, then frames for: {text}", [picture, *shown_frames(model, plan, samples)])
-        for text, samples in zip(PROMPTS, latents, strict=True)
+        (f"input picture, then frames for: {text}", [picture, *shown])
+        for text, shown in zip(PROMPTS, frames, strict=True)
     ]
+    sheet(rows).save(IMAGES / "demo.png")
     long_frames = shown_frames(model, long_plan, make_latent(model, long_plan, picture, PROMPTS[0]))
-
-    (PACK / "docs" / "images").mkdir(parents=True, exist_ok=True)
-    sheet(rows).save(PACK / "docs" / "images" / "demo.png")
-    sheet(rows[:1]).save(WORKFLOWS / "i2v_demo.jpg", quality=90)
-    sheet([("frames of 48, saved as they are decoded", [picture, *long_frames])]).save(
-        WORKFLOWS / "i2v_long_clip.jpg", quality=90
-    )
     kept_frames = shown_frames(model, plan, load_latent(LATENT)[0])
-    sheet([("a kept latent, decoded again", kept_frames)]).save(WORKFLOWS / "i2v_decode_latent.jpg", quality=90)
+    save_card("i2v_demo", card("picture + prompt → video", [frames[0][:2], frames[0][2:]]))
+    save_card("i2v_batch", card("one video after another", [[shown[0], shown[-1]] for shown in frames]))
+    save_card("i2v_long_clip", card("48 frames, saved as decoded", [long_frames[:2], long_frames[2:]]))
+    save_card("i2v_decode_latent", card("a kept latent, decoded again", [kept_frames[:2], kept_frames[2:]]))
+
+
+def save_card(name: str, picture: Image.Image) -> None:
+    picture.save(WORKFLOWS / f"{name}.jpg", quality=88)
+
+
+def graph(page: Page, _: Server) -> None:
+    """The demo after its run, and the picture that its memory report drew."""
+    page.drop(WORKFLOWS / "i2v_demo.json")
+    page.set(BUDGET, {"budget": "80MiB"})
+    run(page)
+    page.fit()
+    page.wait("the video", "[...document.querySelectorAll('video')].some((it) => it.readyState >= 2)")
+    page.wait("messages to go", "!document.querySelector('[data-testid=queue-notification-banner], .p-toast-message')")
+    page.picture(IMAGES / "graph.png", page.fit())
+    source = page.wait("the memory report", "i2v.node('I2VMemoryReport').imgs?.[0]?.src")
+    (IMAGES / "memory_report.png").write_bytes(page.raw.request.get(source).body())
+
+
+def live_budget(page: Page, _: Server) -> None:
+    """VRAM Budget with a video that does not fit, and what would."""
+    page.drop(WORKFLOWS / "i2v_demo.json")
+    page.set(BUDGET, {"width": 1280, "height": 704, "budget": "64MiB"})
+    page.see("what would fit", ".i2v-live.refused button")
+    page.picture(IMAGES / "live_budget.png", plan_in_view(page))
+
+
+def plan_in_view(page: Page) -> Any:
+    """Where VRAM Budget is drawn, from its widgets to the end of the live plan."""
+    page.fit(BUDGET)
+    node, plan = page.raw.locator("[data-node-id='3']"), page.raw.locator(".i2v-live .content")
+    page.wait(
+        "the node in its place",
+        "Math.abs(document.querySelector('[data-node-id=\"3\"]').getBoundingClientRect().x - 80) < 9",
+    )
+    around, inner = node.bounding_box(), plan.bounding_box()
+    widgets = page.raw.locator("[data-node-id='3'] >> text=width").first.bounding_box()
+    assert around
+    assert inner
+    assert widgets
+    top = widgets["y"] - 7
+    return {"x": around["x"], "y": top, "width": around["width"], "height": inner["y"] + inner["height"] - top}
+
+
+def templates(page: Page, _: Server) -> None:
+    """The pack's workflows in the template browser."""
+    page.templates(PACK_FOLDER)
+    count = len(list(WORKFLOWS.glob("*.json")))
+    loaded = "[...document.querySelectorAll('[data-testid^=template-workflow-] img')].filter((it) => it.naturalWidth)"
+    page.wait("their pictures", f"count => {loaded}.length >= Math.min(count, 6)", count)
+    page.raw.locator("[role=dialog]").first.screenshot(path=IMAGES / "templates.png")
+
+
+def compare(page: Page, server: Server) -> None:
+    """Frames of both videos and their difference, from the file that the workflow saved."""
+    page.drop(WORKFLOWS / "i2v_compare.json")
+    run(page)
+    (file,) = (server.output_folder / "video").glob("i2v_compare*.mp4")
+    frames = [Image.fromarray(frame) for frame in iio.imread(file, plugin="pyav")]
+    shown = [frames[index] for index in (0, len(frames) // 2, len(frames) - 1)]
+    save_card("i2v_compare", card("much memory, little memory, difference", [[frame] for frame in shown]))
+
+
+def cards(page: Page, server: Server) -> None:
+    """VRAM Budget's plan of each workflow for a card; the configs are enough for it."""
+    for model, name, files in (
+        ("i2vgen-xl", "I2VGen-XL", {f"i2vgen_xl_{size}gb": size for size in (6, 12, 24)}),
+        ("svd", "SVD", {"i2v_svd": 6}),
+        ("wan2.2-ti2v-5b", "Wan 2.2 TI2V-5B", {"i2v_wan_5b": 6}),
+    ):
+        folder = server.models_folder / "diffusers" / model
+        write_configs(model, folder)
+        for file, gigabytes in files.items():
+            page.open()
+            page.drop(WORKFLOWS / f"{file}.json")
+            page.set(BUDGET, {"plan_for": f"{gigabytes} GB"})
+            page.see("a plan that fits", ".i2v-live.fits")
+            clip = plan_in_view(page)
+            with Image.open(BytesIO(page.raw.screenshot(clip=clip))) as shown:
+                width, height, frames = (page.value(BUDGET, it) for it in ("width", "height", "frames"))
+                title = f"{name} {width}×{height}×{frames} on {gigabytes} GB"
+                save_card(file, card(title, [[shown.convert("RGB")]]))
+        shutil.rmtree(folder)
+
+
+def run(page: Page) -> None:
+    page.run()
+    assert page.end(patience_ms=600_000) == "execution_success"
+
+
+def write_configs(name: str, folder: Path) -> None:
+    """The configs of a published model as a model folder has them, without weights."""
+    configs: dict[str, Any] = json.loads((ARCHITECTURES / f"{name}.json").read_text("utf-8"))
+    configs.pop("family", None)
+    index = {"_class_name": PIPELINES[name], **configs.pop("pipeline", {})}
+    if "z_dim" in configs["vae"]:  # numbers that a model must have, and that no plan needs
+        configs["vae"] |= dict.fromkeys(("latents_mean", "latents_std"), [1.0] * configs["vae"]["z_dim"])
+    files = {
+        "tokenizer": "tokenizer_config",
+        "feature_extractor": "preprocessor_config",
+        "scheduler": "scheduler_config",
+    }
+    for part, content in configs.items():
+        (folder / part).mkdir(parents=True)
+        (folder / part / f"{files.get(part, 'config')}.json").write_text(json.dumps(content), "utf-8")
+    (folder / "model_index.json").write_text(json.dumps(index), "utf-8")
+
+
+PAGES: dict[str, tuple[bool, Callable[[Page, Server], None]]] = {
+    "graph": (False, graph),
+    "live_budget": (True, live_budget),
+    "compare": (False, compare),
+    "cards": (True, cards),
+    "templates": (False, templates),
+}
+"""How each picture of the page is made, and whether in Nodes 2.0. The last shows those before it."""
+
+
+def main() -> None:
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    wanted = sys.argv[1:] or ["frames", *PAGES]
+    if "frames" in wanted:
+        make_frames()
+    asked = [PAGES[name] for name in PAGES if name in wanted]
+    if not asked:
+        return
+    with Server(setup.find(Path(sys.executable))) as server, browser() as chromium:
+        shutil.copy(PICTURE, server.input_folder)
+        for nodes_2, make in asked:
+            with opened(chromium, server.url, nodes_2=nodes_2, width_pixels=1800, height_pixels=1000) as page:
+                make(page, server)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,11 @@ class Server:
         return self._folder / "output"
 
     @property
+    def user_folder(self) -> Path:
+        """Where it keeps what is the user's own, such as this pack's queue."""
+        return self._folder / "user"
+
+    @property
     def models_folder(self) -> Path:
         """Where it looks for models beside the host's own folder; `diffusers/NAME` holds a diffusers-layout model."""
         return self._folder / "models"

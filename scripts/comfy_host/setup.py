@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import process, source, venv
+from . import frontend, process, source, venv
 from .errors import SetupError
 
 PACK = Path(__file__).resolve().parents[2]
@@ -33,7 +33,8 @@ def prepare(*, tests: bool = False) -> Host:
     """Make everything ready that is not, and say what is done on the way.
 
     Args:
-        tests: also make ready the project's environment with the tools of its checks, whatever the host runs in.
+        tests: also make ready the project's environment with the tools of its checks, whatever the host runs in, and
+            the newer page that is tested beside the host's own.
 
     Raises:
         SetupError: something is missing that this cannot get; the message says what to do.
@@ -41,6 +42,8 @@ def prepare(*, tests: bool = False) -> Host:
     folder, python = _own_folder(), _own_python()  # what is wrong with them is said before anything is done
     if python is None or tests:
         python = _fill_environment(folder, tests=tests)
+    if tests:
+        frontend.ensure(CACHE, python)
     return find(python)
 
 

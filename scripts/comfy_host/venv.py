@@ -75,6 +75,14 @@ def download(python: Path, requirements: Path, folder: Path, step: Step) -> None
         pass
 
 
+def install_apart(python: Path, requirements: Path, folder: Path, step: Step) -> None:
+    """Install what the file `requirements` pins, and nothing that it depends on, into `folder` and nowhere else."""
+    for _ in _pip(
+        python, ["install", "--no-deps", "--upgrade", "--target", str(folder), "-r", str(requirements)], step
+    ):
+        pass
+
+
 def _create(environment: Path) -> None:
     step = Step("environment")
     running = f"{sys.version_info.major}.{sys.version_info.minor}"

@@ -11,9 +11,14 @@ from typing import Any
 import pytest
 from comfy_host import setup
 from comfy_host.server import PACK_FOLDER, Server
-from make_locales import english, read
+from make_locales import PANEL, english, read
+
+from i2v_core.batch.job import JobState
+from i2v_core.batch.records import Wish
+from i2v_core.planning.plan import Stage
 
 LANGUAGES = ("en", "zh")
+SCRIPTS = setup.PACK / "web" / "js"
 HELP = setup.PACK / "web" / "js" / "docs"
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 SYNTAX = re.compile(r"[{}@|]")
@@ -82,3 +87,26 @@ def test_every_node_has_a_help_page_that_names_all_it_takes_and_gives(
 def test_no_help_page_is_left_over(object_info: dict[str, Any]) -> None:
     wanted = {f"{node_id}/{language}.md" for node_id in english(object_info)["nodeDefs"] for language in LANGUAGES}
     assert {file.relative_to(HELP).as_posix() for file in HELP.rglob("*") if file.is_file()} == wanted
+
+
+def panel_texts() -> set[str]:
+    """The keys of the texts that the pack's scripts show, by what is in the scripts and what the server sends."""
+    scripts = "".join(file.read_text("utf-8") for file in SCRIPTS.glob("*.js"))
+    literal = re.findall(r"""\bt\(\s*"(\w+)""", scripts)
+    either = re.findall(r"""\bt\(\w+(?: === \d+)? \? "(\w+)" : "(\w+)\"""", scripts)
+    named = {"weights", "activations", "margin", *(stage.value for stage in Stage), "whole", "pieces", "streamed"}
+    named |= {f"{word}Job" for word in (*(state.value for state in JobState), "pause", "resume", "cancel", "retry")}
+    named |= {*(f"{wish.value}Wish" for wish in Wish), "weightRule", "firstComeRule"}
+    return named | set(literal) | {key for pair in either for key in pair}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_text_of_the_panel_is_there_and_no_other(language: str) -> None:
+    assert read(language)["main"][PANEL].keys() == panel_texts()
+
+
+def test_what_is_filled_in_is_the_same_in_both_languages() -> None:
+    english_texts, chinese_texts = (read(language)["main"][PANEL] for language in LANGUAGES)
+    for key, text in english_texts.items():
+        filled = set(re.findall(r"\$\w+", text))
+        assert set(re.findall(r"\$[a-z]+", chinese_texts[key])) == filled, key

@@ -3,24 +3,52 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
-from comfy_host.client import Client
+from comfy_host.client import Client, Run
 from comfy_host.server import Server
 from comfy_host.setup import PACK
 from comfy_host.workflow import NOTES, to_prompt, widgets
 from PIL import Image
 
+from i2v_core.families import VideoSize, bundled_architecture
+from i2v_core.memory.cards import CARDS
+from i2v_core.planning.plan import Plan
+from i2v_core.planning.planner import make_plan
+from i2v_core.planning.request import Budget, Request
+from i2v_core.units import GIB
+
+CARDS_FILES = {6: "i2vgen_xl_6gb", 12: "i2vgen_xl_12gb", 24: "i2vgen_xl_24gb"}
+REAL_MODEL = "i2vgen-xl"
 FILES = sorted((PACK / "workflows").glob("*.json"))
 DEMO = PACK / "workflows" / "i2v_demo.json"
 INPUT = PACK / "assets" / "demo_input.png"
 
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+
+
+@pytest.fixture(scope="module")
+def real_model(
+    server: Server, tiny_models: dict[str, Callable[[Path], None]], save_wan: Callable[..., None]
+) -> Iterator[None]:
+    """Small models under the names that workflows for real ones ask for."""
+    folder = server.models_folder / "diffusers" / REAL_MODEL
+    shutil.copytree(server.models_folder / "diffusers" / "tiny", folder)
+    svd_folder = server.models_folder / "diffusers" / "svd"
+    tiny_models["svd"](svd_folder)
+    wan_folder = server.models_folder / "diffusers" / "wan2.2-ti2v-5b"
+    save_wan(wan_folder, layout="wan2.2-ti2v")
+    yield
+    shutil.rmtree(folder)
+    shutil.rmtree(svd_folder)
+    shutil.rmtree(wan_folder)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -39,7 +67,8 @@ def test_it_is_format_0_4_with_a_picture_beside_it(path: Path) -> None:
     assert workflow["last_link_id"] == max(link[0] for link in workflow["links"])
     with Image.open(path.with_suffix(".jpg")) as picture:
         assert picture.format == "JPEG"
-        assert min(picture.size) >= 64
+        assert min(picture.size) >= 256
+        assert 0.8 < picture.width / picture.height < 1.25, "the template browser's cards are square"
 
 
 @every_file
@@ -72,7 +101,9 @@ def test_its_nodes_are_the_hosts(path: Path, object_info: dict[str, Any]) -> Non
 
 
 @every_file
-def test_the_host_accepts_it(path: Path, client: Client, server: Server, object_info: dict[str, Any]) -> None:
+def test_the_host_accepts_it(
+    path: Path, client: Client, server: Server, object_info: dict[str, Any], real_model: None
+) -> None:
     shutil.copyfile(INPUT, server.input_folder / INPUT.name)
     prompt_id = client.queue(to_prompt(read(path), object_info))
     client.interrupt()
@@ -110,3 +141,83 @@ def test_a_workflow_saves_a_video_that_moves(
     frames_FHWC = iio.imread(server.output_folder / video["subfolder"] / video["filename"], plugin="pyav")
     assert frames_FHWC.shape == (frames, 96, 96, 3)
     assert np.abs(frames_FHWC[-1].astype(float) - frames_FHWC[0]).max() > 80
+
+
+def frames_of(run: Run, server: Server) -> np.ndarray[Any, Any]:
+    """All frames of the only video that a run put out, (frames, height, width, 3)."""
+    files = [file for output in run.outputs.values() for file in output.get("images", ())]
+    (video,) = (file for file in files if file["filename"].endswith(".mp4"))
+    return iio.imread(server.output_folder / video["subfolder"] / video["filename"], plugin="pyav")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", ["80MiB", "10MiB"])
+def test_little_memory_gives_the_video_that_much_memory_gives(
+    budget: str, client: Client, server: Server, object_info: dict[str, Any]
+) -> None:
+    shutil.copyfile(INPUT, server.input_folder / INPUT.name)
+    prompt = to_prompt(read(PACK / "workflows" / "i2v_compare.json"), object_info)
+    for node in prompt.values():
+        if node["inputs"].get("budget") == "80MiB":
+            node["inputs"]["budget"] = budget
+        if node["class_type"] == "I2VChunkedSampler":
+            node["inputs"]["steps"] = 3
+    run = client.run(prompt)
+    reports = [output["text"][0] for output in run.outputs.values() if "i2v_plan" in output]
+    assert sorted("denoiser layers run whole" in report for report in reports) == [False, True]
+    much, little, difference = np.split(frames_of(run, server)[:, :, : 3 * 96 + 8], [98, 198], axis=2)
+    assert much.std() > 20
+    assert np.abs(much[:, :, :96].astype(int) - little[:, :, 2:98]).mean() < 3, "more than compression"
+    assert difference[:, :, 4:].max() < 24, "it is not black"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*CARDS_FILES.values(), "i2v_svd", "i2v_wan_5b"])
+def test_a_workflow_for_real_weights_runs_with_a_small_model(
+    name: str, client: Client, server: Server, object_info: dict[str, Any], real_model: None
+) -> None:
+    shutil.copyfile(INPUT, server.input_folder / INPUT.name)
+    prompt = to_prompt(read(PACK / "workflows" / f"{name}.json"), object_info)
+    for node in prompt.values():
+        if node["class_type"] == "I2VVRAMBudget":
+            node["inputs"] |= {"width": 64, "height": 64, "frames": 5}
+        if node["class_type"] == "I2VChunkedSampler":
+            node["inputs"]["steps"] = 1
+    assert frames_of(client.run(prompt), server).shape == (5, 64, 64, 3)
+
+
+def test_the_workflow_of_wan_fits_its_card_as_its_note_says() -> None:
+    nodes = {node["type"]: node for node in read(PACK / "workflows" / "i2v_wan_5b.json")["nodes"]}
+    width, height, frames, guidance, *_ = nodes["I2VVRAMBudget"]["widgets_values"]
+    plan = plan_for_card(6, width, height, frames, guidance, model="wan2.2-ti2v-5b")
+    note = nodes["MarkdownNote"]["widgets_values"][0]
+    assert f"a peak of {plan.peak_bytes / GIB:.2f} GiB in {plan.binding_stage.stage.value}" in note
+    assert f"takes {plan.stages[1].peak_bytes / GIB:.2f} GiB" in note
+    assert plan.sample.streamed
+
+
+@pytest.mark.parametrize(("gigabytes", "name"), CARDS_FILES.items())
+def test_a_workflow_for_a_card_fits_it_as_its_note_says(gigabytes: int, name: str) -> None:
+    """By what such a card has free, not by what its box says."""
+    nodes = {node["type"]: node for node in read(PACK / "workflows" / f"{name}.json")["nodes"]}
+    width, height, frames, guidance, *_ = nodes["I2VVRAMBudget"]["widgets_values"]
+    note = nodes["MarkdownNote"]["widgets_values"][0]
+    plan = plan_for_card(gigabytes, width, height, frames, guidance)
+    predicted = re.search(r"a peak of (\d+\.\d\d) GiB in (\w+)", note)
+    assert predicted
+    assert f"{plan.peak_bytes / GIB:.2f}" == predicted[1]
+    assert plan.binding_stage.stage.value == predicted[2].replace("sampling", "sample")
+    assert not plan.sample.streamed
+    assert f"--width {width} --height {height} --frames {frames} --vram {gigabytes - 0.75}GiB" in note
+    longest = re.search(r"Up to (\d+) frames fit with the weights on the card", note)
+    assert longest
+    assert not plan_for_card(gigabytes, width, height, int(longest[1]), guidance).sample.streamed
+
+
+def plan_for_card(
+    gigabytes: int, width: int, height: int, frames: int, guidance: bool, model: str = REAL_MODEL
+) -> Plan:
+    card = CARDS[f"{gigabytes} GB"]
+    size = VideoSize(width_pixels=width, height_pixels=height, frames=frames)
+    request = Request(architecture=bundled_architecture(model), size=size, guidance=guidance, precision="fp16")
+    return make_plan(request, Budget(free_bytes=card.free_bytes, limit_bytes=card.free_bytes), card.facts)

@@ -1,6 +1,7 @@
 // VRAM Budget before it runs: as its widgets change, the verdict, a bar a stage, and buttons for what would fit instead.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { language, t, textsRead } from "./i18n.js";
 import { LivePlan } from "./live_plan.js";
 
 const NODE = "I2VVRAMBudget";
@@ -31,11 +32,11 @@ const isLinked = (node, name) => node.inputs?.some((input) => input.widget?.name
 // The name of the model that will be loaded, or why it is not known.
 function modelOf(node) {
   const slot = node.inputs?.findIndex((input) => input.name === "model") ?? -1;
-  if (slot < 0 || node.inputs[slot].link == null) return { hint: "Connect I2V Loader to see whether it fits." };
+  if (slot < 0 || node.inputs[slot].link == null) return { hint: t("connect") };
   let source = node.getInputNode(slot);
   while (source?.type === "Reroute") source = source.getInputNode(0);
   if (source?.type !== LOADER || isLinked(source, "model")) {
-    return { hint: "Which model it is shows when this node runs, and so does whether it fits." };
+    return { hint: t("modelUnknown") };
   }
   return { model: widgetOf(source, "model").value };
 }
@@ -43,7 +44,7 @@ function modelOf(node) {
 // What to ask the server, or a hint where that cannot be known before a run.
 function questionOf(node) {
   const linked = WIDGETS.filter((name) => isLinked(node, name));
-  if (linked.length) return { hint: `Whether it fits shows when this node runs: ${linked.join(", ")} from other nodes.` };
+  if (linked.length) return { hint: t("linked", { names: linked.join(", ") }) };
   const { model, hint } = modelOf(node);
   if (hint) return { hint };
   return { values: { model, ...Object.fromEntries(WIDGETS.map((name) => [name, widgetOf(node, name)?.value])) } };
@@ -76,7 +77,7 @@ class Watcher {
   look() {
     if (!this.#node.graph) return;
     const question = questionOf(this.#node);
-    const key = JSON.stringify(question);
+    const key = JSON.stringify([language(), question]);
     if (key !== this.#seen) {
       this.#seen = key;
       this.#changedAt = performance.now();
@@ -100,7 +101,7 @@ class Watcher {
   // The server gives up what it is asked no more, and an answer that comes all the same is not shown.
   async #ask(values) {
     const { signal } = (this.#request = new AbortController());
-    const reading = modelsRead.has(values.model) ? undefined : "Reading the model …";
+    const reading = modelsRead.has(values.model) ? undefined : t("reading");
     const slow = setTimeout(() => this.#view.showWaiting(reading), SLOW_AFTER_MS);
     try {
       const plan = await fetchPlan(values, false, signal);
@@ -112,7 +113,7 @@ class Watcher {
       const { fixes } = await fetchPlan(values, true, signal);
       if (!signal.aborted) this.#view.showFixes(fixes ?? []);
     } catch (error) {
-      if (!signal.aborted) this.#view.showHint(`The server does not answer (${error.message}).`);
+      if (!signal.aborted) this.#view.showHint(t("noAnswer", { error: error.message }));
     } finally {
       clearTimeout(slow);
     }
@@ -133,7 +134,8 @@ class Watcher {
 
 app.registerExtension({
   name: "i2v_budget.budget",
-  setup() {
+  async setup() {
+    await textsRead;
     setInterval(() => document.hidden || watchers.forEach((watcher) => watcher.look()), LOOK_EVERY_MS);
     for (const event of ["execution_success", "execution_error", "execution_interrupted"]) {
       api.addEventListener(event, () => watchers.forEach((watcher) => watcher.askAgain()));

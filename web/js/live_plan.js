@@ -1,5 +1,7 @@
 // The live plan as it is drawn: an element below a node's widgets, the same on the canvas and in Nodes 2.0. Whatever it
 // shows is text or has a text beside it, and whatever can be pressed is a button.
+import { t } from "./i18n.js";
+
 const WIDGET = "i2v_live_plan";
 const GIB = 2 ** 30;
 const MIB = 2 ** 20;
@@ -35,7 +37,6 @@ export class LivePlan {
     this.#content.append(this.#verdict, this.#details, this.#bars, this.#legend, this.#fixes);
     this.#verdict.setAttribute("role", "status");
     this.#root.setAttribute("role", "group");
-    this.#root.setAttribute("aria-label", "Memory plan");
     const widget = node.addDOMWidget(WIDGET, "i2v_live_plan", this.#root, { serialize: false, hideOnZoom: false });
     widget.serialize = false;
     // As high as its content and no higher: room that is left over goes to others.
@@ -54,27 +55,30 @@ export class LivePlan {
     this.#root.classList.add("waiting");
   }
 
-  showPlan({ error, fits, verdict, details, stages, usable_bytes }) {
+  showPlan(plan) {
+    const { error, fits, ways, stages, usable_bytes } = plan;
     if (error) {
       this.#show({ state: "refused", verdict: `${error.problem}: ${error.remedy}.` });
       return;
     }
-    this.#show({ state: fits ? "fits" : "refused", verdict, details });
+    const details = (ways ?? []).map((way) => t(way)).join(t("comma"));
+    this.#show({ state: fits ? "fits" : "refused", verdict: verdictOf(plan), details });
     const largest = Math.max(usable_bytes, ...stages.map((stage) => Math.max(stage.needed_bytes, stage.peak_bytes)));
     this.#bars.append(...stages.flatMap((stage) => bar(stage, usable_bytes, largest)));
     this.#legend.append(...legend(usable_bytes));
-    if (!fits) this.#fixes.textContent = "Looking for what would fit …";
+    if (!fits) this.#fixes.textContent = t("looking");
   }
 
   showFixes(fixes) {
-    const buttons = fixes.map(({ label, changes }) =>
-      element("button", { type: "button", textContent: label, onclick: () => this.#press(changes) }),
+    const buttons = fixes.map(({ changes }) =>
+      element("button", { type: "button", textContent: labelOf(changes), onclick: () => this.#press(changes) }),
     );
-    this.#fixes.replaceChildren(...(fixes.length ? ["Would fit:", ...buttons] : []));
+    this.#fixes.replaceChildren(...(fixes.length ? [t("wouldFit"), ...buttons] : []));
   }
 
   #show({ state, verdict, details = "" }) {
     this.#root.className = `i2v-live ${state}`;
+    this.#root.setAttribute("aria-label", t("plan"));
     // Said once by screen readers, and only where it is new.
     if (this.#verdict.textContent !== verdict) this.#verdict.textContent = verdict;
     this.#details.textContent = details;
@@ -102,6 +106,21 @@ export class LivePlan {
   }
 }
 
+function verdictOf({ fits, binding_stage, stages, usable_bytes, device }) {
+  const needed = amount(stages.find(({ stage }) => stage === binding_stage).needed_bytes);
+  return t(fits ? "fits" : "doesNotFit", { stage: t(binding_stage), needed, usable: amount(usable_bytes), device });
+}
+
+// What a button changes, by the widgets that it sets.
+const LABELS = {
+  frames: ({ frames }) => t(frames === 1 ? "oneFrame" : "frames", { frames }),
+  width: ({ width, height }) => `${width}×${height}`,
+  allow_approximate: () => t("approximate"),
+  precision: () => t("precision"),
+  budget: ({ budget }) => t("budget", { budget }),
+};
+const labelOf = (changes) => LABELS[Object.keys(changes)[0]](changes);
+
 // Name, bar and amount of one stage.
 function bar(stage, usableBytes, largestBytes) {
   const bytes = {
@@ -114,11 +133,11 @@ function bar(stage, usableBytes, largestBytes) {
   for (const part of PARTS) drawn.append(element("span", { className: part, style: `width: ${share(bytes[part])}` }));
   drawn.append(element("span", { className: "limit", style: `left: ${share(usableBytes)}` }));
   const freeBytes = usableBytes - stage.needed_bytes;
-  const end = freeBytes < 0 ? `${amount(-freeBytes)} too much` : `${amount(freeBytes)} free`;
+  const end = freeBytes < 0 ? t("tooMuch", { amount: amount(-freeBytes) }) : t("left", { amount: amount(freeBytes) });
   drawn.setAttribute("role", "img");
-  drawn.setAttribute("aria-label", `${PARTS.map((part) => `${part} ${amount(bytes[part])}`).join(", ")}, ${end}`);
+  drawn.setAttribute("aria-label", [...PARTS.map((part) => `${t(part)} ${amount(bytes[part])}`), end].join(t("comma")));
   return [
-    element("span", { textContent: stage.stage }),
+    element("span", { textContent: t(stage.stage) }),
     drawn,
     element("span", { className: freeBytes < 0 ? "amount over" : "amount", textContent: amount(stage.needed_bytes) }),
   ];
@@ -126,5 +145,9 @@ function bar(stage, usableBytes, largestBytes) {
 
 function legend(usableBytes) {
   const entry = (name, text) => element("span", {}, element("i", { className: name }), text);
-  return [...PARTS.map((part) => entry(part, part)), entry("free", "free"), entry("limit", `limit ${amount(usableBytes)}`)];
+  return [
+    ...PARTS.map((part) => entry(part, t(part))),
+    entry("free", t("free")),
+    entry("limit", t("limit", { amount: amount(usableBytes) })),
+  ];
 }
