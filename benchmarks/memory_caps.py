@@ -39,7 +39,16 @@ from benchmarks.memory_caps_rows import (
     traced_lines,
     write_json,
 )
-from benchmarks.random_model import ARCHITECTURE, DTYPE, FAMILY, PRECISION, SEED, random_conditioning, random_model
+from benchmarks.random_model import (
+    ARCHITECTURE,
+    DENOISER,
+    DTYPE,
+    FAMILY,
+    PRECISION,
+    SEED,
+    random_conditioning,
+    random_model,
+)
 from i2v_core import stages
 from i2v_core.errors import I2VError
 from i2v_core.families import I2VModel, Placed, VideoSize
@@ -48,7 +57,6 @@ from i2v_core.memory.stage_meter import stage_meter
 from i2v_core.placement.placed import placed
 from i2v_core.placement.streaming import streamed
 from i2v_core.planning.margin import needed_bytes
-from i2v_core.planning.memory_table import SIZES
 from i2v_core.planning.plan import Plan, Stage
 from i2v_core.planning.planner import make_plan
 from i2v_core.planning.request import Budget, Request
@@ -97,8 +105,8 @@ def run_stock(model: I2VModel, size: VideoSize, steps: int, device: torch.device
     """None where this card is too small for it."""
     conditioning, clock = random_conditioning(size), StepClock()
     assert conditioning.negative is not None
-    unet = model.modules[FAMILY.denoiser]
-    scheduler = make_scheduler("ddim", ARCHITECTURE.config("scheduler"))
+    unet = model.modules[DENOISER]
+    scheduler = make_scheduler(FAMILY.facts.scheduler("ddim"), ARCHITECTURE.config("scheduler"))
     scheduler.set_timesteps(steps)
     empty_caches()
     try:
@@ -113,7 +121,7 @@ def run_stock(model: I2VModel, size: VideoSize, steps: int, device: torch.device
             noise = initial_noise(FAMILY.facts.latent_size(size), SEED).to(device) * scheduler.init_noise_sigma
             loop = SampleLoop(scheduler, noise, lambda *_: clock.tick())
             latents = loop.run(lambda at, timestep: guidance(at, timestep, DTYPE))
-            samples = FAMILY.latents_to_host(ARCHITECTURE, latents).float().cpu()
+            samples = FAMILY.latents_to_host(ARCHITECTURE, latents, conditioning.positive).float().cpu()
         return Stock(size=str(size), peak_bytes=meter.peak_bytes, step_seconds=clock.step_seconds, latents=samples)
     except torch.OutOfMemoryError:
         return None
@@ -133,7 +141,7 @@ def run_encoders(model: I2VModel, plan: Plan, device: torch.device) -> int:
 
 def weight_traffic(model: I2VModel, plan: Plan, device: torch.device) -> float:
     """Weights copied in one denoiser pass, once the order of layers is known, over the denoiser's size."""
-    unet = model.modules[FAMILY.denoiser]
+    unet = model.modules[DENOISER]
     branches = plan.request.branches if plan.sample.batched_guidance else 1
     workload = FAMILY.denoise_workload(ARCHITECTURE, plan.request.size, branches)
     loaded_bytes: list[int] = []
@@ -286,7 +294,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.steps < 2:
         parser.error("--steps must be at least 2: the first step warms up")
-    sizes, caps_gib = options.size or SIZES, options.cap or CAPS_GIB
+    sizes, caps_gib = options.size or FAMILY.facts.table_sizes, options.cap or CAPS_GIB
     if torch.cuda.is_available():
         measure(sizes, caps_gib, options.steps, options.out)
     else:

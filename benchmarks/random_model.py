@@ -12,6 +12,7 @@ from i2v_core.families import Conditioning, I2VModel, TensorMap, VideoSize, bund
 
 ARCHITECTURE = bundled_architecture("i2vgen-xl")
 FAMILY = family_of(ARCHITECTURE)
+DENOISER = FAMILY.denoisers(ARCHITECTURE)[0].component
 PRECISION, DTYPE = "fp16", torch.float16
 SEED = 1
 
@@ -19,7 +20,7 @@ SEED = 1
 def random_model(device: torch.device) -> I2VModel:
     """The published architecture with random weights in fp16, in host memory."""
     torch.manual_seed(SEED)
-    names = {FAMILY.denoiser, FAMILY.decoder}
+    names = {DENOISER, FAMILY.decoder}
     workloads = FAMILY.encode_workloads(ARCHITECTURE, FAMILY.facts.default_size, guidance=True, pieces=ONE_WHOLE_FRAME)
     names |= {workload.component for workload in workloads}
     modules: dict[str, nn.Module] = {}

@@ -1,6 +1,6 @@
-"""The command line: plans and memory tables of the bundled architectures, for a card of any size.
+"""The command line: plans and memory tables of the bundled architectures, for a card of any size; and batches.
 
-Exit codes: 0 it fits, 2 bad arguments, 3 refused.
+Exit codes: 0 it fits, 2 bad arguments, 3 refused. Those of `batch` are in `batch/command.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from .errors import BadInputError
-from .families import FAMILIES, VideoSize, bundled_architecture
+from .batch.arguments import add_batch_command
+from .errors import I2VError
+from .families import VideoSize, bundled_architecture, bundled_models
 from .memory.device import DeviceFacts
 from .placement.precision import AUTO, PRECISIONS, precision_name
 from .planning.memory_table import memory_table
@@ -33,17 +34,19 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
-    except BadInputError as error:
+    except I2VError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return BAD_ARGUMENTS
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m i2v_core", description="Predict and plan without weights.")
+    parser = argparse.ArgumentParser(
+        prog="python -m i2v_core", description="Predict and plan without weights; run batches."
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
 
     plan = commands.add_parser("plan", help="the plan for one video on a card of a given size")
-    plan.add_argument("--model", choices=sorted(FAMILIES), default="i2vgen-xl")
+    plan.add_argument("--model", choices=bundled_models(), default="i2vgen-xl")
     plan.add_argument("--width", type=int, required=True, help="pixels")
     plan.add_argument("--height", type=int, required=True, help="pixels")
     plan.add_argument("--frames", type=int, required=True)
@@ -62,9 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
 
     table = commands.add_parser("memory-table", help="peaks at some sizes: the plain run, in pieces, and streamed")
-    table.add_argument("--model", choices=sorted(FAMILIES), default="i2vgen-xl")
+    table.add_argument("--model", choices=bundled_models(), default="i2vgen-xl")
     table.add_argument("--json", action="store_true")
     table.set_defaults(run=_memory_table)
+
+    add_batch_command(commands)
     return parser
 
 

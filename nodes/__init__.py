@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import routes
+from . import queue_routes, routes
+from .batch import Batch
 from .budget import VRAMBudget
 from .decode import VAETiledDecode
 from .encode import Encode
 from .latents import LoadLatent, SaveLatent
 from .loader import Loader
+from .memory_report import MemoryReport
 from .sampler import ChunkedSampler
 from .save_video import SaveVideo
 
@@ -17,6 +19,7 @@ from .save_video import SaveVideo
 class I2VBudgetExtension(ComfyExtension):
     async def on_load(self) -> None:
         routes.register()
+        queue_routes.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
@@ -28,4 +31,6 @@ class I2VBudgetExtension(ComfyExtension):
             SaveVideo,
             SaveLatent,
             LoadLatent,
+            MemoryReport,
+            Batch,
         ]

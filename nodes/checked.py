@@ -18,7 +18,8 @@ from torch import Tensor
 from ..i2v_core.errors import BadInputError
 from ..i2v_core.families import Conditioning, I2VModel
 from ..i2v_core.planning.plan import Plan
-from .sockets import I2VConditioningSocket, I2VModelSocket, I2VPlanSocket
+from ..i2v_core.run_report import RunReport
+from .sockets import I2VConditioningSocket, I2VModelSocket, I2VPlanSocket, I2VReportSocket
 
 Execute = TypeVar("Execute", bound=Callable[..., io.NodeOutput])
 
@@ -39,6 +40,9 @@ KINDS: Mapping[str, Kind] = {
     I2VPlanSocket.io_type: Kind(lambda value: isinstance(value, Plan), "a plan", "connect VRAM Budget"),
     I2VConditioningSocket.io_type: Kind(
         lambda value: isinstance(value, Conditioning), "a conditioning of this pack", "connect I2V Encode"
+    ),
+    I2VReportSocket.io_type: Kind(
+        lambda value: isinstance(value, RunReport), "a report", "connect VAE Tiled Decode or I2V Save Video"
     ),
     io.Latent.io_type: Kind(
         lambda value: isinstance(value, Mapping) and _is_pixels(value.get("samples")),

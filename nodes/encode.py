@@ -38,7 +38,7 @@ class Encode(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     default="",
-                    tooltip="What happens in the video, in words. Default: empty.",
+                    tooltip="What happens in the video, in words. Stable Video Diffusion takes none. Default: empty.",
                 ),
                 io.String.Input(
                     "negative_prompt",
@@ -55,6 +55,25 @@ class Encode(io.ComfyNode):
                     tooltip="Frames per second that the model is told to imagine; it changes the speed of motion, not "
                     "the length. Default 16.",
                 ),
+                io.Int.Input(
+                    "motion_bucket",
+                    default=127,
+                    min=1,
+                    max=1023,
+                    optional=True,
+                    tooltip="How much is to move, without unit; more is livelier. For Stable Video Diffusion only, "
+                    "which takes it in place of a prompt. Default 127.",
+                ),
+                io.Float.Input(
+                    "noise_augmentation",
+                    default=0.02,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Noise that is added to the picture, as a share of its range: more lets the video move "
+                    "further away from it. For Stable Video Diffusion only. Default 0.02.",
+                ),
             ],
             outputs=[
                 I2VConditioningSocket.Output("conditioning", tooltip="What the sampler is told, for this plan's size.")
@@ -64,9 +83,24 @@ class Encode(io.ComfyNode):
     @classmethod
     @checked
     def execute(
-        cls, model: I2VModel, plan: Plan, image: Tensor, prompt: str, negative_prompt: str, fps: int
+        cls,
+        model: I2VModel,
+        plan: Plan,
+        image: Tensor,
+        prompt: str,
+        negative_prompt: str,
+        fps: int,
+        motion_bucket: int = 127,
+        noise_augmentation: float = 0.02,
     ) -> io.NodeOutput:
-        wish = Prompt(image_FHWC=image, text=prompt, negative_text=negative_prompt, fps=fps)
+        wish = Prompt(
+            image_FHWC=image,
+            text=prompt,
+            negative_text=negative_prompt,
+            fps=fps,
+            motion_bucket=motion_bucket,
+            noise_augmentation=noise_augmentation,
+        )
         with host.stage(Stage.ENCODE, model, plan) as (fitting, runtime, notes):
             conditioning, report = stages.encode(model, fitting, wish, runtime)
         shown = host.concluded(report, notes)

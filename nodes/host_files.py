@@ -48,17 +48,17 @@ class OutputPath:
         return {"filename": self.path.name, "subfolder": self.subfolder, "type": "output"}
 
 
-def check_prefix(prefix: object) -> None:
-    """Raise `BadInputError` unless the prefix is a name within the output folder."""
+def check_prefix(prefix: object, what: str = "a filename_prefix") -> None:
+    """Raise `BadInputError` unless the prefix is a name within the output folder. `what` it is, for the message."""
     if not isinstance(prefix, str):
-        raise BadInputError(f"a filename_prefix of {prefix} is no text", "write for example video/i2v")
+        raise BadInputError(f"{what} of {prefix} is no text", "write for example video/i2v")
     root = Path(folder_paths.get_output_directory()).resolve()
     printable = _UNPRINTABLE.sub("", prefix)
     if printable != prefix or not prefix.strip() or Path(prefix).name in {"", ".."}:
-        raise BadInputError(f"a filename_prefix of '{printable}' is no name", "write for example video/i2v")
+        raise BadInputError(f"{what} of '{printable}' is no name", "write for example video/i2v")
     if not (root / prefix).resolve().is_relative_to(root):
         raise BadInputError(
-            f"a filename_prefix of '{prefix}' leads out of the output folder {root}",
+            f"{what} of '{prefix}' leads out of the output folder {root}",
             "use a name, with folders before it if you like, such as video/i2v",
         )
 
@@ -76,6 +76,48 @@ def new_output(prefix: str, suffix: str, width_pixels: int = 0, height_pixels: i
     with file_errors(Path(root) / dated):
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(dated, root, width_pixels, height_pixels)
     return OutputPath(path=Path(folder) / f"{name}_{counter:05}_{suffix}", subfolder=subfolder)
+
+
+def output_folder(name: str) -> Path:
+    """A folder in the host's output folder, which need not be there yet. Raises `BadInputError` for any other."""
+    check_prefix(name, "an output_folder")
+    return Path(folder_paths.get_output_directory()).resolve() / name
+
+
+def input_path(name: object, input_name: str) -> Path:
+    """A file or folder in the host's input folder, or with ` [output]` after its name in the output folder.
+
+    Raises:
+        BadInputError: it lies elsewhere, or there is none.
+    """
+    path = _inside(name) if isinstance(name, str) and not _UNPRINTABLE.search(name) else None
+    if path is None:
+        raise BadInputError(
+            f"{input_name} is '{_UNPRINTABLE.sub('', str(name))}', which is no place in ComfyUI's input folder",
+            f"put it into {folder_paths.get_input_directory()} and give its place in there",
+        )
+    if not os.path.exists(path):  # unlike pathlib's it takes a name too long for a file for one that is not there
+        raise BadInputError(f"{input_name}: there is no {path}", "check the name")
+    return path
+
+
+def check_readable(picture: Path) -> None:
+    """Raise `BadInputError` for a picture outside of the host's input and output folders."""
+    if viewable(picture) is None:
+        raise BadInputError(
+            f"the picture {picture} lies outside of ComfyUI's input folder",
+            f"put it into {folder_paths.get_input_directory()}",
+        )
+
+
+def viewable(path: Path) -> dict[str, str] | None:
+    """A file as the page asks for it at `/view`; None unless it lies in the host's output or input folder."""
+    for kind in ("output", "input"):
+        root = Path(folder_paths.get_directory_by_type(kind)).resolve()
+        if path.resolve().is_relative_to(root):
+            subfolder = path.resolve().relative_to(root).parent
+            return {"filename": path.name, "subfolder": subfolder.as_posix().strip("."), "type": kind}
+    return None
 
 
 def workflow_metadata(hidden: Any) -> dict[str, str]:

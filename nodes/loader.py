@@ -18,7 +18,15 @@ class Loader(io.ComfyNode):
             category=CATEGORY,
             description="Loads an image-to-video model into host RAM. Nothing is put on the graphics card yet: each "
             "stage brings in what it needs and takes it out again.",
-            search_aliases=["image to video", "i2v", "I2VGen-XL", "load video model", "low vram"],
+            search_aliases=[
+                "image to video",
+                "i2v",
+                "I2VGen-XL",
+                "SVD",
+                "stable video diffusion",
+                "load video model",
+                "low vram",
+            ],
             inputs=[
                 io.Combo.Input(
                     "model",

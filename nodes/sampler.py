@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..i2v_core import stages
 from ..i2v_core.families import Conditioning, I2VModel
+from ..i2v_core.families.facts import AUTO_SCHEDULER
 from ..i2v_core.planning.plan import Plan, Stage
 from ..i2v_core.sampling.checkpoint import Checkpointing, CheckpointWhen
 from ..i2v_core.sampling.schedulers import SCHEDULERS
@@ -39,8 +40,10 @@ class ChunkedSampler(io.ComfyNode):
                     default=9.0,
                     min=1.0,
                     max=100.0,
-                    step=0.1,
-                    tooltip="Strength of guidance towards the prompt, without unit; 1 turns it off. Default 9.",
+                    step=0.05,
+                    tooltip="Strength of guidance towards the prompt, without unit; 1 turns it off. I2VGen-XL: about "
+                    "9. Stable Video Diffusion: about 3, towards the picture, rising from 1 in the first frame. "
+                    "Default 9.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -54,8 +57,9 @@ class ChunkedSampler(io.ComfyNode):
                 io.Combo.Input(
                     "scheduler",
                     options=list(SCHEDULERS),
-                    default="ddim",
-                    tooltip="How a step is taken. Default ddim.",
+                    default=AUTO_SCHEDULER,
+                    tooltip="How a step is taken. auto is the model's own: ddim for I2VGen-XL, euler for Stable Video "
+                    "Diffusion, which takes no other. Default auto.",
                 ),
                 io.Combo.Input(
                     "checkpoint",

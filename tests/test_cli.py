@@ -162,3 +162,29 @@ def test_it_runs_as_a_module() -> None:
     finished = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
     assert finished.returncode == 2
     assert "Remedy" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "frames", "resident_gib", "streamed_gib", "decode_gib"), [(1024, 576, 25, 4.6, 2.2, 1.4)]
+)
+def test_stable_video_diffusion_stays_within_its_bounds(
+    capsys: Captured,
+    width: int,
+    height: int,
+    frames: int,
+    resident_gib: float,
+    streamed_gib: float,
+    decode_gib: float,
+) -> None:
+    code, rows = run_json(capsys, "memory-table", "--model", "svd")
+    assert code == 0
+    row = next(it for it in rows if (it["width"], it["height"], it["frames"]) == (width, height, frames))
+    assert row["stock_bytes"] > 10 * GIB
+    assert row["resident_bytes"] <= resident_gib * GIB
+    assert row["streamed_bytes"] <= streamed_gib * GIB
+    assert row["decode_bytes"] <= decode_gib * GIB
+    size = ("--width", str(width), "--height", str(height), "--frames", str(frames))
+    code, answer = run_json(capsys, "plan", "--model", "svd", *size, "--vram", "2GiB")
+    assert code == 0
+    assert answer["plan"]["model"] == "svd"
+    assert answer["plan"]["decode_chunk_size"] == frames

@@ -1,4 +1,4 @@
-"""Every way to save memory, alone and all together, against the model's own forward: 20 steps of DDIM with guidance."""
+"""Every way to save memory, alone and all together, against the model's own forward: 20 steps with guidance."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from i2v_core.placement.precision import PRECISIONS
 from i2v_core.placement.storage import WeightStorage
 from i2v_core.planning.plan import Plan, SampleSettings
 from i2v_core.planning.planner import make_plan
+from i2v_core.planning.predict import predict_sample
 from i2v_core.planning.request import Budget, Request
 from i2v_core.sampling.loop import Guidance, SampleLoop
 from i2v_core.sampling.noise import initial_noise
@@ -29,7 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 CPU = torch.device("cpu")
 SIZE = VideoSize(width_pixels=64, height_pixels=64, frames=3)
-SETTINGS = stages.SamplerSettings(steps=20, cfg=9.0, seed=3, scheduler="ddim")
+STEPS, SEED = 20, 3
 PROMPT = Prompt(
     image_FHWC=torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0)),
     text="a red circle",
@@ -38,9 +39,6 @@ PROMPT = Prompt(
 )
 # Of this little, the larger layers of the small model take several chunks.
 WORKSPACE_BYTES = 50_000
-LAYERS = 44
-"""Layer calls of one pass of the small model's denoiser."""
-
 WAYS = {
     "chunked": SampleSettings(compute_dtype=torch.float32, batched_guidance=True, workspace_bytes=WORKSPACE_BYTES),
     "sequential": SampleSettings(compute_dtype=torch.float32, batched_guidance=False),
@@ -59,13 +57,21 @@ TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
 APPROXIMATE = [(WeightStorage.INT8, 1e-3, 2e-2), (WeightStorage.FP8, 5e-3, 5e-2)]
 
 
+def settings_for(model: I2VModel) -> stages.SamplerSettings:
+    return stages.SamplerSettings(steps=STEPS, cfg=family_of(model.architecture).facts.default_cfg, seed=SEED)
+
+
+def denoiser_of(model: I2VModel) -> str:
+    return family_of(model.architecture).denoisers(model.architecture)[0].component
+
+
 @pytest.fixture(scope="module")
-def model(tiny_folder: Path) -> I2VModel:
+def model(family_folder: Path) -> I2VModel:
     """Every parameter matters: diffusers starts some at zero, which would hide mistakes."""
-    model = load_model(tiny_folder)
+    model = load_model(family_folder)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.modules["unet"].parameters():
+        for parameter in model.modules[denoiser_of(model)].parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.mul_(0.5).add_(noise, alpha=0.5 / max(1, parameter[0].numel()) ** 0.5)
     return model
@@ -85,27 +91,27 @@ def conditioning(model: I2VModel, plan: Plan) -> Conditioning:
 @pytest.fixture(scope="module")
 def plain(model: I2VModel, conditioning: Conditioning) -> Callable[[str], Tensor]:
     """The latents (F, C, H, W) of the model's own forward, both guidance branches in one pass, by precision."""
-    family, unet = family_of(model.architecture), model.modules["unet"]
+    family, unet = family_of(model.architecture), model.modules[denoiser_of(model)]
     assert conditioning.negative is not None
     negative = conditioning.negative
 
     @lru_cache
     def latents(precision: str) -> Tensor:
         dtype = PRECISIONS[precision]
-        scheduler = make_scheduler(SETTINGS.scheduler, model.architecture.config("scheduler"))
-        scheduler.set_timesteps(SETTINGS.steps)
-        noise = initial_noise(family.facts.latent_size(SIZE), SETTINGS.seed) * scheduler.init_noise_sigma
+        scheduler = make_scheduler(family.facts.scheduler("auto"), model.architecture.config("scheduler"))
+        scheduler.set_timesteps(STEPS)
+        noise = initial_noise(family.facts.latent_size(SIZE), SEED) * scheduler.init_noise_sigma
         with torch.no_grad(), placed(unet, CPU, dtype):
             guidance = Guidance(
                 lambda latents, timestep, inputs: family.denoise(unet, latents, timestep, inputs),
                 {name: tensor.to(dtype) for name, tensor in conditioning.positive.items()},
                 {name: tensor.to(dtype) for name, tensor in negative.items()},
-                SETTINGS.cfg,
+                family.guidance_scale(settings_for(model).cfg, SIZE.frames),
                 batched=True,
             )
             loop = SampleLoop(scheduler, noise, lambda *_: None)
             final = loop.run(lambda at, time: guidance(at, time, dtype))
-        return family.latents_to_host(model.architecture, final).float()
+        return family.latents_to_host(model.architecture, final, conditioning.positive).float()
 
     return latents
 
@@ -132,13 +138,14 @@ def test_equals_the_models_own_forward(
         pieces += 1
 
     runtime = stages.Runtime(device=CPU, check_cancelled=count)
-    result, _ = stages.sample(model, replace(plan, sample=settings), conditioning, SETTINGS, runtime)
+    result, _ = stages.sample(model, replace(plan, sample=settings), conditioning, settings_for(model), runtime)
     assert relative_rms(result, plain(precision)) <= TOLERANCES[precision]
     if precision != "fp32":
         assert relative_rms(result, plain("fp32")) <= 1.1 * relative_rms(plain(precision), plain("fp32"))
     if settings.workspace_bytes is not None:
-        passes = SETTINGS.steps if settings.batched_guidance else 2 * SETTINGS.steps
-        assert pieces > 1.2 * LAYERS * passes, "the workspace should cut layers up"
+        passes = STEPS if settings.batched_guidance else 2 * STEPS
+        layers = predict_sample(plan.request, settings).layers
+        assert pieces > 1.2 * layers * passes, "the workspace should cut layers up"
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -156,5 +163,7 @@ def test_weights_in_8_bits_come_close_to_the_models_own_forward(
     streamed: bool,
 ) -> None:
     settings = replace(WAYS["chunked"], compute_dtype=PRECISIONS[precision], weight_storage=storage, streamed=streamed)
-    result, _ = stages.sample(model, replace(plan, sample=settings), conditioning, SETTINGS, stages.Runtime(device=CPU))
+    result, _ = stages.sample(
+        model, replace(plan, sample=settings), conditioning, settings_for(model), stages.Runtime(device=CPU)
+    )
     assert least <= relative_rms(result, plain("fp32")) <= most

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from i2v_core import stages
 from i2v_core.errors import RanOutError
-from i2v_core.families import Conditioning, I2VModel, Prompt, VideoSize, load_model
+from i2v_core.families import FAMILIES, Conditioning, I2VModel, Prompt, VideoSize, load_model
 from i2v_core.memory.device import device_facts
 from i2v_core.planning.plan import Plan
 from i2v_core.planning.planner import make_plan
 from i2v_core.planning.request import Budget, Request
 from i2v_core.sampling import checkpoint
 from i2v_core.sampling.checkpoint import Checkpointing, CheckpointWhen
-from i2v_core.sampling.schedulers import SCHEDULERS
 from i2v_core.units import GIB
 
 CPU = torch.device("cpu")
@@ -38,6 +37,9 @@ PROMPT = Prompt(
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+SCHEDULERS = [choice.name for choice in FAMILIES["i2vgen-xl"].facts.schedulers]
 
 
 class StopError(Exception):

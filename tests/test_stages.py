@@ -11,18 +11,20 @@ import torch
 from i2v_core import stages
 from i2v_core.decoding import FramePieces
 from i2v_core.errors import BadInputError, PlanMismatchError
-from i2v_core.families import Architecture, Conditioning, I2VModel, Prompt, VideoSize, load_model
+from i2v_core.families import FAMILIES, Architecture, Conditioning, I2VModel, Prompt, VideoSize, load_model
 from i2v_core.memory.device import device_facts
 from i2v_core.planning.plan import Plan
 from i2v_core.planning.planner import make_plan
 from i2v_core.planning.request import Budget, Request
-from i2v_core.sampling.schedulers import SCHEDULERS
 from i2v_core.units import GIB
 
 DEVICE = torch.device("cpu")
 RUNTIME = stages.Runtime(device=DEVICE)
 SETTINGS = stages.SamplerSettings(steps=3, cfg=5.0, seed=4)
 PROMPT = Prompt(image_FHWC=torch.rand(2, 70, 90, 3), text="a red circle", negative_text="blue", fps=8)
+
+
+SCHEDULERS = [choice.name for choice in FAMILIES["i2vgen-xl"].facts.schedulers]
 
 
 class StopError(Exception):

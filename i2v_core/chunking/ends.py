@@ -99,7 +99,7 @@ def conv_in(
         pixels=sample.shape[-2] * sample.shape[-1],
         itemsize=sample.element_size(),
     )
-    with execution.layer("conv_in", unet.conv_in, total=len(sample), unit_bytes=unit_bytes) as call:
+    with execution.layer("conv_in", unet.conv_in, unit="frame", total=len(sample), unit_bytes=unit_bytes) as call:
         return execution.over_frames(
             call,
             lambda frames: unet.conv_in(torch.cat([sample[frames], features[frames]], dim=1)),
@@ -114,7 +114,7 @@ def _image_features(unet: Any, execution: Execution, latents: torch.Tensor) -> t
         channels=latents.shape[1], pixels=latents.shape[-2] * latents.shape[-1], itemsize=latents.element_size()
     )
     project = unet.image_latents_proj_in
-    with execution.layer("image_latents", project, total=len(latents), unit_bytes=unit_bytes) as call:
+    with execution.layer("image_latents", project, unit="frame", total=len(latents), unit_bytes=unit_bytes) as call:
         features = execution.over_frames(
             call, lambda frames: project(latents[frames]), latents, tuple(latents.shape[1:])
         )
@@ -122,7 +122,7 @@ def _image_features(unet: Any, execution: Execution, latents: torch.Tensor) -> t
 
 
 def out(unet: Any, execution: Execution, hidden: torch.Tensor) -> torch.Tensor:
-    """The prediction (B, C, F, H, W)."""
+    """The prediction (B, F, C, H, W)."""
     unit_bytes = workspace.out(
         width=hidden.shape[1],
         out=unet.conv_out.out_channels,
@@ -130,14 +130,14 @@ def out(unet: Any, execution: Execution, hidden: torch.Tensor) -> torch.Tensor:
         itemsize=hidden.element_size(),
     )
     modules = (unet.conv_norm_out, unet.conv_act, unet.conv_out)
-    with execution.layer("out", *modules, total=len(hidden), unit_bytes=unit_bytes) as call:
+    with execution.layer("out", *modules, unit="frame", total=len(hidden), unit_bytes=unit_bytes) as call:
         prediction = execution.over_frames(
             call,
             lambda frames: unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden[frames]))),
             hidden,
             (unet.conv_out.out_channels, *hidden.shape[2:]),
         )
-    return prediction.view(-1, execution.num_frames, *prediction.shape[1:]).transpose(1, 2)
+    return prediction.view(-1, execution.num_frames, *prediction.shape[1:])
 
 
 def _by_frame(video_BCFHW: torch.Tensor) -> torch.Tensor:

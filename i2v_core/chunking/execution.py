@@ -5,53 +5,43 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
 
 from .settings import ChunkSettings
 
-LayerKind = Literal[
-    "embeddings",
-    "image_latents",
-    "image_temporal",
-    "conv_in",
-    "resnet",
-    "temporal_conv",
-    "transformer",
-    "temporal_transformer",
-    "downsample",
-    "out",
-    "band",
-]
+LayerKind: TypeAlias = str
+"""A name for reports."""
+
+Unit = Literal["frame", "pixel", "row", "part"]
+"""What a layer is cut into: frames (batch × frames); pixels of its resolution, over all frames; rows; or others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCall:
     """One call of one layer.
 
-    `modules` hold all the weights that the call needs. `total` and `chunk_size` count frames (batch × frames) in
-    per-frame layers, pixels of the layer's resolution in temporal layers, rows in bands. `workspace_bytes` is the
+    `modules` hold all the weights that the call needs. `total` and `chunk_size` count `unit`s. `workspace_bytes` is the
     estimate of what one chunk takes beside the layer's input and output; `whole` says that the layer's own forward
-    runs, in one call.
+    runs, in one call. `result_apart` says that the workspace of a layer in chunks never counts the result, nor a
+    scratch tensor beside it, even if there is one chunk only.
     """
 
     kind: LayerKind
+    unit: Unit
     modules: tuple[nn.Module, ...]
     total: int
     chunk_size: int
     whole: bool
     workspace_bytes: int
+    result_apart: bool = False
 
     @property
     def workspace_holds_result(self) -> bool:
-        """Whether `workspace_bytes` counts the result too: that of a layer that runs in one go.
-
-        A temporal convolution in chunks has its scratch tensor beside its workspace even if there is one chunk only;
-        bands go to a map that was there before them.
-        """
-        return self.whole or (self.chunk_size == self.total and self.kind not in ("temporal_conv", "band"))
+        """Whether `workspace_bytes` counts the result too: that of a layer that runs in one go."""
+        return self.whole or (self.chunk_size == self.total and not self.result_apart)
 
 
 class LayerRunner:
@@ -109,30 +99,35 @@ class Execution:
         self,
         kind: LayerKind,
         *modules: nn.Module,
+        unit: Unit = "part",
         total: int,
         unit_bytes: int,
         whole_bytes: int | None = None,
         beforehand_bytes: int = 0,
         smallest: int = 1,
         largest: int | None = None,
+        result_apart: bool = False,
     ) -> Generator[LayerCall]:
         """Chooses the chunk of a layer call, and runs the body inside the runner's context, announced by `on_chunk`.
 
-        `unit_bytes` is the workspace of one frame or pixel, `whole_bytes` that of the layer's own forward over all
-        (as many units as there are, if left out), `beforehand_bytes` what a layer in chunks takes before the first,
-        `largest` a limit on a chunk that holds whatever memory there is.
+        `unit_bytes` is the workspace of one unit, `whole_bytes` that of the layer's own forward over all (None: it is
+        never run), `beforehand_bytes` what a layer in chunks takes before the first, `largest` a limit on a chunk that
+        holds whatever memory there is.
         """
-        whole_bytes = unit_bytes * total if whole_bytes is None else whole_bytes
         largest = total if largest is None else min(largest, total)
-        whole = whole_bytes <= self.settings.workspace_bytes and largest == total
+        whole = whole_bytes is not None and whole_bytes <= self.settings.workspace_bytes and largest == total
         size = total if whole else self.chunk_size(total, unit_bytes, smallest=smallest, largest=largest)
         call = LayerCall(
             kind=kind,
+            unit=unit,
             modules=modules,
             total=total,
             chunk_size=size,
             whole=whole,
-            workspace_bytes=whole_bytes if whole else max(size * unit_bytes, beforehand_bytes),
+            workspace_bytes=whole_bytes
+            if whole and whole_bytes is not None
+            else max(size * unit_bytes, beforehand_bytes),
+            result_apart=result_apart,
         )
         with self.enter(call):
             yield call

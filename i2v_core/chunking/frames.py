@@ -56,21 +56,27 @@ def resnet(
         itemsize=hidden.element_size(),
     )
     modules = (block,) if upsampler is None else (upsampler, block)
-    with execution.layer("resnet", *modules, total=len(hidden), unit_bytes=unit_bytes) as call:
+    with execution.layer("resnet", *modules, unit="frame", total=len(hidden), unit_bytes=unit_bytes) as call:
         return execution.over_frames(call, run, hidden, result_shape[1:], target)
 
 
 def downsample(execution: Execution, downsampler: Any, hidden: torch.Tensor) -> torch.Tensor:
     """A `Downsample2D`."""
     height, width = hidden.shape[-2:]
-    shape = (downsampler.out_channels, -(-height // 2), -(-width // 2))
-    unit_bytes = workspace.downsample(
-        width=downsampler.out_channels,
-        pixels_out=shape[1] * shape[2],
-        itemsize=hidden.element_size(),
+    return convolve(execution, "downsample", downsampler, hidden, (-(-height // 2), -(-width // 2)))
+
+
+def convolve(
+    execution: Execution, kind: str, layer: Any, hidden: torch.Tensor, size: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """A convolution, to another height and width where they are given."""
+    height, width = size or (hidden.shape[-2], hidden.shape[-1])
+    shape = (layer.out_channels, height, width)
+    unit_bytes = workspace.convolution(
+        width=layer.out_channels, pixels_out=height * width, itemsize=hidden.element_size()
     )
-    with execution.layer("downsample", downsampler, total=len(hidden), unit_bytes=unit_bytes) as call:
-        return execution.over_frames(call, lambda frames: downsampler(hidden[frames]), hidden, shape)
+    with execution.layer(kind, layer, unit="frame", total=len(hidden), unit_bytes=unit_bytes) as call:
+        return execution.over_frames(call, lambda frames: layer(hidden[frames]), hidden, shape)
 
 
 def transformer(
@@ -91,6 +97,7 @@ def transformer(
     with execution.layer(
         "transformer",
         model,
+        unit="frame",
         total=len(hidden),
         unit_bytes=workspace.transformer(**sizes),
         whole_bytes=workspace.plain_transformer(**sizes) * len(hidden),

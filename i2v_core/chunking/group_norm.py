@@ -22,16 +22,27 @@ class GroupMoments:
     """
 
     def __init__(self, batch: int, groups: int, device: torch.device) -> None:
-        self.mean = self.variance = torch.zeros(batch, groups, device=device)
-        self._seen = 0
+        self.mean = torch.zeros(batch, groups, device=device)
+        self.variance = torch.zeros_like(self.mean)
+        self._seen = [0] * batch
 
-    def add(self, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
-        """Merges the moments (B, G) of a further piece of `count` values a group."""
-        self._seen += count
-        share = count / self._seen
-        apart = mean - self.mean
-        self.mean = self.mean + share * apart
-        self.variance = self.variance.lerp(variance, share) + share * (1 - share) * apart.square()
+    def add(self, mean: torch.Tensor, variance: torch.Tensor, count: int, of: slice = slice(None)) -> None:
+        """Merges the moments (b, G) of a further piece of `count` values a group; `of`: of these of the batch, which
+        have seen as much as one another.
+        """
+        seen = self._seen[of][0] + count
+        self._seen[of] = [seen] * len(mean)
+        share = count / seen
+        apart = mean - self.mean[of]
+        self.mean[of] += share * apart
+        self.variance[of] = self.variance[of].lerp(variance, share) + share * (1 - share) * apart.square()
+
+    def pooled(self) -> GroupMoments:
+        """The moments (1, G) of the whole batch, whose members have seen as much as one another."""
+        pooled = GroupMoments(1, self.mean.shape[1], self.mean.device)
+        between, mean = torch.var_mean(self.mean, dim=0, correction=0, keepdim=True)
+        pooled.add(mean, self.variance.mean(dim=0, keepdim=True) + between, sum(self._seen))
+        return pooled
 
     def scale_and_shift(self, norm: nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
         """What `norm` makes of values with these moments: `values × scale + shift`, both (B, C) in fp32."""

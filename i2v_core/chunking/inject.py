@@ -13,8 +13,21 @@ from .settings import ChunkSettings
 from .unet3d import ChunkedForward
 
 
-def _nothing() -> None:
-    pass
+def nothing() -> None:
+    """An `on_chunk` that does nothing."""
+
+
+@contextmanager
+def forward_replaced(denoiser: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
+    """Inside, `denoiser(...)` runs `forward`; afterwards it is as before."""
+    before = denoiser.__dict__.get("forward")
+    denoiser.forward = forward
+    try:
+        yield
+    finally:
+        del denoiser.forward
+        if before is not None:
+            denoiser.forward = before
 
 
 @contextmanager
@@ -22,7 +35,7 @@ def chunked(
     unet: nn.Module,
     settings: ChunkSettings,
     *,
-    on_chunk: Callable[[], None] = _nothing,
+    on_chunk: Callable[[], None] = nothing,
     runner: LayerRunner | None = None,
 ) -> Generator[None]:
     """Inside, `unet(...)` runs in chunks, with the plain forward's result up to rounding; afterwards it is as before.
@@ -38,14 +51,8 @@ def chunked(
         ValueError: it is in training mode, or uses FreeU, which needs whole concatenations.
     """
     _check(unet)
-    before = unet.__dict__.get("forward")
-    unet.forward = ChunkedForward(unet, settings, on_chunk, runner or LayerRunner())
-    try:
+    with forward_replaced(unet, ChunkedForward(unet, settings, on_chunk, runner or LayerRunner())):
         yield
-    finally:
-        del unet.forward
-        if before is not None:
-            unet.forward = before
 
 
 def _check(unet: nn.Module) -> None:

@@ -24,18 +24,20 @@ LARGEST_ATTENTION_BATCH = 65_535
 def temporal_conv(execution: Execution, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
     """A `TemporalConvLayer`, in place: its stages go from `hidden` to one scratch tensor, within it, and back."""
     hidden = hidden.contiguous()
-    pixels_BFCP = _by_pixel(execution, hidden)
+    pixels_BFCP = by_pixel(execution, hidden)
     frames, channels = len(hidden), hidden.shape[1]
     sizes = {"channels": channels, "frames": frames, "itemsize": hidden.element_size()}
     total = pixels_BFCP.shape[-1]
     with execution.layer(
         "temporal_conv",
         layer,
+        unit="pixel",
         total=total,
         unit_bytes=workspace.temporal_conv(**sizes),
         whole_bytes=workspace.plain_temporal_conv(**sizes) * total,
         beforehand_bytes=statistics_bytes(execution, pixels_BFCP),
         smallest=hidden.shape[-1],
+        result_apart=True,  # beside its workspace it has a scratch tensor
     ) as call:
         if execution.runner.outlines:
             scratch = torch.empty_like(hidden)  # lives until the layer is left
@@ -56,11 +58,16 @@ def temporal_conv(execution: Execution, layer: Any, hidden: torch.Tensor) -> tor
 
 def _convolve(stage: Any, affine: ChannelAffine, strip_BFCP: torch.Tensor) -> torch.Tensor:
     """One stage (group norm, SiLU, convolution along time; dropout is idle) on a strip."""
+    return convolve_normalised(stage[-1], affine, strip_BFCP)
+
+
+def convolve_normalised(conv: Any, affine: ChannelAffine, strip_BFCP: torch.Tensor) -> torch.Tensor:
+    """Group norm, SiLU and a convolution along time, of a strip: (B, F, C, P) again."""
     batch, frames, channels, pixels = strip_BFCP.shape
     normed_BCFP = strip_BFCP.new_empty(batch, channels, frames, pixels)
     affine.apply(strip_BFCP, out=normed_BCFP.transpose(1, 2))
     functional.silu(normed_BCFP, inplace=True)
-    convolved_BCFP1: torch.Tensor = stage[-1](normed_BCFP.unsqueeze(-1))
+    convolved_BCFP1: torch.Tensor = conv(normed_BCFP.unsqueeze(-1))
     return convolved_BCFP1.squeeze(-1).transpose(1, 2)
 
 
@@ -69,7 +76,7 @@ def temporal_transformer(
 ) -> torch.Tensor:
     """A `TransformerTemporalModel`, in place."""
     hidden = hidden.contiguous()
-    pixels_BFCP = _by_pixel(execution, hidden)
+    pixels_BFCP = by_pixel(execution, hidden)
     batch, _, channels, total = pixels_BFCP.shape
     sizes = {
         "width": model.proj_in.out_features,
@@ -80,6 +87,7 @@ def temporal_transformer(
     with execution.layer(
         "temporal_transformer",
         model,
+        unit="pixel",
         total=total,
         unit_bytes=workspace.temporal_transformer(**sizes),
         whole_bytes=workspace.plain_temporal_transformer(**sizes) * total,
@@ -120,12 +128,13 @@ def _transform(
 
 def image_temporal(execution: Execution, encoder: Any, features: torch.Tensor) -> torch.Tensor:
     """The temporal encoder of the image latents' features (B × F, C, H, W), in place."""
-    pixels_BFCP = _by_pixel(execution, features)
+    pixels_BFCP = by_pixel(execution, features)
     batch, frames, channels, total = pixels_BFCP.shape
     unit_bytes = workspace.image_temporal(channels=channels, frames=len(features), itemsize=features.element_size())
     with execution.layer(
         "image_temporal",
         encoder,
+        unit="pixel",
         total=total,
         unit_bytes=unit_bytes,
         smallest=features.shape[-1],
@@ -142,6 +151,6 @@ def image_temporal(execution: Execution, encoder: Any, features: torch.Tensor) -
     return features
 
 
-def _by_pixel(execution: Execution, hidden: torch.Tensor) -> torch.Tensor:
+def by_pixel(execution: Execution, hidden: torch.Tensor) -> torch.Tensor:
     """A view (B, F, C, P) of contiguous frames (B × F, C, H, W)."""
     return hidden.view(-1, execution.num_frames, hidden.shape[1], hidden.shape[2] * hidden.shape[3])

@@ -41,8 +41,8 @@ def resnet(
     return max(2 * upsampled, joining, copied + inside) * pixels * itemsize
 
 
-def downsample(*, width: int, pixels_out: int, itemsize: int) -> int:
-    """Bytes a frame of a strided convolution: its output."""
+def convolution(*, width: int, pixels_out: int, itemsize: int) -> int:
+    """Bytes a frame of a convolution, strided or not: its output."""
     return width * pixels_out * itemsize
 
 
@@ -54,6 +54,31 @@ def transformer(*, width: int, pixels: int, context_tokens: int, context_width: 
     self_attention = ATTENTION_FACTOR * pixels
     cross_attention = 5 * pixels + 2 * context_tokens
     return (width * max(self_attention, cross_attention) + context_tokens * context_width) * itemsize
+
+
+def transformer_in_place(
+    *, width: int, channels: int, pixels: int, context_tokens: int, context_width: int, itemsize: int
+) -> int:
+    """Bytes a frame of a spatial block whose tokens lie outside: attention without them, or what they are made of.
+
+    That is the norm of `channels`, its copy as tokens, and the projection.
+    """
+    self_attention = (ATTENTION_FACTOR - 1) * width * pixels
+    cross_attention = width * (4 * pixels + 2 * context_tokens) + context_tokens * context_width
+    making = (2 * channels + width) * pixels if channels else 0
+    return max(self_attention, cross_attention, making) * itemsize
+
+
+def temporal_block(
+    *, width: int, frames: int, batch: int, context_tokens: int, context_width: int, itemsize: int
+) -> int:
+    """Bytes a pixel, over all frames of the batch, of a temporal block: self-attention, or cross-attention.
+
+    That holds the tokens, their norm, the query, the attention's output and the output projection; and for each pixel
+    the context, keys and values.
+    """
+    context = batch * context_tokens * (2 * width + context_width)
+    return max(ATTENTION_FACTOR * width * frames, 5 * width * frames + context) * itemsize
 
 
 def plain_transformer(*, width: int, pixels: int, context_tokens: int, context_width: int, itemsize: int) -> int:
@@ -109,6 +134,11 @@ def embeddings(
     convolving = conv_width * max(2 * pixels, pixels + pooled, pooled + 2 * pooled // 4)
     joining = (text_tokens + 2 * image_tokens) * context_width
     return (frames * width + batch * max(convolving, joining)) * itemsize
+
+
+def repeated_embedding(*, batch: int, frames: int, width: int, itemsize: int) -> int:
+    """Bytes of an embedding, and of its copy for every frame."""
+    return (batch + frames) * width * itemsize
 
 
 def image_latents(*, channels: int, pixels: int, itemsize: int) -> int:

@@ -1,6 +1,7 @@
-"""Exact execution of an image autoencoder in bands of rows: the plain result, in a fraction of its memory."""
+"""Exact execution of an autoencoder in bands of rows: the plain result, in a fraction of its memory."""
 
 from .kl import decode_into, encode_mode, runs_in_bands
 from .pieces import ONE_WHOLE_FRAME, FramePieces
+from .temporal import decode_clip_into
 
-__all__ = ["ONE_WHOLE_FRAME", "FramePieces", "decode_into", "encode_mode", "runs_in_bands"]
+__all__ = ["ONE_WHOLE_FRAME", "FramePieces", "decode_clip_into", "decode_into", "encode_mode", "runs_in_bands"]

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..chunking.execution import Execution, LayerCall
+from ..chunking.spatio_temporal import temporal_share
 from . import workspace
 from .feature_map import FeatureMap, FeatureMaps
 from .workspace import Workspace
@@ -24,8 +25,8 @@ from .workspace import Workspace
 # A group normalisation whose statistics are known: scale and shift (N, C, 1, 1) in fp32.
 Affine = tuple[torch.Tensor, torch.Tensor]
 
-# Thinner bands would read and normalise many rows twice.
-_FEWEST_ROWS = 8
+# Of one frame and of several: thinner bands would read and normalise many rows twice.
+_FEWEST_ROWS, _FEWEST_ROWS_OF_MANY = 8, 2
 
 
 class Bands:
@@ -75,9 +76,8 @@ class Bands:
                 target.write(rows, functional.conv2d(source.read(rows), conv.weight, conv.bias))
         return target
 
-    def upsample(self, upsampler: Any, source: FeatureMap) -> FeatureMap:
-        """An `Upsample2D`: each pixel twice in both directions, then a 3×3 convolution."""
-        conv = upsampler.conv
+    def upsample(self, conv: Any, source: FeatureMap) -> FeatureMap:
+        """Each pixel twice in both directions, then a 3×3 convolution."""
         target = self._maps.new(source.frames, conv.out_channels, 2 * source.height, 2 * source.width)
         with self._layer(workspace.doubling(source, target), conv, height=target.height) as bands:
             for rows in bands:
@@ -86,9 +86,8 @@ class Bands:
                 del band
         return target
 
-    def downsample(self, downsampler: Any, source: FeatureMap) -> FeatureMap:
-        """A `Downsample2D` that pads at the right and at the bottom: a 3×3 convolution with a stride of two."""
-        conv = downsampler.conv
+    def downsample(self, conv: Any, source: FeatureMap) -> FeatureMap:
+        """A 3×3 convolution with a stride of two, which pads at the right and at the bottom."""
         target = self._maps.new(source.frames, conv.out_channels, source.height // 2, source.width // 2)
         with self._layer(workspace.halving(source, target), conv, height=target.height) as bands:
             for rows in bands:
@@ -97,13 +96,43 @@ class Bands:
                 del band
         return target
 
-    def attention(self, layer: nn.Module, source: FeatureMap) -> FeatureMap:
-        """A diffusers `Attention` with its normalisation and residual; over the whole map, since all pixels meet."""
-        taken = workspace.attention(source)
-        with self._layer(taken, layer, height=source.height, fewest_rows=source.height) as bands:
+    def along_time(
+        self,
+        conv: Any,
+        source: FeatureMap,
+        norm: nn.GroupNorm,
+        *,
+        onto: FeatureMap | None = None,
+        mixer: Any = None,
+    ) -> FeatureMap:
+        """Normalisation over all frames and SiLU, then a convolution over three frames of each pixel.
+
+        `onto`: what the result is added to, and whose memory it takes; of the result as much as its `mixer` says.
+        """
+        target = self._maps.new(source.frames, conv.out_channels, source.height, source.width) if onto is None else onto
+        taken = workspace.along_time(source, target, added=onto is not None)
+        modules = (norm, conv) if mixer is None else (norm, conv, mixer)
+        with self._layer(taken, *modules, height=target.height) as bands:
+            affine = None if self._outlines else source.moments.pooled().scale_and_shift(norm)
+            target.overwritten()
             for rows in bands:
-                attended = layer(source.read(rows).contiguous())
-                source.overwritten().write(rows, attended)
+                band = _convolved_along_time(conv, source, rows, affine)
+                if onto is not None:
+                    band.mul_(temporal_share(mixer, band.dtype)).add_(onto.read(rows))
+                target.write(rows, band)
+                del band
+        return target
+
+    def attention(self, layer: nn.Module, source: FeatureMap) -> FeatureMap:
+        """A diffusers `Attention` with its normalisation and residual: over whole frames, since all pixels meet."""
+        execution, frame_bytes = self._execution, workspace.attention(source)
+        with execution.layer(
+            "attention", layer, unit="frame", total=source.frames, unit_bytes=frame_bytes, result_apart=True
+        ) as call:
+            result, rows = source.overwritten(), slice(0, source.height)
+            for frames in () if self._outlines else execution.chunks(call):
+                attended = layer(source.read(rows, frames).contiguous())
+                result.write(rows, attended, frames)
                 del attended
         return source
 
@@ -117,6 +146,15 @@ class Bands:
                 target_NHWC[:, rows] = band.permute(0, 2, 3, 1)
                 del band
 
+    def result_along_time(self, conv: Any, source: FeatureMap, target_NHWC: torch.Tensor) -> None:
+        """A last convolution over three frames of each pixel, written to a tensor in host memory."""
+        taken = workspace.last_along_time(source, conv.out_channels)
+        with self._layer(taken, conv, height=source.height) as bands:
+            for rows in bands:
+                band = _convolved_along_time(conv, source, rows, None)
+                target_NHWC[:, rows] = band.permute(0, 2, 3, 1)
+                del band
+
     def _affine(self, source: FeatureMap, norm: nn.GroupNorm) -> Affine | None:
         """What `norm` does to the values of a map."""
         if self._outlines:
@@ -125,22 +163,42 @@ class Bands:
         return scale[:, :, None, None], shift[:, :, None, None]
 
     @contextmanager
-    def _layer(
-        self, taken: Workspace, *modules: nn.Module, height: int, fewest_rows: int = _FEWEST_ROWS
-    ) -> Generator[Iterator[slice]]:
+    def _layer(self, taken: Workspace, *modules: nn.Module, height: int) -> Generator[Iterator[slice]]:
         """The bands of one layer call, of as many rows as its workspace allows, evened out."""
-        fitting = max(1, fewest_rows, taken.rows_within(self._execution.settings.workspace_bytes))
+        fewest_rows = _FEWEST_ROWS if self._execution.num_frames == 1 else _FEWEST_ROWS_OF_MANY
+        fitting = max(fewest_rows, taken.rows_within(self._execution.settings.workspace_bytes))
         rows = -(-height // -(-height // min(fitting, height)))
         call = LayerCall(
             kind="band",
+            unit="row",
             modules=modules,
             total=height,
             chunk_size=rows,
             whole=False,
             workspace_bytes=taken.of(rows),
+            result_apart=True,  # it goes to a map that was there before
         )
         with self._execution.enter(call):
             yield iter(()) if self._outlines else self._execution.chunks(call)
+
+
+def _convolved_along_time(conv: Any, source: FeatureMap, rows: slice, affine: Affine | None) -> torch.Tensor:
+    """A convolution over three frames of a band: (N, C, r, W); the band is normalised before, with SiLU."""
+    clip_1CNrW = _clip(source, rows, affine)
+    return functional.conv3d(clip_1CNrW, conv.weight, conv.bias, padding=(1, 0, 0))[0].transpose(0, 1)
+
+
+def _clip(source: FeatureMap, rows: slice, affine: Affine | None) -> torch.Tensor:
+    """A band (1, C, N, r, W) as one clip, normalised."""
+    band_NCrW = source.read(rows)
+    clip_CNrW = band_NCrW.new_empty(band_NCrW.transpose(0, 1).shape)
+    if affine is None:
+        clip_CNrW.copy_(band_NCrW.transpose(0, 1))
+    else:
+        scale_1C11, shift_1C11 = (it[:, :, None, None] for it in affine)
+        torch.addcmul(shift_1C11, band_NCrW, scale_1C11, out=clip_CNrW.transpose(0, 1))
+        functional.silu(clip_CNrW, inplace=True)
+    return clip_CNrW[None]
 
 
 def _around(source: FeatureMap, rows: slice, affine: Affine | None) -> torch.Tensor:

@@ -16,6 +16,9 @@ from .bands import Bands
 from .feature_map import FeatureMap, FeatureMaps
 from .pieces import FramePieces
 
+# Of the normalisations in models whose config does not say.
+_GROUPS = 32
+
 
 def runs_in_bands(config: Mapping[str, Any]) -> bool:
     """Whether an AutoencoderKL of this config is made of the layers that are known here."""
@@ -34,7 +37,7 @@ def decode_into(
 ) -> None:
     """What `vae.decode` makes of latents on the device, written band by band to `frames_NHW3` in host memory."""
     decoder = vae.decoder
-    bands = _bands(vae, samples_NChw, pieces, runner, on_chunk)
+    bands = bands_of(vae, samples_NChw, pieces, runner, on_chunk)
     hidden = FeatureMap.over(samples_NChw)
     if vae.post_quant_conv is not None:
         hidden = bands.pointwise(vae.post_quant_conv, hidden)
@@ -43,7 +46,7 @@ def decode_into(
         for resnet in block.resnets:
             hidden = bands.resnet(resnet, hidden)
         for upsampler in block.upsamplers or ():
-            hidden = bands.upsample(upsampler, hidden)
+            hidden = bands.upsample(upsampler.conv, hidden)
     bands.result(decoder.conv_out, hidden, decoder.conv_norm_out, frames_NHW3)
 
 
@@ -57,13 +60,13 @@ def encode_mode(
 ) -> torch.Tensor:
     """`vae.encode(pixels).latent_dist.mode()` (N, C, h, w) of pictures in -1…1 on the device."""
     encoder = vae.encoder
-    bands = _bands(vae, pixels_N3HW, pieces, runner, on_chunk)
+    bands = bands_of(vae, pixels_N3HW, pieces, runner, on_chunk)
     hidden = bands.convolve(encoder.conv_in, FeatureMap.over(pixels_N3HW))
     for block in encoder.down_blocks:
         for resnet in block.resnets:
             hidden = bands.resnet(resnet, hidden)
         for downsampler in block.downsamplers or ():
-            hidden = bands.downsample(downsampler, hidden)
+            hidden = bands.downsample(downsampler.conv, hidden)
     hidden = bands.convolve(encoder.conv_out, _middle(bands, encoder.mid_block, hidden), norm=encoder.conv_norm_out)
     if vae.quant_conv is not None:
         hidden = bands.pointwise(vae.quant_conv, hidden)
@@ -80,9 +83,10 @@ def _middle(bands: Bands, block: Any, hidden: FeatureMap) -> FeatureMap:
     return hidden
 
 
-def _bands(
+def bands_of(
     vae: Any, source: torch.Tensor, pieces: FramePieces, runner: LayerRunner, on_chunk: Callable[[], None]
 ) -> Bands:
+    """The layers for one pass of `source` (N, ...) through an autoencoder."""
     # What the widest layer at full resolution reads and makes for a pixel, and copies of both.
     pixel_bytes = 4 * vae.config.block_out_channels[min(1, len(vae.config.block_out_channels) - 1)] * source.itemsize
     execution = Execution(
@@ -91,5 +95,5 @@ def _bands(
         on_chunk=on_chunk,
         num_frames=len(source),
     )
-    groups = vae.config.norm_num_groups
+    groups = getattr(vae.config, "norm_num_groups", _GROUPS)
     return Bands(execution, FeatureMaps(source.device, source.dtype, pieces.maps_bytes, groups))

@@ -38,15 +38,15 @@ class Workspace:
 
 def convolution(source: FeatureMap, target: FeatureMap, *, added: bool = False) -> Workspace:
     """3×3 with a row above and below: what is fetched of a parked source and its padded copy, that and the result."""
-    read, made = _row_bytes(source), _row_bytes(target)
+    read, made = row_bytes(source), row_bytes(target)
     fetched = read if source.parked else 0
-    lines = (Line(fetched + read, 2 * (fetched + read)), Line(read + made, 2 * read), _written(target, added))
+    lines = (Line(fetched + read, 2 * (fetched + read)), Line(read + made, 2 * read), written(target, added=added))
     return Workspace(lines, _affine_bytes(source))
 
 
 def doubling(source: FeatureMap, target: FeatureMap) -> Workspace:
     """3×3 on each pixel twice in both directions: a source row is half as wide, and serves two rows of the result."""
-    read, made = _row_bytes(source), _row_bytes(target)
+    read, made = row_bytes(source), row_bytes(target)
     fetched = read if source.parked else 0
     padded = 2 * read
     return Workspace(
@@ -54,37 +54,52 @@ def doubling(source: FeatureMap, target: FeatureMap) -> Workspace:
             Line(fetched // 2 + read, 2 * (fetched + read)),
             Line(read + padded, 2 * (read + padded)),
             Line(padded + made, 2 * padded),
-            _written(target),
+            written(target),
         )
     )
 
 
 def halving(source: FeatureMap, target: FeatureMap) -> Workspace:
     """3×3 with a stride of two: two rows for each of the result and one more, and a column more."""
-    read, made = _row_bytes(source), _row_bytes(target)
+    read, made = row_bytes(source), row_bytes(target)
     column = source.frames * source.channels * source.dtype.itemsize
     fetched, padded = (read if source.parked else 0), read + column
-    return Workspace(
-        (Line(2 * (fetched + padded), fetched + padded), Line(2 * padded + made, padded), _written(target))
-    )
+    return Workspace((Line(2 * (fetched + padded), fetched + padded), Line(2 * padded + made, padded), written(target)))
 
 
 def pointwise(source: FeatureMap, target: FeatureMap) -> Workspace:
-    read, made = _row_bytes(source), _row_bytes(target)
-    return Workspace((Line((read if source.parked else 0) + made), _written(target)))
+    read, made = row_bytes(source), row_bytes(target)
+    return Workspace((Line((read if source.parked else 0) + made), written(target)))
 
 
 def last(source: FeatureMap, channels: int) -> Workspace:
     """A convolution whose result goes to host memory at once."""
-    read = _row_bytes(source)
+    read = row_bytes(source)
     made = source.frames * channels * source.width * source.dtype.itemsize
     fetched = read if source.parked else 0
     return Workspace((Line(fetched + read, 2 * (fetched + read)), Line(read + made, 2 * read)), _affine_bytes(source))
 
 
-def attention(source: FeatureMap) -> Workspace:
-    """Seven maps: the input, its norm, query, key, value, and two of: attention's output, the projection, the sum."""
-    return Workspace((Line(7 * _row_bytes(source)),))
+def along_time(source: FeatureMap, target: FeatureMap, *, added: bool = False) -> Workspace:
+    """A convolution over frames: what is fetched of a parked source and its normalised copy, that and the result."""
+    read, made = row_bytes(source), row_bytes(target)
+    fetched = read if source.parked else 0
+    lines = (Line(fetched + read), Line(read + made), written(target, added=added))
+    return Workspace(lines, _affine_bytes(source))
+
+
+def last_along_time(source: FeatureMap, channels: int) -> Workspace:
+    """The same, with a result that goes to host memory at once."""
+    read = row_bytes(source)
+    made = source.frames * channels * source.width * source.dtype.itemsize
+    return Workspace((Line((read if source.parked else 0) + read), Line(read + made)))
+
+
+def attention(source: FeatureMap) -> int:
+    """Bytes a frame. Seven maps: the input, its norm, query, key, value, and two of: attention's output, the
+    projection, the sum.
+    """
+    return 7 * row_bytes(source) * source.height // source.frames
 
 
 def _affine_bytes(source: FeatureMap) -> int:
@@ -92,12 +107,12 @@ def _affine_bytes(source: FeatureMap) -> int:
     return 8 * rounded_bytes(source.frames * source.channels * torch.float32.itemsize)
 
 
-def _written(target: FeatureMap, added: bool = False) -> Line:
+def written(target: FeatureMap, *, added: bool = False) -> Line:
     """The result, and the most of: what it is added to, fetched; its moments' fp32 copy; its copy for host memory."""
-    made = _row_bytes(target)
+    made = row_bytes(target)
     fetched = made if target.parked else 0
     return Line(made + max(fetched if added else 0, moments_bytes(target), fetched))
 
 
-def _row_bytes(feature_map: FeatureMap) -> int:
+def row_bytes(feature_map: FeatureMap) -> int:
     return feature_map.frames * feature_map.channels * feature_map.width * feature_map.dtype.itemsize

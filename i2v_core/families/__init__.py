@@ -1,27 +1,45 @@
-"""Model families: one file each. The table below is the only place that lists them."""
+"""Model families: one file each in this folder, which makes an object named `FAMILY`. No list of them is kept."""
 
 from __future__ import annotations
 
+import pkgutil
+from importlib import import_module
 from pathlib import Path
 
 from ..errors import ModelFolderError
-from .base import Conditioning, Family, Place, Placed, Prompt, TensorMap, Workload
+from .base import Conditioning, Denoiser, Family, Place, Placed, Prompt, TensorMap, Workload
 from .facts import FamilyFacts, LatentSize, VideoSize
 from .folder import read_json
-from .i2vgen_xl import I2VGenXL
 from .model import Architecture, I2VModel
 
-FAMILIES: dict[str, Family] = {family.facts.name: family for family in (I2VGenXL(),)}
+_ARCHITECTURES = Path(__file__).parent / "architectures"
+
+
+def _families() -> dict[str, Family]:
+    modules = (import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
+    made: list[Family] = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
+    return {family.facts.name: family for family in sorted(made, key=lambda it: it.facts.name)}
+
+
+FAMILIES: dict[str, Family] = _families()
 
 
 def family_of(architecture: Architecture) -> Family:
     return FAMILIES[architecture.family]
 
 
+def bundled_models() -> list[str]:
+    """Names of the published models whose architecture is bundled."""
+    return sorted(file.stem for file in _ARCHITECTURES.glob("*.json"))
+
+
 def bundled_architecture(name: str) -> Architecture:
-    """The architecture of a family's published model, which is all that planning needs: no weights."""
-    file = Path(__file__).parent / "architectures" / f"{name}.json"
-    return Architecture.from_configs(name, read_json(file))
+    """The architecture of a published model, which is all that planning needs: no weights.
+
+    A file is named after its family, or says under `family` what that is.
+    """
+    configs = read_json(_ARCHITECTURES / f"{name}.json")
+    return Architecture.from_configs(configs.pop("family", name), configs)
 
 
 def load_model(folder: Path) -> I2VModel:
@@ -58,6 +76,7 @@ __all__ = [
     "FAMILIES",
     "Architecture",
     "Conditioning",
+    "Denoiser",
     "Family",
     "FamilyFacts",
     "I2VModel",
@@ -69,6 +88,7 @@ __all__ = [
     "VideoSize",
     "Workload",
     "bundled_architecture",
+    "bundled_models",
     "family_of",
     "load_model",
     "read_architecture",

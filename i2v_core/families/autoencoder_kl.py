@@ -23,18 +23,30 @@ def wants_full_precision(config: Mapping[str, Any]) -> bool:
     return bool(config.get("force_upcast", False))
 
 
+def chunk_sizes(frames: int, of_use: int) -> list[int]:
+    """Numbers of frames to decode at once, from as many as are of use to one, halving."""
+    sizes = [max(1, min(frames, of_use))]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    return sizes
+
+
+def centred(picture_13HW: Tensor) -> Tensor:
+    """A picture in 0…1 as one in -1…1, in host memory."""
+    with host_memory():
+        return picture_13HW * 2 - 1
+
+
 def encode_mode(vae: Placed, picture_13HW: Tensor, pieces: FramePieces, on_chunk: Callable[[], None]) -> Tensor:
-    """Scaled latents (1, C, h, w), fp32, of a picture in 0…1 in host memory. The posterior's mode, not a sample: the
+    """Unscaled latents (1, C, h, w), fp32, of a picture in -1…1 in host memory. The posterior's mode, not a sample: the
     same picture always gives the same latents.
     """
-    with host_memory():
-        scaled_13HW = picture_13HW * 2 - 1
-    pixels_13HW = torch.empty_like(scaled_13HW, device=vae.device, dtype=vae.dtype).copy_(scaled_13HW)
+    pixels_13HW = torch.empty_like(picture_13HW, device=vae.device, dtype=vae.dtype).copy_(picture_13HW)
     if pieces.by_layer:
         mode_1Chw = decoding.encode_mode(vae.module, pixels_13HW, pieces, runner=vae.runner, on_chunk=on_chunk)
     else:
         mode_1Chw = vae.module.encode(pixels_13HW).latent_dist.mode()
-    return mode_1Chw.float() * vae.module.config.scaling_factor
+    return mode_1Chw.float()
 
 
 def decode(vae: Placed, samples_FChw: Tensor, pieces: FramePieces, on_chunk: Callable[[], None]) -> Iterator[Tensor]:

@@ -6,7 +6,8 @@ Shape legend: B batch (guidance branches), C latent channels, T latent frames, F
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +45,27 @@ class Place(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """What the user asks of the video. `image_FHWC` is (F, H, W, 3) in 0…1; only frame 0 is used."""
+    """What the user asks of the video. `image_FHWC` is (F, H, W, 3) in 0…1; only frame 0 is used.
+
+    Fields with a default are those that not every family has a use for (`FamilyFacts.takes`). `fps` is the frame rate
+    to imagine, `motion_bucket` how much is to move, `noise_augmentation` the deviation of noise added to the picture,
+    in -1…1.
+    """
 
     image_FHWC: Tensor
-    text: str
-    negative_text: str
-    fps: int
+    text: str = ""
+    negative_text: str = ""
+    fps: int = 16
+    motion_bucket: int = 127
+    noise_augmentation: float = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Denoiser:
+    """A component that the sampler runs: at timesteps from `from_timestep` up, and below that of the one before."""
+
+    component: str
+    from_timestep: float = -math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +88,8 @@ class Conditioning:
 class Workload:
     """One component's work within a stage. `run` makes its own inputs, so that the same code can run on meta tensors,
     where its memory is predicted without weights. `passes` is how often it runs, one after another; `depends_on_size`
-    says whether the video's size matters to it, `by_layer` whether it runs layer by layer.
+    says whether the video's size matters to it, `by_layer` whether it runs layer by layer. `read_in_place` names parts
+    that are not called: their weights are read where they lie, and are not brought to the device when others stream.
     """
 
     name: str
@@ -81,6 +98,7 @@ class Workload:
     passes: int = 1
     depends_on_size: bool = True
     by_layer: bool = False
+    read_in_place: frozenset[str] = frozenset()
 
 
 class Family(Protocol):
@@ -89,9 +107,8 @@ class Family(Protocol):
     @property
     def facts(self) -> FamilyFacts: ...
 
-    @property
-    def denoiser(self) -> str:
-        """Name of the component that the sampler runs."""
+    def denoisers(self, architecture: Architecture) -> tuple[Denoiser, ...]:
+        """What the sampler runs, in the order of the steps: one, or experts that take over from one another."""
         ...
 
     @property
@@ -115,18 +132,27 @@ class Family(Protocol):
         """The component without weights, on the current default device (meta, when predicting)."""
         ...
 
-    def full_precision_components(self, architecture: Architecture) -> frozenset[str]:
-        """Components that the model's own config wants in fp32 whatever the plan's precision."""
+    def full_precision_components(self, architecture: Architecture, *, decoding: bool) -> frozenset[str]:
+        """Components that the model's own config wants in fp32 whatever the plan's precision, in decode or before."""
         ...
 
     def encode_workloads(
         self, architecture: Architecture, size: VideoSize, guidance: bool, pieces: FramePieces
     ) -> tuple[Workload, ...]: ...
 
-    def denoise_workload(self, architecture: Architecture, size: VideoSize, branches: int) -> Workload: ...
+    def denoise_workload(self, architecture: Architecture, size: VideoSize, branches: int) -> Workload:
+        """One pass of a denoiser; of whichever, where there are several."""
+        ...
 
     def decode_workload(self, size: VideoSize, pieces: FramePieces) -> Workload:
         """One chunk of frames."""
+        ...
+
+    def decode_chunk_sizes(self, size: VideoSize, of_use: int) -> Sequence[int]:
+        """How many frames the decoder may take at once with the result of all at once: from many to few.
+
+        More than `of_use` would save no time. Where the decoder looks at all frames, that is one number, all of them.
+        """
         ...
 
     def cuts_frames(self, architecture: Architecture) -> bool:
@@ -150,6 +176,10 @@ class Family(Protocol):
         """The denoiser's prediction, (B, C, T, H, W); what it predicts is the scheduler's to know."""
         ...
 
+    def guidance_scale(self, cfg: float, latent_frames: int) -> float | Tensor:
+        """What the difference of the branches is multiplied by: one number, or one for each frame (1, 1, T, 1, 1)."""
+        ...
+
     def inputs_for_frames(self, inputs: TensorMap, frames: Tensor) -> TensorMap:
         """A branch's inputs for a denoiser that is given these latent frames of the clip alone: their indices (t,),
         rising, `facts.anchor_frames` first. What tells a frame its place in the clip must go on telling that.
@@ -164,8 +194,10 @@ class Family(Protocol):
         """
         ...
 
-    def latents_to_host(self, architecture: Architecture, latents_BCTHW: Tensor) -> Tensor:
-        """The sampler's latents as the host's LATENT: unscaled; frames on the batch axis for an image VAE."""
+    def latents_to_host(self, architecture: Architecture, latents_BCTHW: Tensor, inputs: TensorMap) -> Tensor:
+        """The sampler's latents as the host's LATENT: unscaled; frames on the batch axis for an image VAE. `inputs` are
+        those of the positive branch, on the CPU, of which some may belong into the result.
+        """
         ...
 
     def decoded_frames(self, samples: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..errors import BadInputError
 
@@ -34,12 +35,36 @@ class LatentSize:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerChoice:
+    """A scheduler that suits a family: the name that users know it by, and what diffusers calls its class.
+
+    `changes` are made to the model's own scheduler config, in which `renamed` are keys that it has under other names:
+    theirs, and the scheduler's.
+    """
+
+    name: str
+    diffusers_class: str
+    renamed: tuple[tuple[str, str], ...] = ()
+    changes: tuple[tuple[str, str | int | float | bool | None], ...] = ()
+
+
+AUTO_SCHEDULER = "auto"
+"""The user's word for the family's own scheduler."""
+
+OptionalInput = Literal["text", "negative_text", "fps", "motion_bucket", "noise_augmentation"]
+"""The fields of a `base.Prompt` that not every family has a use for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FamilyFacts:
     """Constants of one family.
 
     `size_multiple` is what width and height in pixels must be divisible by; frames must be
     `temporal_compression`·k + 1 (any number where that is 1). `anchor_frames` are the clip's first latent frames that
     the denoiser must see even where it is given a window of the others; None: it must see the whole clip.
+    `takes` are the inputs beside the picture that it has a use for. `schedulers` are those that it can be sampled with,
+    its own first. `beyond_fp16` are components whose numbers fp16 cannot hold. `table_sizes` are those that memory
+    tables show; without any, the default size.
     """
 
     name: str
@@ -53,6 +78,25 @@ class FamilyFacts:
     default_size: VideoSize
     default_fps: int
     default_cfg: float
+    takes: frozenset[OptionalInput]
+    schedulers: tuple[SchedulerChoice, ...]
+    beyond_fp16: frozenset[str] = frozenset()
+    table_sizes: tuple[VideoSize, ...] = ()
+
+    @property
+    def latent_dimensions(self) -> int:
+        """Of the host's LATENT: 4 (frames, C, h, w) for an image autoencoder, 5 (1, C, T, h, w) for a video's."""
+        return 4 if self.temporal_compression == 1 else 5
+
+    def scheduler(self, name: str) -> SchedulerChoice:
+        """The family's scheduler of this name. Raises `BadInputError` where there is none."""
+        if name == AUTO_SCHEDULER:
+            return self.schedulers[0]
+        for choice in self.schedulers:
+            if choice.name == name:
+                return choice
+        names = ", ".join((AUTO_SCHEDULER, *(choice.name for choice in self.schedulers)))
+        raise BadInputError(f"{self.display_name} has no scheduler '{name}'", f"choose one of {names}")
 
     def check(self, size: VideoSize) -> None:
         """Raise `BadInputError` unless a video of this size can be made by the family."""

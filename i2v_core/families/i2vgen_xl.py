@@ -8,7 +8,7 @@ H/W pixel size, F frames in one decode, L tokens, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from ..errors import ModelFolderError
 from ..memory.meter import host_memory
 from ..memory.parking import empty_parked
 from . import autoencoder_kl, clip
-from .base import Conditioning, Place, Placed, Prompt, TensorMap, Workload
-from .facts import FamilyFacts, VideoSize
+from .base import Conditioning, Denoiser, Place, Placed, Prompt, TensorMap, Workload
+from .facts import FamilyFacts, SchedulerChoice, VideoSize
 from .folder import ComponentSpec, check_folder, load_diffusers, load_transformers, pipeline_class, read_json
 from .model import Architecture, I2VModel
 from .pictures import cover, first_picture, to_tensor
-from .preview import fit_preview
+from .preview import preview_factors
 
 _DIFFUSERS_STEM, _TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 _COMPONENTS = (
@@ -67,9 +67,23 @@ class I2VGenXL:
         default_size=VideoSize(width_pixels=1280, height_pixels=704, frames=16),
         default_fps=16,
         default_cfg=9.0,
+        takes=frozenset({"text", "negative_text", "fps"}),
+        # None of these draws noise of its own, so a seed always gives the same video.
+        schedulers=(
+            SchedulerChoice(name="ddim", diffusers_class="DDIMScheduler"),
+            SchedulerChoice(name="euler", diffusers_class="EulerDiscreteScheduler"),
+            SchedulerChoice(name="dpmpp_2m", diffusers_class="DPMSolverMultistepScheduler"),
+            SchedulerChoice(name="unipc", diffusers_class="UniPCMultistepScheduler"),
+        ),
+        table_sizes=tuple(
+            VideoSize(width_pixels=width, height_pixels=height, frames=frames)
+            for width, height, frames in ((512, 512, 16), (768, 768, 24), (1280, 704, 16), (1024, 1024, 32))
+        ),
     )
-    denoiser = "unet"
     decoder = "vae"
+
+    def denoisers(self, architecture: Architecture) -> tuple[Denoiser, ...]:  # noqa: ARG002
+        return (Denoiser(component="unet"),)
 
     def recognises(self, folder: Path) -> bool:
         if pipeline_class(folder) is not None:
@@ -116,7 +130,7 @@ class I2VGenXL:
             return cls.from_config(config).eval()
         return cls(cls.config_class.from_dict(config)).eval()
 
-    def full_precision_components(self, architecture: Architecture) -> frozenset[str]:
+    def full_precision_components(self, architecture: Architecture, *, decoding: bool) -> frozenset[str]:  # noqa: ARG002
         return frozenset({"vae"} if autoencoder_kl.wants_full_precision(architecture.config("vae")) else ())
 
     def encode_workloads(
@@ -135,7 +149,7 @@ class I2VGenXL:
 
         def latents(vae: Placed) -> Tensor:
             picture_13HW = empty_parked((1, 3, size.height_pixels, size.width_pixels), torch.float32, vae.device)
-            return autoencoder_kl.encode_mode(vae, picture_13HW, pieces, on_chunk=lambda: None)
+            return self._image_latents(vae, picture_13HW, pieces, on_chunk=lambda: None)
 
         return (
             Workload(
@@ -163,7 +177,7 @@ class I2VGenXL:
             latents_BCThw = empty(channels, frames, height, width)
             return self.denoise(unet.module, latents_BCThw, torch.zeros((), device=unet.device), inputs)
 
-        return Workload(name="denoise", component=self.denoiser, run=denoise)
+        return Workload(name="denoise", component="unet", run=denoise)
 
     def decode_workload(self, size: VideoSize, pieces: FramePieces) -> Workload:
         latent = self.facts.latent_size(size)
@@ -171,10 +185,14 @@ class I2VGenXL:
 
         def decode(vae: Placed) -> Tensor:
             shape = (frames, latent.channels, latent.latent_height, latent.latent_width)
-            return next(self.decode(vae, torch.empty(shape, device=vae.device), 0, pieces, on_chunk=lambda: None))
+            samples = empty_parked(shape, torch.float32, vae.device)
+            return next(self.decode(vae, samples, 0, pieces, on_chunk=lambda: None))
 
         passes = -(-size.frames // frames)
         return Workload(name="decode", component=self.decoder, run=decode, passes=passes, by_layer=pieces.by_layer)
+
+    def decode_chunk_sizes(self, size: VideoSize, of_use: int) -> Sequence[int]:
+        return autoencoder_kl.chunk_sizes(size.frames, of_use)
 
     def cuts_frames(self, architecture: Architecture) -> bool:
         return runs_in_bands(architecture.config("vae"))
@@ -202,7 +220,7 @@ class I2VGenXL:
             wanted = clip.VisionInput.from_config(model.architecture.config("feature_extractor"))
             embeds = clip.encode_picture(image_encoder, square, wanted).float().cpu()
         with place("vae", by_layer=pieces.by_layer) as vae:
-            latents_1Chw = autoencoder_kl.encode_mode(vae, picture_13HW, pieces, on_chunk).cpu()
+            latents_1Chw = self._image_latents(vae, picture_13HW, pieces, on_chunk).cpu()
         shared = {
             "image_latents": _with_ramp(latents_1Chw, size.frames),
             "fps": torch.tensor([float(prompt.fps)]),
@@ -219,11 +237,21 @@ class I2VGenXL:
             size=size,
             positive={**shared, "encoder_hidden_states": text, "image_embeddings": embeds},
             negative=negative,
-            preview_factors=fit_preview(latents_1Chw, fitted),
+            preview_factors=preview_factors(model.folder, latents_1Chw, fitted),
         )
+
+    def _image_latents(
+        self, vae: Placed, picture_13HW: Tensor, pieces: FramePieces, on_chunk: Callable[[], None]
+    ) -> Tensor:
+        """Scaled latents (1, C, h, w) of a picture in 0…1."""
+        mode_1Chw = autoencoder_kl.encode_mode(vae, autoencoder_kl.centred(picture_13HW), pieces, on_chunk)
+        return mode_1Chw * vae.module.config.scaling_factor
 
     def denoise(self, denoiser: nn.Module, latents_BCTHW: Tensor, timestep: Tensor, inputs: TensorMap) -> Tensor:
         return denoiser(latents_BCTHW, timestep, **inputs, return_dict=False)[0]
+
+    def guidance_scale(self, cfg: float, latent_frames: int) -> float | Tensor:  # noqa: ARG002
+        return cfg
 
     def inputs_for_frames(self, inputs: TensorMap, frames: Tensor) -> TensorMap:
         """The picture's latents and the clip's own ramp: a frame keeps its plane i / (T − 1)."""
@@ -234,7 +262,12 @@ class I2VGenXL:
     ) -> AbstractContextManager[None]:
         return chunked(denoiser, settings, runner=runner, on_chunk=on_chunk)
 
-    def latents_to_host(self, architecture: Architecture, latents_BCTHW: Tensor) -> Tensor:
+    def latents_to_host(
+        self,
+        architecture: Architecture,
+        latents_BCTHW: Tensor,
+        inputs: TensorMap,  # noqa: ARG002
+    ) -> Tensor:
         return latents_BCTHW[0].transpose(0, 1) / _scaling_factor(architecture)
 
     def decoded_frames(self, samples: Tensor) -> int:
@@ -249,6 +282,9 @@ class I2VGenXL:
         on_chunk: Callable[[], None],
     ) -> Iterator[Tensor]:
         return autoencoder_kl.decode(decoder, samples[first_frame:], pieces, on_chunk)
+
+
+FAMILY = I2VGenXL()
 
 
 def _module_classes() -> Mapping[str, Any]:

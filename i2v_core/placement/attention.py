@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any
@@ -38,16 +38,34 @@ def _sdpa(_: nn.Module) -> Generator[None]:
 
 @contextmanager
 def _xformers(module: nn.Module) -> Generator[None]:
+    from diffusers.models.attention_dispatch import AttentionBackendName
     from diffusers.models.attention_processor import XFormersAttnProcessor
 
     model: Any = module
     before = model.attn_processors
+    if all(hasattr(processor, "_attention_backend") for processor in before.values()):
+        with _dispatched(before.values(), AttentionBackendName.XFORMERS):
+            yield
+        return
     # The processors' dictionary is emptied when it is set, so each time it is given a copy.
     model.set_attn_processor(dict.fromkeys(before, XFormersAttnProcessor()))
     try:
         yield
     finally:
         model.set_attn_processor(dict(before))
+
+
+@contextmanager
+def _dispatched(processors: Iterable[Any], backend: object) -> Generator[None]:
+    """For processors that leave the choice of kernel to diffusers' dispatcher, as those of newer models do."""
+    before = [(processor, processor._attention_backend) for processor in processors]
+    try:
+        for processor, _ in before:
+            processor._attention_backend = backend
+        yield
+    finally:
+        for processor, own in before:
+            processor._attention_backend = own
 
 
 @contextmanager
@@ -59,6 +77,9 @@ def _sage(_: nn.Module) -> Generator[None]:
 
 
 _CONTEXTS = {AttentionBackend.SDPA: _sdpa, AttentionBackend.XFORMERS: _xformers, AttentionBackend.SAGE: _sage}
+
+
+_INPUTS = ("query", "key", "value")
 
 
 class _SageCalls(TorchFunctionMode):
@@ -75,9 +96,12 @@ class _SageCalls(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention and len(args) == 3 and _suits_sage(args[0], kwargs):
-            causal, scale = kwargs.get("is_causal", False), kwargs.get("scale")
-            return self._sageattn(*args, tensor_layout="HND", is_causal=causal, sm_scale=scale)
+        if func is functional.scaled_dot_product_attention and len(args) <= 3:
+            given = {**dict(zip(_INPUTS, args, strict=False)), **kwargs}
+            if _suits_sage(given["query"], given):
+                causal, scale = given.get("is_causal", False), given.get("scale")
+                inputs = [given[name] for name in _INPUTS]
+                return self._sageattn(*inputs, tensor_layout="HND", is_causal=causal, sm_scale=scale)
         return func(*args, **kwargs)
 
 

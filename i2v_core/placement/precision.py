@@ -1,8 +1,11 @@
-"""Names of precisions, as users write them."""
+"""Precisions: as users write them, and what of a model keeps a higher one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor, nn
 
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 AUTO = "auto"
@@ -11,3 +14,23 @@ _NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
 
 def precision_name(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
+
+
+def computing_dtypes(module: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], torch.dtype]:
+    """What each parameter and buffer of a module that runs in `dtype` is held in: fp32 where diffusers keeps that, as
+    it does of positions, time steps and norms of some models, whatever the precision of the rest.
+    """
+    from diffusers.models.modeling_utils import ModelMixin
+
+    kept: set[Tensor] = set()
+    if isinstance(module, ModelMixin):
+        parts = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+        named = (*module.named_parameters(), *module.named_buffers())
+        kept = {tensor for name, tensor in named if parts.intersection(name.split("."))}
+
+    def of(tensor: Tensor) -> torch.dtype:
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        return torch.float32 if tensor in kept else dtype
+
+    return of

@@ -35,7 +35,7 @@ def _lying(tensor: Tensor, weights: StoredWeights) -> Tensor:
     if reduced is not None or not tensor.is_floating_point():
         return tensor.data if reduced is None else reduced
     with host_memory():
-        return tensor.data.to(weights.dtype)
+        return tensor.data.to(weights.dtype_of(tensor))
 
 
 def _pinned(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -21,6 +21,7 @@ from ..chunking import LayerCall, LayerRunner
 from ..errors import MissingPackageError
 from ..memory.meter import host_memory
 from ..units import MIB
+from .precision import computing_dtypes
 from .swap import all_tensors, swapped
 
 
@@ -73,7 +74,7 @@ class StoredWeights:
     """
 
     def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype, storage: WeightStorage) -> None:
-        self.dtype = dtype
+        self.dtype, self.dtype_of = dtype, computing_dtypes(module, dtype)
         self._reduce = _REDUCE.get(storage)
         weights = reducible(module) if self._reduce else []
         ends = list(accumulate(len(weight) for weight in weights))
@@ -124,7 +125,7 @@ def resident(
         values = weights.reduced(tensor)
         if values is not None:
             return torch.empty_like(values, device=device).copy_(values)
-        return tensor.data.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+        return tensor.data.to(device=device, dtype=weights.dtype_of(tensor))
 
     tensors = all_tensors(module)
     with swapped(tensors, [on_device(tensor) for tensor in tensors]):

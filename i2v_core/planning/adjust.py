@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..decoding import FramePieces
 from ..errors import BadInputError, DoesNotFitError
 from ..families import family_of
 from ..units import format_gib
-from .frame_ways import first_that_fits, with_maps_parked
+from .frame_ways import decode_in_tiles, first_that_fits, with_maps_parked
 from .margin import needed_bytes
 from .plan import DecodeSettings, Plan, Stage, StagePrediction
 from .planner import make_plan
@@ -36,7 +35,7 @@ def with_tile(plan: Plan, tile_pixels: int, overlap_pixels: int) -> Plan:
 
     Raises:
         BadInputError: a tile that cannot be, or an overlap, which exact tiles do not have.
-        DoesNotFitError: one frame in such tiles does not fit the budget.
+        DoesNotFitError: decode in such tiles does not fit the budget.
     """
     facts = family_of(plan.request.architecture).facts
     if overlap_pixels:
@@ -55,7 +54,7 @@ def with_tile(plan: Plan, tile_pixels: int, overlap_pixels: int) -> Plan:
         raise BadInputError(
             f"a tile of {tile_pixels} pixels is too small", f"use at least {LEAST_TILE_PIXELS} pixels, or 0"
         )
-    whole = FramePieces(chunk_size=1, tile_pixels=tile_pixels)
+    whole = decode_in_tiles(plan.request, tile_pixels)
     ways = [replace(plan.decode, frames=pieces) for pieces in (whole, *with_maps_parked(whole))]
     found = first_that_fits(ways, lambda it: _predicted(plan, it), lambda it: _fits(plan, it))
     if found is None:

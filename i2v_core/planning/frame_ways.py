@@ -1,8 +1,8 @@
 """The ways in which the encoders and the decoder could run, and the fastest of them that fits.
 
-Each list goes from fast to thrifty: whole frames, as many at once as can be; then tiles, of one frame, smaller and
-smaller; then with what the layers pass on waiting in host memory. The weights stay in place as long as that does, since
-they are small here. All ways have the same result.
+Each list goes from fast to thrifty: whole frames, as many at once as can be; then tiles, of as few frames as the
+decoder can take by themselves, smaller and smaller; then with what the layers pass on waiting in host memory. The
+weights stay in place as long as that does, since they are small here. All ways have the same result.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def cheapest_decode(
 
 
 def encode_ways(request: Request) -> tuple[Sequence[EncodeSettings], ...]:
-    whole, tiles = [ONE_WHOLE_FRAME], _tiles(request)
+    whole, tiles = [ONE_WHOLE_FRAME], _tiles(request, 1)
     return (
         [EncodeSettings(picture=it) for it in (*whole, *tiles)],
         [EncodeSettings(picture=it, streamed=True) for it in (*whole, *tiles, *_parked(tiles))],
@@ -65,20 +65,22 @@ def encode_ways(request: Request) -> tuple[Sequence[EncodeSettings], ...]:
 
 
 def decode_ways(request: Request) -> tuple[Sequence[DecodeSettings], ...]:
-    whole, tiles = [FramePieces(chunk_size=it) for it in chunk_sizes(request)], _tiles(request)
+    sizes = _decode_chunk_sizes(request)
+    whole, tiles = [FramePieces(chunk_size=it) for it in sizes], _tiles(request, sizes[-1])
     return (
         [DecodeSettings(frames=it) for it in (*whole, *tiles)],
         [DecodeSettings(frames=it, streamed=True) for it in (*(tiles or whole), *_parked(tiles))],
     )
 
 
-def chunk_sizes(request: Request) -> list[int]:
-    """Numbers of frames to decode at once, from as many as are of use to one, halving."""
+def decode_in_tiles(request: Request, tile_pixels: int) -> FramePieces:
+    """Such tiles of as few frames at once as can be."""
+    return FramePieces(chunk_size=_decode_chunk_sizes(request)[-1], tile_pixels=tile_pixels)
+
+
+def _decode_chunk_sizes(request: Request) -> Sequence[int]:
     of_use = _PIXELS_OF_USE // (request.size.width_pixels * request.size.height_pixels)
-    sizes = [max(1, min(request.size.frames, of_use))]
-    while sizes[-1] > 1:
-        sizes.append(-(-sizes[-1] // 2))
-    return sizes
+    return family_of(request.architecture).decode_chunk_sizes(request.size, of_use)
 
 
 def with_maps_parked(pieces: FramePieces) -> list[FramePieces]:
@@ -89,12 +91,12 @@ def with_maps_parked(pieces: FramePieces) -> list[FramePieces]:
     ]
 
 
-def _tiles(request: Request) -> list[FramePieces]:
-    """One frame in tiles, from a tile that holds the frame whole on; none where the autoencoder cannot be cut."""
+def _tiles(request: Request, frames: int) -> list[FramePieces]:
+    """So many frames in tiles, from one that holds a frame whole on; none where the autoencoder cannot be cut."""
     if not family_of(request.architecture).cuts_frames(request.architecture):
         return []
     side_pixels = prod((request.size.width_pixels, request.size.height_pixels)) ** 0.5
-    return [FramePieces(chunk_size=1, tile_pixels=it) for it in _TILES_PIXELS if it < 2 * side_pixels]
+    return [FramePieces(chunk_size=frames, tile_pixels=it) for it in _TILES_PIXELS if it < 2 * side_pixels]
 
 
 def _parked(tiles: Sequence[FramePieces]) -> list[FramePieces]:

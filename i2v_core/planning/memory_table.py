@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from ..decoding import ONE_WHOLE_FRAME
+from ..decoding import ONE_WHOLE_FRAME, FramePieces
 from ..families import Architecture, VideoSize, family_of
 from ..units import MIB
+from .frame_ways import decode_in_tiles
 from .plan import DecodeSettings, SampleSettings
 from .predict import predict_decode, predict_sample
 from .request import Request
 from .trace import activation_bytes, skeleton, weights_bytes
 
-SIZES = tuple(
-    VideoSize(width_pixels=width, height_pixels=height, frames=frames)
-    for width, height, frames in ((512, 512, 16), (768, 768, 24), (1280, 704, 16), (1024, 1024, 32))
-)
-
 # A workspace that costs few pieces more: see the table of layer calls in docs/memory-model.md.
 _WORKSPACE_BYTES = 128 * MIB
+# Where a decoder must see all frames at once.
+_TILE_PIXELS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +27,8 @@ class MemoryRow:
     """Weights and live tensors at the peak, in bytes.
 
     `stock`: the model's own forward with both guidance branches in one pass. `resident`: weights in place, guidance in
-    two passes, layers in pieces. `streamed`: the same with weights coming in layer by layer. `decode`: frame by frame.
+    two passes, layers in pieces. `streamed`: the same with weights coming in layer by layer. `decode`: as few frames at
+    once as the decoder can take; where these are several, in tiles, with what layers pass on in host memory.
     """
 
     size: VideoSize
@@ -51,7 +50,9 @@ class MemoryRow:
 
 
 def memory_table(architecture: Architecture, dtype: torch.dtype) -> tuple[MemoryRow, ...]:
-    return tuple(_row(Request(architecture=architecture, size=size), dtype) for size in SIZES)
+    facts = family_of(architecture).facts
+    sizes = facts.table_sizes or (facts.default_size,)
+    return tuple(_row(Request(architecture=architecture, size=size), dtype) for size in sizes)
 
 
 def _row(request: Request, dtype: torch.dtype) -> MemoryRow:
@@ -66,12 +67,18 @@ def _row(request: Request, dtype: torch.dtype) -> MemoryRow:
         stock_bytes=_stock_bytes(request, dtype),
         resident_bytes=sample_bytes(streamed=False),
         streamed_bytes=sample_bytes(streamed=True),
-        decode_bytes=predict_decode(request, DecodeSettings(frames=ONE_WHOLE_FRAME), dtype).peak_bytes,
+        decode_bytes=predict_decode(request, DecodeSettings(frames=_decode_pieces(request)), dtype).peak_bytes,
     )
+
+
+def _decode_pieces(request: Request) -> FramePieces:
+    tiles = decode_in_tiles(request, _TILE_PIXELS)
+    return ONE_WHOLE_FRAME if tiles.chunk_size == 1 else replace(tiles, maps_bytes=0)
 
 
 def _stock_bytes(request: Request, dtype: torch.dtype) -> int:
     family = family_of(request.architecture)
     workload = family.denoise_workload(request.architecture, request.size, request.branches)
-    module = skeleton(request.architecture, family.denoiser, dtype)
-    return weights_bytes(request.architecture, family.denoiser, dtype) + activation_bytes(module, workload, dtype)
+    denoiser = family.denoisers(request.architecture)[0].component
+    module = skeleton(request.architecture, denoiser, dtype)
+    return weights_bytes(request.architecture, denoiser, dtype) + activation_bytes(module, workload, dtype)

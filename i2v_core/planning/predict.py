@@ -39,7 +39,8 @@ def predict_encode(request: Request, settings: EncodeSettings, compute_dtype: to
         )
         for workload in family.encode_workloads(architecture, request.size, request.guidance, settings.picture)
     ]
-    return max(predictions, key=lambda prediction: prediction.peak_bytes)
+    largest = max(predictions, key=lambda prediction: prediction.peak_bytes)
+    return replace(largest, host_bytes=max(prediction.host_bytes for prediction in predictions))
 
 
 @lru_cache(maxsize=512)
@@ -57,7 +58,17 @@ def _predict_encoder(
 
 
 def predict_sample(request: Request, settings: SampleSettings) -> SamplePrediction:
-    """The denoiser's layer calls decide: with all its weights in place, or with those of a call and of the next."""
+    """The denoiser's layer calls decide: with all its weights in place, or with those of a call and of the next.
+
+    Of several denoisers, which run one after another, that which takes most.
+    """
+    denoisers = family_of(request.architecture).denoisers(request.architecture)
+    predictions = [_predict_denoiser(request, settings, it.component) for it in denoisers]
+    most = max(predictions, key=lambda prediction: prediction.peak_bytes)
+    return replace(most, host_bytes=max(it.host_bytes for it in predictions))
+
+
+def _predict_denoiser(request: Request, settings: SampleSettings, component: str) -> SamplePrediction:
     architecture = request.architecture
     family = family_of(architecture)
     facts, latent = family.facts, family.facts.latent_size(request.size)
@@ -65,20 +76,20 @@ def predict_sample(request: Request, settings: SampleSettings) -> SamplePredicti
     windows = 1 if settings.context is None else settings.context.count(latent.latent_frames, facts.anchor_frames)
     seen_frames = latent.latent_frames if settings.context is None or windows == 1 else settings.context.context_length
     size = replace(request.size, frames=facts.pixel_frames(seen_frames))
-    trace = trace_denoiser(architecture, size, branches, settings.compute_dtype, settings.chunk_settings)
+    trace = trace_denoiser(architecture, size, branches, settings.compute_dtype, settings.chunk_settings, component)
     calls = trace.calls
     weights = module_weights(trace.module, settings.weight_storage, tuple(call.modules for call in calls))
     highest = highest_moment(calls, weights, streamed=settings.streamed)
     latent_bytes = prod(latent.shape_bcthw) * torch.float32.itemsize
     # Beside a window's own inputs there are those of the clip, and the blended prediction.
     blending_bytes = (request.branches + branches) * latent_bytes if windows > 1 else 0
-    frames_at_once = [call.chunk_size // branches for call in calls if call.kind in ("resnet", "transformer")]
+    frames_at_once = [call.chunk_size // branches for call in calls if call.unit == "frame"]
     return SamplePrediction(
         stage=Stage.SAMPLE,
         weights_bytes=highest.weights_bytes,
         activation_bytes=highest.activation_bytes + _LATENT_COPIES * latent_bytes + blending_bytes,
         host_bytes=trace.parked_bytes + (weights.lying_bytes if settings.streamed else 0),
-        chunk_size=max(1, min(frames_at_once)),
+        chunk_size=max(1, min(frames_at_once, default=latent.latent_frames)),
         layer_calls=sum(call.pieces for call in calls) * (request.branches // branches) * windows,
         layers=len(calls),
     )
@@ -99,23 +110,30 @@ def _predict_decoder(
     return _predict(Stage.DECODE, architecture, workload, compute_dtype, streamed=settings.streamed)
 
 
-def component_dtype(architecture: Architecture, component: str, compute_dtype: torch.dtype) -> torch.dtype:
-    """The plan's precision, but fp32 for a component whose own config asks for it."""
-    fp32 = family_of(architecture).full_precision_components(architecture)
-    return torch.float32 if component in fp32 else compute_dtype
+def component_dtype(
+    architecture: Architecture, component: str, compute_dtype: torch.dtype, stage: Stage
+) -> torch.dtype:
+    """The plan's precision, but fp32 for a component whose own config asks for it, and bf16 for fp16 where numbers are
+    too large for that.
+    """
+    family = family_of(architecture)
+    if component in family.full_precision_components(architecture, decoding=stage is Stage.DECODE):
+        return torch.float32
+    too_large = compute_dtype is torch.float16 and component in family.facts.beyond_fp16
+    return torch.bfloat16 if too_large else compute_dtype
 
 
 def _predict(
     stage: Stage, architecture: Architecture, workload: Workload, compute_dtype: torch.dtype, *, streamed: bool
 ) -> StagePrediction:
-    dtype = component_dtype(architecture, workload.component, compute_dtype)
+    dtype = component_dtype(architecture, workload.component, compute_dtype, stage)
     module = skeleton(architecture, workload.component, dtype)
     if workload.by_layer:
         return _predict_by_layer(stage, module, workload, dtype, streamed=streamed)
     all_bytes = weights_bytes(architecture, workload.component, dtype)
     return StagePrediction(
         stage=stage,
-        weights_bytes=streamed_bytes(architecture, workload.component, dtype, workload.passes)
+        weights_bytes=streamed_bytes(architecture, workload.component, dtype, workload.passes, workload.read_in_place)
         if streamed
         else all_bytes,
         activation_bytes=activation_bytes(module, workload, dtype),
@@ -128,7 +146,7 @@ def _predict_by_layer(
 ) -> StagePrediction:
     trace = trace_bands(module, workload, dtype)
     weights = module_weights(module, WeightStorage.AS_COMPUTED, tuple(call.modules for call in trace.calls))
-    highest = highest_moment(trace.calls, weights, streamed=streamed)
+    highest = highest_moment(trace.calls, weights, streamed=streamed, passes=workload.passes)
     return StagePrediction(
         stage=stage,
         weights_bytes=highest.weights_bytes,

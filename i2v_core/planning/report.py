@@ -46,10 +46,11 @@ def plan_reasons(
     if sample.workspace_bytes is None:
         reasons.append("denoiser layers run whole: everything fits")
     else:
-        reasons.append(
-            f"denoiser layers run in pieces of about {format_gib(sample.workspace_bytes)} "
-            f"({chunk_size} frames at once at full size), with the same result"
-        )
+        latent_frames = family_of(request.architecture).facts.latent_size(request.size).latent_frames
+        # A transformer's layers take tokens, whichever frames these are of.
+        at_once = f" ({chunk_size} frames at once at full size)" if chunk_size < latent_frames else ""
+        pieces = f"denoiser layers run in pieces of about {format_gib(sample.workspace_bytes)}{at_once}"
+        reasons.append(f"{pieces}, with the same result")
     streamed = [name for name, it in (("encoders", encode), ("denoiser", sample), ("decoder", decode)) if it.streamed]
     if streamed:
         reasons.append(f"weights come from host memory layer by layer for: {', '.join(streamed)}")
@@ -59,7 +60,8 @@ def plan_reasons(
     if encode.picture.by_layer:
         reasons.append(f"the picture is encoded {_tiled(encode.picture)}")
     if decode.frames.by_layer:
-        reasons.append(f"decode takes a frame at a time, {_tiled(decode.frames)}")
+        frames = "a frame at a time" if decode.frames.chunk_size == 1 else f"{decode.frames.chunk_size} frames at once"
+        reasons.append(f"decode takes {frames}, {_tiled(decode.frames)}")
     else:
         reasons.append(f"decode takes {decode.frames.chunk_size} of {request.size.frames} frames at once")
     if budget.host_free_bytes is not None:

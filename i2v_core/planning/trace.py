@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import RLock
+from typing import cast
 
 import torch
 from torch import nn
 
-from ..chunking import ChunkSettings, LayerCall, LayerKind, LayerRunner, Outline
+from ..chunking import ChunkSettings, LayerCall, LayerRunner, Outline, Unit
 from ..decoding import ONE_WHOLE_FRAME
 from ..families import Architecture, Placed, VideoSize, Workload, family_of
 from ..memory.meter import StorageMeter, fused_attention, rounded_bytes
+from ..placement.precision import computing_dtypes
 from ..placement.swap import all_tensors, own_tensors
 
 META = torch.device("meta")
@@ -40,8 +42,13 @@ def skeleton(architecture: Architecture, component: str, dtype: torch.dtype) -> 
     """The component on the meta device, built once for a model and a precision."""
     with torch.device(META):
         module = family_of(architecture).skeleton(architecture, component)
-        # Not `module.to`: diffusers' own warns of a cast that loses precision, of which there is none on meta.
-        return nn.Module.to(module, dtype).requires_grad_(False)
+        # Not `module.to`: diffusers' own warns of a cast that loses precision, of which there is none on meta. Some
+        # parameters are made of numbers, and so on the CPU.
+        module = nn.Module.to(module, META, dtype).requires_grad_(False)
+    dtype_of = computing_dtypes(module, dtype)
+    for tensor in all_tensors(module):
+        tensor.data = tensor.data.to(dtype_of(tensor))
+    return module
 
 
 @lru_cache(maxsize=64)
@@ -54,7 +61,8 @@ def loaded_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
     """Bytes that the model takes of host memory once loaded, if its weights are stored in `dtype`."""
     family = family_of(architecture)
     workloads = family.encode_workloads(architecture, family.facts.default_size, guidance=True, pieces=ONE_WHOLE_FRAME)
-    components = {family.denoiser, family.decoder, *(workload.component for workload in workloads)}
+    denoisers = {it.component for it in family.denoisers(architecture)}
+    components = {*denoisers, family.decoder, *(workload.component for workload in workloads)}
     return sum(weights_bytes(architecture, component, dtype) for component in components)
 
 
@@ -70,7 +78,7 @@ class TracedCall:
     `before_bytes` is what is live when it begins. `modules` hold its weights.
     """
 
-    kind: LayerKind
+    unit: Unit
     chunk_size: int
     pieces: int
     before_bytes: int
@@ -89,11 +97,16 @@ class LayerTrace:
 
 @lru_cache(maxsize=1024)
 def trace_denoiser(
-    architecture: Architecture, size: VideoSize, branches: int, dtype: torch.dtype, settings: ChunkSettings
+    architecture: Architecture,
+    size: VideoSize,
+    branches: int,
+    dtype: torch.dtype,
+    settings: ChunkSettings,
+    component: str | None = None,
 ) -> LayerTrace:
-    """One denoiser pass in outline."""
+    """One pass of a denoiser (by its component's name; the first, if left out) in outline."""
     family = family_of(architecture)
-    module = skeleton(architecture, family.denoiser, dtype)
+    module = skeleton(architecture, component or family.denoisers(architecture)[0].component, dtype)
     workload = family.denoise_workload(architecture, size, branches)
     with tracing() as meter:
         tracer = _CallTracer(meter)
@@ -116,7 +129,7 @@ class _CallTracer(Outline):
         around_bytes = before_bytes if call.workspace_holds_result else self._meter.current_bytes
         self.calls.append(
             TracedCall(
-                kind=call.kind,
+                unit=call.unit,
                 chunk_size=call.chunk_size,
                 pieces=-(-call.total // call.chunk_size),
                 before_bytes=before_bytes,
@@ -127,13 +140,21 @@ class _CallTracer(Outline):
 
 
 @lru_cache(maxsize=64)
-def streamed_bytes(architecture: Architecture, component: str, dtype: torch.dtype, passes: int) -> int:
+def streamed_bytes(
+    architecture: Architecture,
+    component: str,
+    dtype: torch.dtype,
+    passes: int,
+    read_in_place: frozenset[str] = frozenset(),
+) -> int:
     """Bytes that are on the device at once of a component's weights, streamed leaf by leaf, at most.
 
     Those of the largest leaf; from the second pass on the next leaf is known and fetched ahead, so of the largest two.
     """
     module = skeleton(architecture, component, dtype)
-    leaves = sorted(sum(rounded_bytes(tensor.nbytes) for tensor in own_tensors(owner)) for owner in module.modules())
+    parts = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
+    streaming = (owner for name, owner in parts if name not in read_in_place)
+    leaves = sorted(sum(rounded_bytes(tensor.nbytes) for tensor in own_tensors(owner)) for owner in streaming)
     return sum(leaves[-2:]) if passes > 1 else leaves[-1]
 
 

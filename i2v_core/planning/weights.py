@@ -89,15 +89,20 @@ class Moment:
         return self.weights_bytes + self.activation_bytes
 
 
-def highest_moment(calls: Sequence[TracedCall], weights: ModuleWeights, *, streamed: bool) -> Moment:
-    """The peak of a pass: with all weights in place, or streamed with those of a call and of the one after it."""
+def highest_moment(
+    calls: Sequence[TracedCall], weights: ModuleWeights, *, streamed: bool, passes: int | None = None
+) -> Moment:
+    """The peak of a pass: with all weights in place, or streamed with those of a call and of the one after it, which a
+    stream that takes one pass only cannot foresee.
+    """
     moments: list[Moment] = []
     following = (*weights.calls[1:], weights.calls[0])
     for call, own, after in zip(calls, weights.calls, following, strict=True):
         if streamed:
             restoring_bytes = weights.scale_bytes + own.restoring_bytes
             moments.append(Moment(weights_bytes=restoring_bytes, activation_bytes=call.before_bytes))
-            weights_bytes = weights.scale_bytes + own.computing_bytes + after.lying_bytes
+            ahead_bytes = 0 if passes == 1 else after.lying_bytes
+            weights_bytes = weights.scale_bytes + own.computing_bytes + ahead_bytes
         else:
             weights_bytes = weights.scale_bytes + weights.lying_bytes + own.restored_bytes
         moments.append(Moment(weights_bytes=weights_bytes, activation_bytes=call.activation_bytes))

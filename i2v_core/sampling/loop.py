@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..families import TensorMap
+from .schedulers import scaled_input
 from .state import LoopState, SchedulerState
 
 # (latents_BCTHW, timestep, inputs) -> prediction_BCTHW
@@ -34,11 +35,18 @@ class SampleLoop:
         self._scheduler, self._on_step = scheduler, on_step
         self._history = SchedulerState(scheduler)
 
-    def run(self, predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """All steps that are left; the final latents."""
-        while self.steps_done < len(self._scheduler.timesteps):
-            timestep = self._scheduler.timesteps[self.steps_done]
-            scaled_BCTHW = self._scheduler.scale_model_input(self.latents_BCTHW, timestep)
+    @property
+    def next_timestep(self) -> Tensor | None:
+        """The timestep of the next step; None when all are done."""
+        timesteps: Tensor = self._scheduler.timesteps
+        return timesteps[self.steps_done] if self.steps_done < len(timesteps) else None
+
+    def run(
+        self, predict: Callable[[Tensor, Tensor], Tensor], goes_on: Callable[[Tensor], bool] = lambda _: True
+    ) -> Tensor:
+        """The steps that are left, as long as `goes_on` says so of the next timestep; the latents then."""
+        while (timestep := self.next_timestep) is not None and goes_on(timestep):
+            scaled_BCTHW = scaled_input(self._scheduler, self.latents_BCTHW, timestep)
             clean_BCTHW = self._step(predict(scaled_BCTHW, timestep), timestep)
             self.steps_done += 1
             self._on_step(self.steps_done, clean_BCTHW)
@@ -72,18 +80,25 @@ class SampleLoop:
 
 
 class Guidance:
-    """Classifier-free guidance (Ho and Salimans, 2022): negative + cfg · (positive − negative).
+    """Classifier-free guidance (Ho and Salimans, 2022): negative + scale · (positive − negative).
 
-    Batched takes both branches in one pass of the denoiser; sequential takes two passes of half the memory.
-    Without a negative branch, or at a cfg of 1, there is one branch only.
+    The scale is one number, or one for each frame (1, 1, T, 1, 1). Batched takes both branches in one pass of the
+    denoiser; sequential takes two passes of half the memory. Without a negative branch, or at a scale of 1, there is
+    one branch only.
     """
 
     def __init__(
-        self, denoise: Denoise, positive: TensorMap, negative: TensorMap | None, cfg: float, batched: bool
+        self,
+        denoise: Denoise,
+        positive: TensorMap,
+        negative: TensorMap | None,
+        scale: float | Tensor,
+        batched: bool,
     ) -> None:
         self._denoise = denoise
-        self._cfg = cfg
-        branches = [positive] if negative is None or cfg == 1.0 else [negative, positive]
+        self._scale = scale
+        one = bool((torch.as_tensor(scale) == 1).all())
+        branches = [positive] if negative is None or one else [negative, positive]
         self._passes = [_concatenate(branches)] if batched else branches
         self._branches = len(branches)
 
@@ -98,7 +113,7 @@ class Guidance:
         if len(predictions) == 1:
             return predictions[0]
         negative, positive = predictions
-        return negative + self._cfg * (positive - negative)
+        return negative + self._scale * (positive - negative)
 
 
 def _concatenate(branches: list[TensorMap]) -> TensorMap:

@@ -5,29 +5,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import BadInputError
+from ..families import FAMILIES
+from ..families.facts import AUTO_SCHEDULER, SchedulerChoice
 
-# Names as users of the host know them; none of these draws noise of its own, so a seed always gives the same video.
-SCHEDULERS: dict[str, str] = {
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
+_NAMES = dict.fromkeys(choice.name for family in FAMILIES.values() for choice in family.facts.schedulers)
+
+SCHEDULERS: tuple[str, ...] = (AUTO_SCHEDULER, *_NAMES)
+"""Names of all that some family has (`FamilyFacts.scheduler`); the first is that of a family's own."""
 
 
-def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
-    """A fresh diffusers scheduler of the model's noise schedule.
-
-    Raises:
-        BadInputError: no such scheduler.
-    """
-    if name not in SCHEDULERS:
-        raise BadInputError(f"'{name}' is no scheduler", f"choose one of {', '.join(SCHEDULERS)}")
+def make_scheduler(choice: SchedulerChoice, config: Mapping[str, Any]) -> Any:
+    """A fresh diffusers scheduler of the model's noise schedule."""
     import diffusers
 
-    cls: Any = getattr(diffusers, SCHEDULERS[name])
-    return cls.from_config(dict(config))
+    cls: Any = getattr(diffusers, choice.diffusers_class)
+    renamed = {new: config[old] for old, new in choice.renamed if old in config and new not in config}
+    return cls.from_config({**config, **renamed, **dict(choice.changes)})
+
+
+def noise_deviation(scheduler: Any) -> float:
+    """Of the noise to begin with; 1 for schedulers of flow matching, which do not say."""
+    return float(getattr(scheduler, "init_noise_sigma", 1.0))
+
+
+def scaled_input(scheduler: Any, latents_BCTHW: Tensor, timestep: Tensor) -> Tensor:
+    """What the denoiser is given of the latents; themselves by schedulers of flow matching, which do not say."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    return latents_BCTHW if scale is None else scale(latents_BCTHW, timestep)
 
 
 def with_timesteps(scheduler: Any, steps: int) -> Any:

@@ -53,6 +53,7 @@ class DecodeStream:
         """The frames from where the stream is at; if the device runs out of memory, its message in the end."""
         run, family = self._run, self._family
         pieces = run.plan.decode.frames
+        run.begin(self._done, self.total_frames)
         try:
             with run.place(family.decoder, by_layer=pieces.by_layer) as decoder:
                 for frames_fHWC in family.decode(
@@ -61,7 +62,8 @@ class DecodeStream:
                     self._done += len(frames_fHWC)
                     with run.meter.paused():
                         run.runtime.on_frames(frames_fHWC)
-                        run.runtime.on_progress(self._done, self.total_frames, None)
+                    run.progress(self._done, self.total_frames)
+                    with run.meter.paused():
                         yield frames_fHWC
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -98,17 +100,18 @@ def decode(model: I2VModel, plan: Plan, samples: Tensor, runtime: Runtime) -> tu
 
 
 def _check_samples(family: Family, plan: Plan, samples: Tensor) -> None:
-    channels = family.facts.latent_channels
-    if samples.ndim != 4 or samples.shape[0] < 1 or samples.shape[1] != channels:
+    facts = family.facts
+    channels = facts.latent_channels
+    if samples.ndim != facts.latent_dimensions or 0 in samples.shape or samples.shape[1] != channels:
+        shape = f"(frames, {channels}, " if facts.latent_dimensions == 4 else f"(1, {channels}, latent frames, "
         raise BadInputError(
-            f"the latent has shape {tuple(samples.shape)}, but {family.facts.display_name} decodes "
-            f"(frames, {channels}, height, width)",
+            f"the latent has shape {tuple(samples.shape)}, but {facts.display_name} decodes {shape}height, width)",
             "connect the LATENT of Chunked Sampler",
         )
-    planned = family.facts.latent_size(plan.request.size)
-    if samples.shape[2:] != (planned.latent_height, planned.latent_width):
+    planned = facts.latent_size(plan.request.size)
+    if samples.shape[-2:] != (planned.latent_height, planned.latent_width):
         raise PlanMismatchError(
-            f"the latent is {samples.shape[3]}×{samples.shape[2]}, the plan's is "
+            f"the latent is {samples.shape[-1]}×{samples.shape[-2]}, the plan's is "
             f"{planned.latent_width}×{planned.latent_height} (in latent space)",
             "make the plan for the latent's size",
         )

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInputError, PlanMismatchError, RanOutError
-from ..families import Conditioning, I2VModel, Placed, TensorMap, family_of
+from ..families import Conditioning, Denoiser, I2VModel, Placed, TensorMap, family_of
+from ..families.facts import AUTO_SCHEDULER
 from ..memory.meter import host_memory
 from ..placement.attention import attention
 from ..planning.approximations import Approximation
@@ -29,7 +30,7 @@ from ..sampling.checkpoint import (
 from ..sampling.context import in_windows
 from ..sampling.loop import Guidance, SampleLoop
 from ..sampling.noise import initial_noise
-from ..sampling.schedulers import make_scheduler, with_timesteps
+from ..sampling.schedulers import make_scheduler, noise_deviation, with_timesteps
 from ..sampling.spill import SpillGuard
 from .run import StageRun, running, until_it_fits
 from .runtime import Runtime, StageReport
@@ -44,7 +45,7 @@ class SamplerSettings:
     steps: int
     cfg: float
     seed: int
-    scheduler: str = "ddim"
+    scheduler: str = AUTO_SCHEDULER
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= MAX_STEPS:
@@ -91,11 +92,12 @@ class _Sampling:
         self._family = family_of(run.model.architecture)
         with host_memory():
             config = run.model.architecture.config("scheduler")
-            scheduler = with_timesteps(make_scheduler(settings.scheduler, config), settings.steps)
+            choice = self._family.facts.scheduler(settings.scheduler)
+            scheduler = with_timesteps(make_scheduler(choice, config), settings.steps)
             noise_BCTHW = initial_noise(self._family.facts.latent_size(run.plan.request.size), settings.seed)
         self._frames = noise_BCTHW.shape[2]
         self._loop = SampleLoop(
-            scheduler, noise_BCTHW.to(run.runtime.device) * scheduler.init_noise_sigma, self._on_step
+            scheduler, noise_BCTHW.to(run.runtime.device) * noise_deviation(scheduler), self._on_step
         )
 
         self._checkpoint: CheckpointFile | None = None
@@ -133,17 +135,32 @@ class _Sampling:
 
     def finish(self) -> Tensor:
         """The steps that are left, by the run's plan as it is now; the host's LATENT samples."""
+        while (timestep := self._loop.next_timestep) is not None:
+            self._run_with(self._denoiser_at(timestep))
+        architecture, latents_BCTHW = self._run.model.architecture, self._loop.latents_BCTHW
+        return self._family.latents_to_host(architecture, latents_BCTHW, self._conditioning.positive).float().cpu()
+
+    def _denoiser_at(self, timestep: Tensor) -> Denoiser:
+        """The first that is made for a timestep as high, or the last."""
+        denoisers = self._family.denoisers(self._run.model.architecture)
+        return next((it for it in denoisers if float(timestep) >= it.from_timestep), denoisers[-1])
+
+    def _run_with(self, one: Denoiser) -> None:
+        """The steps that are this denoiser's."""
         run, family, chosen = self._run, self._family, self._run.plan.sample
         self._spill = SpillGuard(run.runtime.free_bytes)
+        run.begin(self._loop.steps_done, self._settings.steps)
         check_cancelled = run.runtime.check_cancelled
         with (
-            run.place(family.denoiser, by_layer=True) as denoiser,
+            run.place(one.component, by_layer=True) as denoiser,
             attention(denoiser.module, run.runtime.attention),
             family.chunked(denoiser.module, chosen.chunk_settings, runner=denoiser.runner, on_chunk=check_cancelled),
         ):
             guidance = self._guidance(denoiser)
-            latents_BCTHW = self._loop.run(lambda latents, timestep: guidance(latents, timestep, denoiser.dtype))
-        return family.latents_to_host(run.model.architecture, latents_BCTHW).float().cpu()
+            self._loop.run(
+                lambda latents, timestep: guidance(latents, timestep, denoiser.dtype),
+                goes_on=lambda timestep: self._denoiser_at(timestep) == one,
+            )
 
     def _guidance(self, denoiser: Placed) -> Guidance:
         def denoise(latents_BCTHW: Tensor, timestep: Tensor, inputs: TensorMap) -> Tensor:
@@ -154,11 +171,12 @@ class _Sampling:
 
         chosen, told = self._run.plan.sample, self._conditioning
         context = chosen.context
+        scale = self._family.guidance_scale(self._settings.cfg, self._frames)
         return Guidance(
             in_windows(denoise, self._family, context, self._frames) if context else denoise,
             positive=placed(told.positive),
             negative=placed(told.negative) if told.negative else None,
-            cfg=self._settings.cfg,
+            scale=scale.to(denoiser.device) if isinstance(scale, Tensor) else scale,
             batched=chosen.batched_guidance,
         )
 
@@ -168,7 +186,7 @@ class _Sampling:
             problem = self._checkpoint.save(self._loop.state)
             if problem is not None:
                 self._run.note(f"no checkpoint could be written, and sampling went on without: {problem}")
-        self._run.runtime.on_progress(step, self._settings.steps, clean_BCTHW)
+        self._run.progress(step, self._settings.steps, clean_BCTHW)
         self._run.runtime.check_cancelled()
         spilled = self._spill.after_step(step)
         if spilled is not None:
@@ -185,6 +203,7 @@ def _checkpoint_key(run: StageRun, conditioning: Conditioning, settings: Sampler
         "weights": weights_identity(run.model.folder),
         "size": str(run.plan.request.size),
         **asdict(settings),
+        "scheduler": family_of(run.model.architecture).facts.scheduler(settings.scheduler).name,
         "precision": run.plan.precision,
         "approximation": str(Approximation.of(chosen)),
     }

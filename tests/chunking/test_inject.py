@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLUNet
 from torch import nn
 
-from i2v_core.chunking import ChunkSettings, chunked
+from i2v_core.chunking import ChunkSettings
+from tests.chunking.subjects import SUBJECTS, Inputs, Subject, chunked
 
-Inputs = dict[str, Any]
-MakeUnet = Callable[..., I2VGenXLUNet]
+MakeUnet = Callable[..., Any]
 MakeInputs = Callable[..., Inputs]
 
 SMALL = ChunkSettings(workspace_bytes=20_000)
@@ -36,7 +35,7 @@ def weights(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
-def test_the_model_is_the_same_afterwards(unet: I2VGenXLUNet, make_inputs: MakeInputs) -> None:
+def test_the_model_is_the_same_afterwards(unet: Any, make_inputs: MakeInputs) -> None:
     inputs = make_inputs()
     attributes_before, weights_before = attributes(unet), weights(unet)
     with torch.no_grad():
@@ -48,7 +47,7 @@ def test_the_model_is_the_same_afterwards(unet: I2VGenXLUNet, make_inputs: MakeI
         assert torch.equal(unet(**inputs).sample, plain_before)
 
 
-def test_the_callers_tensors_are_not_modified(unet: I2VGenXLUNet, make_inputs: MakeInputs) -> None:
+def test_the_callers_tensors_are_not_modified(unet: Any, make_inputs: MakeInputs) -> None:
     inputs = make_inputs(batch=2)
     copies = {name: tensor.clone() for name, tensor in inputs.items()}
     for workspace_bytes in (1, 2**40):
@@ -57,7 +56,7 @@ def test_the_callers_tensors_are_not_modified(unet: I2VGenXLUNet, make_inputs: M
     assert all(torch.equal(tensor, copies[name]) for name, tensor in inputs.items())
 
 
-def test_on_chunk_may_stop_at_any_chunk(unet: I2VGenXLUNet, make_inputs: MakeInputs) -> None:
+def test_on_chunk_may_stop_at_any_chunk(unet: Any, make_inputs: MakeInputs) -> None:
     inputs = make_inputs(frames=2)
     attributes_before = attributes(unet)
     with torch.no_grad():
@@ -104,7 +103,7 @@ def test_an_error_in_the_body_restores_a_forward_that_was_set_before(make_unet: 
     assert unet.__dict__["forward"] is mine
 
 
-def test_contexts_nest(unet: I2VGenXLUNet) -> None:
+def test_contexts_nest(unet: Any) -> None:
     with chunked(unet, SMALL):
         outer = unet.forward
         with chunked(unet, SMALL):
@@ -129,17 +128,21 @@ def test_the_models_attention_processors_run(make_unet: MakeUnet, make_inputs: M
     assert set(calls) == set(names.values())
 
 
-def test_refuses_what_it_cannot_run_exactly(make_unet: MakeUnet) -> None:
+def test_refuses_what_it_cannot_run_exactly(subject: Subject, make_unet: MakeUnet) -> None:
     unet = make_unet()
-    with pytest.raises(TypeError, match="Linear"), chunked(nn.Linear(1, 1), SMALL):
+    with pytest.raises(TypeError, match="Linear"), subject.chunked(nn.Linear(1, 1), SMALL):
         pass
     with pytest.raises(ValueError, match="eval"), chunked(unet.train(), SMALL):
         pass
-    unet.eval().enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
+    with pytest.raises(ValueError, match="workspace_bytes"):
+        ChunkSettings(workspace_bytes=0)
+
+
+def test_refuses_freeu() -> None:
+    unet = SUBJECTS["i2vgen-xl"].make()
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
     with pytest.raises(ValueError, match="disable_freeu"), chunked(unet, SMALL):
         pass
     unet.disable_freeu()
     with chunked(unet, SMALL):
         pass
-    with pytest.raises(ValueError, match="workspace_bytes"):
-        ChunkSettings(workspace_bytes=0)

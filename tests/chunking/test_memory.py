@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLUNet
+from torch import nn
 
-from i2v_core.chunking import ChunkSettings, DistinctPieces, LayerCall, LayerRunner, chunked
+from i2v_core.chunking import ChunkSettings, DistinctPieces, LayerCall, LayerRunner
 from i2v_core.memory.meter import StorageMeter, fused_attention
+from tests.chunking.subjects import SUBJECTS, Inputs, Subject, chunked
 
-Inputs = dict[str, Any]
-MakeUnet = Callable[..., I2VGenXLUNet]
+MakeUnet = Callable[..., Any]
 MakeInputs = Callable[..., Inputs]
 
 GIB = 2**30
@@ -26,31 +26,11 @@ VECTORS_BYTES = 64 * 1024
 
 
 @pytest.fixture(scope="module")
-def published_unet() -> I2VGenXLUNet:
-    """The published model's architecture (1.42 billion parameters) in fp16, without memory."""
-    with torch.device("meta"):
-        return I2VGenXLUNet().half().eval().requires_grad_(False)
+def published_unet(subject: Subject) -> Any:
+    return subject.published()
 
 
-def published_inputs(batch: int, width: int, height: int, frames: int) -> Inputs:
-    """Meta inputs for a picture of that many pixels."""
-
-    def half(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device="meta", dtype=torch.float16)
-
-    return {
-        "sample": half(batch, 4, frames, height // 8, width // 8),
-        "timestep": torch.empty((), device="meta", dtype=torch.int64),
-        "fps": torch.empty(batch, device="meta", dtype=torch.int64),
-        "image_latents": half(batch, 4, frames, height // 8, width // 8),
-        "image_embeddings": half(batch, 1024),
-        "encoder_hidden_states": half(batch, 77, 1024),
-    }
-
-
-def peak_bytes(
-    unet: I2VGenXLUNet, inputs: Inputs, settings: ChunkSettings | None, runner: LayerRunner | None = None
-) -> int:
+def peak_bytes(unet: Any, inputs: Inputs, settings: ChunkSettings | None, runner: LayerRunner | None = None) -> int:
     """The peak of one forward, chunked or (without settings) plain."""
     with torch.no_grad(), StorageMeter() as meter, fused_attention():
         if settings is None:
@@ -97,7 +77,8 @@ class Measuring(DistinctPieces):
     ],
 )
 def test_estimates_of_the_workspace_hold_for_every_layer(
-    published_unet: I2VGenXLUNet,
+    subject: Subject,
+    published_unet: Any,
     batch: int,
     size: tuple[int, int, int],
     workspace_bytes: int,
@@ -108,7 +89,7 @@ def test_estimates_of_the_workspace_hold_for_every_layer(
     with StorageMeter() as meter, fused_attention():
         runner = Measuring(meter, tokens_a_pixel=batch * size[2])
         with chunked(published_unet, settings, runner=runner):
-            published_unet(**published_inputs(batch, *size))
+            published_unet(**subject.published_inputs(batch, *size))
     assert len(runner.measured) > 80
     for call, measured_bytes in runner.measured:
         assert measured_bytes <= call.workspace_bytes * 1.01 + VECTORS_BYTES, call
@@ -133,21 +114,16 @@ stand the hidden state and its scratch tensor (2 × 20); without them, at the ou
 
 
 @pytest.mark.parametrize(
-    ("size", "resident_gib", "streamed_gib"),
-    [
-        ((512, 512, 16), 3.1, 1.2),
-        ((768, 768, 24), 4.3, 2.2),
-        ((1280, 704, 16), 3.95, 1.8),
-        ((1024, 1024, 32), 5.7, 3.5),
-    ],
+    ("subject", "size"), [(name, size) for name, it in SUBJECTS.items() for size in it.bounds_gib], indirect=["subject"]
 )
 def test_the_published_model_stays_within_its_bounds(
-    published_unet: I2VGenXLUNet, size: tuple[int, int, int], resident_gib: float, streamed_gib: float
+    subject: Subject, published_unet: Any, size: tuple[int, int, int]
 ) -> None:
     """With all weights resident, and with those of two layers; guidance one branch after the other."""
     workspace_bytes = 128 * MIB
-    inputs = published_inputs(1, *size)
+    inputs = subject.published_inputs(1, *size)
     weights = WeightsOfLayers()
+    resident_gib, streamed_gib = subject.bounds_gib[size]
     resident_bytes = peak_bytes(published_unet, inputs, ChunkSettings(workspace_bytes=workspace_bytes), weights)
     assert sum(weights.of_calls_bytes) + resident_bytes <= resident_gib * GIB
     two_layers_bytes = max(first + second for first, second in pairwise(weights.of_calls_bytes))
@@ -183,7 +159,7 @@ def test_tracing_distinct_pieces_predicts_the_peak_of_a_run(
     assert peak_bytes(unet, inputs, settings, DistinctPieces()) == meter.peak_bytes
 
 
-def test_peaks_fall_with_the_workspace_and_again_without_skips(unet: I2VGenXLUNet, make_inputs: MakeInputs) -> None:
+def test_peaks_fall_with_the_workspace_and_again_without_skips(unet: Any, make_inputs: MakeInputs) -> None:
     """On real tensors."""
     inputs = make_inputs(frames=8, latent_height=32, latent_width=32)
     plain, coarse, fine, parked = (
@@ -199,7 +175,7 @@ def test_peaks_fall_with_the_workspace_and_again_without_skips(unet: I2VGenXLUNe
     assert fine < plain / 3
 
 
-def test_nothing_but_the_result_lives_on(unet: I2VGenXLUNet, make_inputs: MakeInputs) -> None:
+def test_nothing_but_the_result_lives_on(unet: Any, make_inputs: MakeInputs) -> None:
     with StorageMeter() as meter:
         inputs = make_inputs()
         before_bytes = meter.current_bytes
@@ -210,7 +186,7 @@ def test_nothing_but_the_result_lives_on(unet: I2VGenXLUNet, make_inputs: MakeIn
         assert meter.current_bytes == before_bytes
 
 
-def test_runs_on_an_emulated_device_of_just_its_peak(unet: I2VGenXLUNet, make_inputs: MakeInputs) -> None:
+def test_runs_on_an_emulated_device_of_just_its_peak(unet: Any, make_inputs: MakeInputs) -> None:
     inputs = make_inputs(frames=4)
     settings = ChunkSettings(workspace_bytes=50_000)
     peak = peak_bytes(unet, inputs, settings)
@@ -225,7 +201,7 @@ def test_runs_on_an_emulated_device_of_just_its_peak(unet: I2VGenXLUNet, make_in
         assert torch.equal(unet(**inputs).sample, plain)
 
 
-def test_attention_batches_stay_within_what_cuda_takes(make_unet: MakeUnet) -> None:
+def test_attention_batches_stay_within_what_cuda_takes(subject: Subject) -> None:
     """256 × 264 latent pixels are more than 65,535: too large a batch for temporal attention, however much memory."""
     batches: list[int] = []
 
@@ -234,9 +210,9 @@ def test_attention_batches_stay_within_what_cuda_takes(make_unet: MakeUnet) -> N
             batches.append(len(hidden_states))
             return super().__call__(attn, hidden_states, *args, **kwargs)
 
-    unet: Any = make_unet(torch.float16, cross_attention_dim=1024)
-    unet.to("meta")
+    unet: Any = subject.make(torch.float16, **subject.published_layout, cross_attention_dim=1024)
+    nn.Module.to(unet, "meta")
     unet.set_attn_processor(Recording())
     with fused_attention(), chunked(unet, ChunkSettings(workspace_bytes=2**60)):
-        unet(**published_inputs(1, 256 * 8, 264 * 8, 2))
+        unet(**subject.published_inputs(1, 256 * 8, 264 * 8, 2))
     assert max(batches) == 256 * 264 / 2

@@ -10,7 +10,6 @@ from PIL import Image
 
 from i2v_core.errors import BadInputError
 from i2v_core.families.pictures import cover, first_picture
-from i2v_core.families.preview import fit_preview, preview_frames
 
 SIDES = st.integers(1, 200)
 
@@ -53,17 +52,3 @@ def test_values_that_are_not_finite_are_refused(value: float) -> None:
     image[0, 2, 3, 1] = value
     with pytest.raises(BadInputError, match="NaN or infinite"):
         first_picture(image)
-
-
-def test_the_preview_finds_the_colours_of_latents_that_hold_them() -> None:
-    """Latents that are a linear map of the colours, as an autoencoder's roughly are."""
-    generator = torch.Generator().manual_seed(0)
-    colours_hw3 = torch.randint(0, 256, (12, 10, 3), generator=generator, dtype=torch.uint8)
-    mixing = torch.randn(3, 4, generator=generator)
-    latents_1Chw = (colours_hw3 / 255 @ mixing).permute(2, 0, 1)[None]
-    picture = Image.fromarray(colours_hw3.numpy()).resize((80, 96), Image.Resampling.NEAREST)
-    factors = fit_preview(latents_1Chw, picture)
-    frames = preview_frames(torch.stack([latents_1Chw, latents_1Chw.flip(-1)], dim=2), factors)
-    assert frames.shape == (2, 12, 10, 3)
-    assert (frames[0] - colours_hw3 / 255).abs().max() < 0.05
-    assert torch.allclose(frames[1], frames[0].flip(1), atol=1e-6)

@@ -18,6 +18,8 @@ NODES = (
     "I2VSaveVideo",
     "I2VSaveLatent",
     "I2VLoadLatent",
+    "I2VMemoryReport",
+    "I2VBatch",
 )
 SURFACE = Path(__file__).with_name("surface.json")
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}

@@ -29,6 +29,15 @@ def test_the_models_own_processors_come_back(tiny_folder: Path) -> None:
     assert unet.attn_processors == before
 
 
+def test_models_that_leave_it_to_the_dispatcher_are_asked_there(wan_folder: Path) -> None:
+    transformer: Any = load_model(wan_folder).modules["transformer"]
+    before = transformer.attn_processors
+    with attention(transformer, AttentionBackend.XFORMERS):
+        assert transformer.attn_processors == before
+        assert {processor._attention_backend.value for processor in before.values()} == {"xformers"}
+    assert {processor._attention_backend for processor in before.values()} == {None}
+
+
 def test_sage_takes_the_calls_that_it_can_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """SageAttention needs a CUDA card; what is tested is which calls would reach it."""
     seen: list[tuple[int, ...]] = []
@@ -48,5 +57,6 @@ def test_sage_takes_the_calls_that_it_can_and_no_others(monkeypatch: pytest.Monk
         attend(single, single, single)
         attend(narrow, narrow, narrow)
         attend(half, half, half, attn_mask=mask)
+        attend(query=half, key=half, value=half, attn_mask=None, scale=0.5)  # as diffusers' dispatcher calls it
     attend(half, half, half)
-    assert seen == [(1, 2, 3, 64)]
+    assert seen == [(1, 2, 3, 64), (1, 2, 3, 64)]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from i2v_core import stages
 from i2v_core.decoding import FramePieces
-from i2v_core.families import Architecture, I2VModel, Prompt, VideoSize, load_model
+from i2v_core.families import Architecture, I2VModel, Prompt, VideoSize, family_of, load_model
 from i2v_core.memory.device import device_facts
 from i2v_core.memory.stage_meter import stage_meter
 from i2v_core.placement.storage import WeightStorage
@@ -36,19 +36,13 @@ from i2v_core.units import GIB, KIB
 
 CPU = device_facts(torch.device("cpu"))
 RUNTIME = stages.Runtime(device=torch.device("cpu"))
-PROMPT = Prompt(
-    image_FHWC=torch.rand(1, 70, 90, 3, generator=torch.Generator().manual_seed(0)),
-    text="a red circle",
-    negative_text="",
-    fps=8,
-)
+PICTURE = torch.rand(1, 70, 90, 3, generator=torch.Generator().manual_seed(0))
 SIZES, REQUESTS = 16, 200
 
 VECTORS_BYTES = 8 * KIB
 """For what predictions leave out: statistics, scales and shifts, of one number a channel."""
 
-# Plans leave room for the scheduler that keeps most beside the denoiser: UniPC, from its third step on.
-SETTINGS = stages.SamplerSettings(steps=3, cfg=4.0, seed=1, scheduler="unipc")
+SETTINGS = stages.SamplerSettings(steps=3, cfg=4.0, seed=1)
 
 PutInCard = Callable[[int], None]
 
@@ -87,7 +81,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def model(tiny_folder: Path) -> I2VModel:
+def model(family_folder: Path) -> I2VModel:
+    return load_model(family_folder)
+
+
+@pytest.fixture(scope="module")
+def i2vgen_xl(tiny_folder: Path) -> I2VModel:
     return load_model(tiny_folder)
 
 
@@ -114,10 +113,24 @@ def plan_for(model: I2VModel, case: Case) -> Plan:
     return make_plan(request, Budget(free_bytes=least + int(case.budget * (most - least))), CPU)
 
 
+def prompt_for(model: I2VModel) -> Prompt:
+    text = "a red circle" if "text" in family_of(model.architecture).facts.takes else ""
+    return Prompt(image_FHWC=PICTURE, text=text, fps=8)
+
+
+def settings_for(plan: Plan) -> stages.SamplerSettings:
+    """With the scheduler that keeps most beside the denoiser, which plans leave room for: UniPC, from its third step
+    on; or the family's last.
+    """
+    names = [choice.name for choice in family_of(plan.request.architecture).facts.schedulers]
+    settings = replace(SETTINGS, scheduler="unipc" if "unipc" in names else names[-1])
+    return settings if plan.request.guidance else replace(settings, cfg=1.0)
+
+
 def run(model: I2VModel, plan: Plan) -> tuple[Tensor, list[stages.StageReport]]:
     """The frames, and the reports of the three stages."""
-    settings = SETTINGS if plan.request.guidance else replace(SETTINGS, cfg=1.0)
-    conditioning, encoded = stages.encode(model, plan, PROMPT, RUNTIME)
+    settings = settings_for(plan)
+    conditioning, encoded = stages.encode(model, plan, prompt_for(model), RUNTIME)
     samples, sampled = stages.sample(model, plan, conditioning, settings, RUNTIME)
     frames, decoded = stages.decode(model, plan, samples, RUNTIME)
     return frames, [encoded, sampled, decoded]
@@ -159,9 +172,10 @@ def test_the_random_cases_take_every_way_that_plans_have(model: I2VModel) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 def test_an_approximate_plan_runs_on_a_card_that_is_too_small_for_any_exact_one(
-    model: I2VModel, put_in_card: PutInCard, seed: int
+    i2vgen_xl: I2VModel, put_in_card: PutInCard, seed: int
 ) -> None:
     """Host memory is a byte too short for exact weights to stream from; those in 8 bits can."""
+    model = i2vgen_xl
     rng = random.Random(seed)
     size = VideoSize(
         width_pixels=8 * rng.randint(8, 10), height_pixels=8 * rng.randint(8, 10), frames=rng.randint(2, 12)
@@ -206,7 +220,10 @@ def test_weights_in_any_storage_take_what_is_predicted(
 
 
 @pytest.mark.parametrize(("precision", "batched"), [("fp32", True), ("fp32", False), ("bf16", True), ("bf16", False)])
-def test_windows_take_what_is_predicted(model: I2VModel, put_in_card: PutInCard, precision: str, batched: bool) -> None:
+def test_windows_take_what_is_predicted(
+    i2vgen_xl: I2VModel, put_in_card: PutInCard, precision: str, batched: bool
+) -> None:
+    model = i2vgen_xl
     size = VideoSize(width_pixels=72, height_pixels=64, frames=20)
     request = Request(architecture=model.architecture, size=size, precision=precision)
     plan = make_plan(request, Budget(free_bytes=GIB), CPU)
@@ -218,9 +235,9 @@ def test_windows_take_what_is_predicted(model: I2VModel, put_in_card: PutInCard,
 
 
 def test_a_plan_takes_windows_where_nothing_else_fits_and_runs_on_that_card(
-    model: I2VModel, put_in_card: PutInCard
+    i2vgen_xl: I2VModel, put_in_card: PutInCard
 ) -> None:
-    size = VideoSize(width_pixels=96, height_pixels=72, frames=32)
+    model, size = i2vgen_xl, VideoSize(width_pixels=96, height_pixels=72, frames=32)
     request = Request(architecture=model.architecture, size=size, precision="bf16", allow_approximate=True)
     plan = make_plan(request, Budget(free_bytes=needed_bytes(least_peak(request, CPU), CPU)), CPU)
     assert plan.sample.context is not None
@@ -231,8 +248,9 @@ def test_a_plan_takes_windows_where_nothing_else_fits_and_runs_on_that_card(
 
 
 @pytest.fixture(scope="module")
-def model_with_wide_skips(model: I2VModel) -> I2VModel:
+def model_with_wide_skips(i2vgen_xl: I2VModel) -> I2VModel:
     """Its skip connections outweigh its layers, as those of the published model do."""
+    model = i2vgen_xl
     torch.manual_seed(0)
     unet = I2VGenXLUNet(
         block_out_channels=(64, 64),
@@ -282,7 +300,7 @@ def test_every_way_to_take_frames_runs_on_a_card_of_its_size(
     for planned in every_way(plan, stage):
         put_in_card(needed_bytes(planned.stage(stage), CPU) + VECTORS_BYTES)
         if stage is Stage.ENCODE:
-            report = stages.encode(model, planned, PROMPT, RUNTIME)[1]
+            report = stages.encode(model, planned, prompt_for(model), RUNTIME)[1]
         else:
             frames, report = stages.decode(model, planned, samples, RUNTIME)
             assert torch.allclose(frames, expected, atol=1e-5 if precision == "fp32" else 5e-2)
@@ -334,11 +352,11 @@ def test_a_card_one_byte_too_small_costs_a_rung_and_leaves_the_model_as_it_was(
     )
     expected, reports = run(model, plan)
     peak_bytes = {report.stage: report.measured_peak_bytes for report in reports}
-    conditioning, _ = stages.encode(model, plan, PROMPT, RUNTIME)
-    samples, _ = stages.sample(model, plan, conditioning, SETTINGS, RUNTIME)
+    conditioning, _ = stages.encode(model, plan, prompt_for(model), RUNTIME)
+    samples, _ = stages.sample(model, plan, conditioning, settings_for(plan), RUNTIME)
     alone = {
-        Stage.ENCODE: lambda: stages.encode(model, plan, PROMPT, RUNTIME),
-        Stage.SAMPLE: lambda: stages.sample(model, plan, conditioning, SETTINGS, RUNTIME),
+        Stage.ENCODE: lambda: stages.encode(model, plan, prompt_for(model), RUNTIME),
+        Stage.SAMPLE: lambda: stages.sample(model, plan, conditioning, settings_for(plan), RUNTIME),
         Stage.DECODE: lambda: stages.decode(model, plan, samples, RUNTIME),
     }[stage]
     before, weights = state(model), {key: tensor.clone() for key, tensor in tensors(model).items()}

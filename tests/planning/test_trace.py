@@ -8,47 +8,61 @@ import pytest
 import torch
 
 from i2v_core.chunking import ChunkSettings, DistinctPieces, LayerRunner
-from i2v_core.families import Placed, VideoSize, bundled_architecture, family_of
+from i2v_core.families import Architecture, Placed, VideoSize, bundled_architecture, family_of
 from i2v_core.placement.storage import WeightStorage
 from i2v_core.planning.trace import META, skeleton, trace_denoiser, tracing, weights_bytes
 from i2v_core.planning.weights import module_weights
 from i2v_core.units import GIB, MIB
 
-PUBLISHED = bundled_architecture("i2vgen-xl")
+MODELS = ("i2vgen-xl", "svd")
 
 
+def denoiser_of(architecture: Architecture) -> str:
+    return family_of(architecture).denoisers(architecture)[0].component
+
+
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("park_skips", [False, True])
 @pytest.mark.parametrize("workspace_bytes", [sys.maxsize, 256 * MIB, 64 * MIB])
 @pytest.mark.parametrize(("width", "height", "frames", "branches"), [(512, 512, 16, 2), (1000, 520, 5, 1)])
 def test_an_outline_finds_the_peak_of_a_full_trace(
-    width: int, height: int, frames: int, branches: int, workspace_bytes: int, park_skips: bool
+    model: str, width: int, height: int, frames: int, branches: int, workspace_bytes: int, park_skips: bool
 ) -> None:
     """The published model's architecture in fp16: never under by more than 0.1 %, never over by more than 1 %."""
+    architecture = bundled_architecture(model)
     size = VideoSize(width_pixels=width, height_pixels=height, frames=frames)
     settings = ChunkSettings(workspace_bytes=workspace_bytes, park_skips=park_skips)
     outlined = max(
-        call.activation_bytes for call in trace_denoiser(PUBLISHED, size, branches, torch.float16, settings).calls
+        call.activation_bytes for call in trace_denoiser(architecture, size, branches, torch.float16, settings).calls
     )
-    family = family_of(PUBLISHED)
-    module = skeleton(PUBLISHED, "unet", torch.float16)
+    family = family_of(architecture)
+    module = skeleton(architecture, denoiser_of(architecture), torch.float16)
     with tracing() as meter, family.chunked(module, settings, runner=DistinctPieces(), on_chunk=lambda: None):
-        family.denoise_workload(PUBLISHED, size, branches).run(
+        family.denoise_workload(architecture, size, branches).run(
             Placed(module=module, device=META, dtype=torch.float16, runner=LayerRunner())
         )
     assert 0.999 <= outlined / meter.peak_bytes <= 1.01
 
 
-def test_the_published_models_weights() -> None:
+@pytest.mark.parametrize(
+    ("model", "sizes_gib"),
+    [
+        ("i2vgen-xl", {"unet": 2.646, "vae": 0.156, "text_encoder": 0.657, "image_encoder": 1.177}),
+        ("svd", {"unet": 2.840, "vae": 0.182, "image_encoder": 1.177}),
+    ],
+)
+def test_the_published_models_weights(model: str, sizes_gib: dict[str, float]) -> None:
     """Parameters as published, in fp16."""
-    sizes = {"unet": 2.646, "vae": 0.156, "text_encoder": 0.657, "image_encoder": 1.177}
-    for component, expected_gib in sizes.items():
-        assert weights_bytes(PUBLISHED, component, torch.float16) / GIB == pytest.approx(expected_gib, abs=1e-3)
+    for component, expected_gib in sizes_gib.items():
+        taken_bytes = weights_bytes(bundled_architecture(model), component, torch.float16)
+        assert taken_bytes / GIB == pytest.approx(expected_gib, abs=1e-3)
 
 
-def test_every_weight_of_the_denoiser_belongs_to_one_call() -> None:
-    size = VideoSize(width_pixels=256, height_pixels=256, frames=2)
-    trace = trace_denoiser(PUBLISHED, size, 1, torch.float16, ChunkSettings(workspace_bytes=MIB))
+@pytest.mark.parametrize("model", MODELS)
+def test_every_weight_of_the_denoiser_belongs_to_one_call(model: str) -> None:
+    architecture, size = bundled_architecture(model), VideoSize(width_pixels=256, height_pixels=256, frames=2)
+    trace = trace_denoiser(architecture, size, 1, torch.float16, ChunkSettings(workspace_bytes=MIB))
     modules = tuple(call.modules for call in trace.calls)
     weights = module_weights(trace.module, WeightStorage.AS_COMPUTED, modules)
-    assert weights.lying_bytes == weights_bytes(PUBLISHED, "unet", torch.float16)
+    assert weights.lying_bytes == weights_bytes(architecture, denoiser_of(architecture), torch.float16)
     assert sum(call.lying_bytes for call in weights.calls) == weights.lying_bytes

@@ -25,6 +25,7 @@ from i2v_core.families import FAMILIES, I2VModel, Placed, Prompt, VideoSize, fam
 from i2v_core.families.clip import encode_text, tokenize
 from i2v_core.families.folder import read_json
 from i2v_core.families.pictures import cover, to_tensor
+from i2v_core.planning.plan import Stage
 from i2v_core.planning.predict import component_dtype
 from i2v_core.sampling.loop import Guidance, SampleLoop
 from i2v_core.sampling.noise import initial_noise
@@ -199,8 +200,9 @@ def test_an_autoencoder_that_wants_full_precision_gets_it(tmp_path: Path, save_t
     for wish, expected in ((False, torch.float16), (True, torch.float32)):
         config_file.write_text(json.dumps({**read_json(config_file), "force_upcast": wish}))
         architecture = load_model(tmp_path / "model").architecture
-        assert component_dtype(architecture, "vae", torch.float16) == expected
-        assert component_dtype(architecture, "unet", torch.float16) == torch.float16
+        for stage in Stage:
+            assert component_dtype(architecture, "vae", torch.float16, stage) == expected
+            assert component_dtype(architecture, "unet", torch.float16, stage) == torch.float16
 
 
 def test_frame_zero_starts_from_the_same_noise_for_any_length() -> None:

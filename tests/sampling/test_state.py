@@ -9,21 +9,30 @@ import pytest
 import torch
 from torch import Tensor
 
+from i2v_core.families import bundled_architecture, bundled_models, family_of
 from i2v_core.sampling.loop import SampleLoop
-from i2v_core.sampling.schedulers import SCHEDULERS, make_scheduler
+from i2v_core.sampling.schedulers import make_scheduler
 
-CONFIG = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
+SCHEDULERS = [
+    (model, choice.name)
+    for model in bundled_models()
+    for choice in family_of(bundled_architecture(model)).facts.schedulers
+]
 STEPS = 7
 NOISE = torch.randn(1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
 
 
-def scheduler_of(name: str) -> Any:
-    scheduler = make_scheduler(name, CONFIG)
+def scheduler_of(name: tuple[str, str]) -> Any:
+    """By model and name."""
+    model, of_family = name
+    architecture = bundled_architecture(model)
+    choice = family_of(architecture).facts.scheduler(of_family)
+    scheduler = make_scheduler(choice, architecture.config("scheduler"))
     scheduler.set_timesteps(STEPS)
     return scheduler
 
 
-def loop_of(name: str) -> SampleLoop:
+def loop_of(name: tuple[str, str]) -> SampleLoop:
     return SampleLoop(scheduler_of(name), NOISE.clone(), lambda *_: None)
 
 
@@ -47,7 +56,7 @@ def stopping_at(step: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_denoiser_that_fails_costs_its_step_alone(name: str, step: int) -> None:
+def test_a_denoiser_that_fails_costs_its_step_alone(name: tuple[str, str], step: int) -> None:
     loop = loop_of(name)
     with pytest.raises(torch.OutOfMemoryError):
         loop.run(stopping_at(step))
@@ -57,7 +66,9 @@ def test_a_denoiser_that_fails_costs_its_step_alone(name: str, step: int) -> Non
 
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_scheduler_that_fails_half_way_has_not_stepped(name: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scheduler_that_fails_half_way_has_not_stepped(
+    name: tuple[str, str], step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The failure comes after everything that a step changes has been changed."""
     scheduler = scheduler_of(name)
     whole_step, calls = scheduler.step, 0
@@ -81,7 +92,7 @@ def test_a_scheduler_that_fails_half_way_has_not_stepped(name: str, step: int, m
 
 @pytest.mark.parametrize("step", range(STEPS + 1))
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_another_loop_goes_on_from_a_state(name: str, step: int) -> None:
+def test_another_loop_goes_on_from_a_state(name: tuple[str, str], step: int) -> None:
     first, second = loop_of(name), loop_of(name)
     if step < STEPS:
         with pytest.raises(torch.OutOfMemoryError):
@@ -99,7 +110,7 @@ def test_another_loop_goes_on_from_a_state(name: str, step: int) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_state_holds_no_more_than_the_last_outputs(name: str) -> None:
+def test_a_state_holds_no_more_than_the_last_outputs(name: tuple[str, str]) -> None:
     loop = loop_of(name)
     loop.run(predict)
     tensors = [

@@ -1,0 +1,303 @@
+"""Stable Video Diffusion: a UNet of layers over space and over time, a decoder that looks along time, CLIP vision.
+
+Blattmann et al., "Stable Video Diffusion: Scaling Latent Video Diffusion Models to Large Datasets", 2023.
+
+Shape legend: B guidance branches, C latent channels, T latent frames (= pixel frames), h/w latent size,
+H/W pixel size, F frames in one decode, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..chunking import ChunkSettings, LayerRunner
+from ..chunking.spatio_temporal_unet import chunked
+from ..decoding import FramePieces, decode_clip_into, runs_in_bands
+from ..errors import ModelFolderError
+from ..memory.meter import host_memory
+from ..memory.parking import empty_parked
+from . import autoencoder_kl, clip
+from .base import Conditioning, Denoiser, Place, Placed, Prompt, TensorMap, Workload
+from .facts import FamilyFacts, SchedulerChoice, VideoSize
+from .folder import ComponentSpec, check_folder, load_diffusers, load_transformers, pipeline_class, read_json
+from .model import Architecture, I2VModel
+from .pictures import cover, first_picture, to_tensor
+from .preview import preview_factors
+
+_DIFFUSERS_STEM, _TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+_COMPONENTS = (
+    ComponentSpec(name="unet", weights_stem=_DIFFUSERS_STEM),
+    ComponentSpec(name="vae", weights_stem=_DIFFUSERS_STEM),
+    ComponentSpec(name="image_encoder", weights_stem=_TRANSFORMERS_STEM),
+    ComponentSpec(name="feature_extractor", files=("preprocessor_config.json",)),
+    ComponentSpec(name="scheduler", files=("scheduler_config.json",)),
+)
+_CONFIG_FILES = {"feature_extractor": "preprocessor_config.json", "scheduler": "scheduler_config.json"}
+
+# Frame rate, motion bucket and noise augmentation.
+_TIME_IDS = 3
+AUGMENTATION_SEED = 0
+"""Of the noise that is added to the picture: the same picture always gives the same conditioning."""
+
+
+class StableVideoDiffusion:
+    """See `base.Family`."""
+
+    facts = FamilyFacts(
+        name="svd",
+        display_name="Stable Video Diffusion",
+        spatial_compression=8,
+        temporal_compression=1,
+        anchor_frames=None,  # a frame's place in the clip is told inside of the denoiser, by counting what it is given
+        latent_channels=4,
+        size_multiple=8,
+        min_side_pixels=64,
+        default_size=VideoSize(width_pixels=1024, height_pixels=576, frames=25),
+        default_fps=7,
+        default_cfg=3.0,
+        takes=frozenset({"fps", "motion_bucket", "noise_augmentation"}),
+        # It is told noise levels, up to 700, by their logarithm; diffusers' other schedulers count steps.
+        schedulers=(SchedulerChoice(name="euler", diffusers_class="EulerDiscreteScheduler"),),
+        table_sizes=tuple(
+            VideoSize(width_pixels=width, height_pixels=height, frames=frames)
+            for width, height, frames in ((1024, 576, 14), (1024, 576, 25), (1280, 720, 25))
+        ),
+    )
+    decoder = "vae"
+
+    def denoisers(self, architecture: Architecture) -> tuple[Denoiser, ...]:  # noqa: ARG002
+        return (Denoiser(component="unet"),)
+
+    def recognises(self, folder: Path) -> bool:
+        if pipeline_class(folder) is not None:
+            return pipeline_class(folder) == "StableVideoDiffusionPipeline"
+        config = folder / "unet" / "config.json"
+        return config.is_file() and read_json(config).get("_class_name") == "UNetSpatioTemporalConditionModel"
+
+    def architecture(self, folder: Path) -> Architecture:
+        configs = {
+            component.name: read_json(folder / component.name / _CONFIG_FILES.get(component.name, "config.json"))
+            for component in _COMPONENTS
+        }
+        _check_configs(folder, configs)
+        return Architecture.from_configs(self.facts.name, configs)
+
+    def load(self, folder: Path) -> I2VModel:
+        weights = check_folder(folder, _COMPONENTS)
+        architecture = self.architecture(folder)
+        loaders = {"unet": load_diffusers, "vae": load_diffusers}
+        modules = {
+            name: loaders.get(name, load_transformers)(cls, weights[name]) for name, cls in _module_classes().items()
+        }
+        return I2VModel(architecture=architecture, folder=folder, modules=modules, tokenizer=None)
+
+    def skeleton(self, architecture: Architecture, component: str) -> nn.Module:
+        cls, config = _module_classes()[component], architecture.config(component)
+        if hasattr(cls, "from_config"):
+            return cls.from_config(config).eval()
+        return cls(cls.config_class.from_dict(config)).eval()
+
+    def full_precision_components(self, architecture: Architecture, *, decoding: bool) -> frozenset[str]:
+        """The published autoencoder asks for fp32, which diffusers grants its encoder and not its decoder."""
+        wanted = not decoding and autoencoder_kl.wants_full_precision(architecture.config("vae"))
+        return frozenset({"vae"} if wanted else ())
+
+    def encode_workloads(
+        self,
+        architecture: Architecture,
+        size: VideoSize,
+        guidance: bool,  # noqa: ARG002
+        pieces: FramePieces,
+    ) -> tuple[Workload, ...]:
+        wanted = clip.VisionInput.from_config(architecture.config("feature_extractor"))
+
+        def picture(encoder: Placed) -> Tensor:
+            shape = (1, 3, wanted.height_pixels, wanted.width_pixels)
+            return encoder.module(torch.empty(shape, device=encoder.device, dtype=encoder.dtype)).image_embeds
+
+        def latents(vae: Placed) -> Tensor:
+            picture_13HW = empty_parked((1, 3, size.height_pixels, size.width_pixels), torch.float32, vae.device)
+            return autoencoder_kl.encode_mode(vae, picture_13HW, pieces, on_chunk=lambda: None)
+
+        return (
+            Workload(name="picture", component="image_encoder", run=picture, depends_on_size=False),
+            Workload(name="latents", component="vae", run=latents, by_layer=pieces.by_layer),
+        )
+
+    def denoise_workload(self, architecture: Architecture, size: VideoSize, branches: int) -> Workload:
+        _, channels, frames, height, width = self.facts.latent_size(size).shape_bcthw
+        context_width = architecture.config("unet")["cross_attention_dim"]
+
+        def denoise(unet: Placed) -> Tensor:
+            def empty(*shape: int) -> Tensor:
+                return torch.empty(branches, *shape, device=unet.device, dtype=unet.dtype)
+
+            inputs = {
+                "encoder_hidden_states": empty(1, context_width),
+                "image_latents": empty(channels, 1, height, width),
+                "added_time_ids": empty(_TIME_IDS),
+            }
+            latents_BCThw = empty(channels, frames, height, width)
+            return self.denoise(unet.module, latents_BCThw, torch.zeros((), device=unet.device), inputs)
+
+        return Workload(name="denoise", component="unet", run=denoise)
+
+    def decode_workload(self, size: VideoSize, pieces: FramePieces) -> Workload:
+        latent = self.facts.latent_size(size)
+
+        def decode(vae: Placed) -> Tensor:
+            shape = (size.frames, latent.channels, latent.latent_height, latent.latent_width)
+            samples = empty_parked(shape, torch.float32, vae.device)
+            return next(self.decode(vae, samples, 0, pieces, on_chunk=lambda: None))
+
+        return Workload(name="decode", component=self.decoder, run=decode, by_layer=pieces.by_layer)
+
+    def decode_chunk_sizes(self, size: VideoSize, of_use: int) -> Sequence[int]:  # noqa: ARG002
+        """All frames, since the decoder looks along time in every block."""
+        return (size.frames,)
+
+    def cuts_frames(self, architecture: Architecture) -> bool:
+        return runs_in_bands(architecture.config("vae"))
+
+    def encode(
+        self,
+        model: I2VModel,
+        prompt: Prompt,
+        size: VideoSize,
+        guidance: bool,
+        pieces: FramePieces,
+        place: Place,
+        on_chunk: Callable[[], None],
+    ) -> Conditioning:
+        with host_memory():
+            fitted = cover(first_picture(prompt.image_FHWC), size.width_pixels, size.height_pixels)
+            centred_13HW = autoencoder_kl.centred(to_tensor(fitted))
+            noisy_13HW = centred_13HW + prompt.noise_augmentation * _noise_like(centred_13HW)
+        with place("image_encoder") as image_encoder:
+            wanted = clip.VisionInput.from_config(model.architecture.config("feature_extractor"))
+            embeds = clip.encode_antialiased(image_encoder, centred_13HW, wanted).float().cpu()
+        with place("vae", by_layer=pieces.by_layer) as vae:
+            latents_1Chw = autoencoder_kl.encode_mode(vae, noisy_13HW, pieces, on_chunk).cpu()
+        # The model was trained with the frame rate less one.
+        told = [float(prompt.fps - 1), float(prompt.motion_bucket), prompt.noise_augmentation]
+        positive = {
+            "encoder_hidden_states": embeds,
+            "image_latents": latents_1Chw[:, :, None],
+            "added_time_ids": torch.tensor([told]),
+        }
+        blank = {name: torch.zeros_like(positive[name]) for name in ("encoder_hidden_states", "image_latents")}
+        return Conditioning(
+            family=self.facts.name,
+            size=size,
+            positive=positive,
+            negative={**positive, **blank} if guidance else None,
+            preview_factors=preview_factors(model.folder, latents_1Chw * _scaling_factor(model.architecture), fitted),
+        )
+
+    def denoise(self, denoiser: nn.Module, latents_BCTHW: Tensor, timestep: Tensor, inputs: TensorMap) -> Tensor:
+        latents_BTCHW = latents_BCTHW.transpose(1, 2)
+        picture_BTCHW = inputs["image_latents"].transpose(1, 2).expand_as(latents_BTCHW)
+        prediction_BTCHW = denoiser(
+            torch.cat([latents_BTCHW, picture_BTCHW], dim=2),
+            timestep,
+            inputs["encoder_hidden_states"],
+            inputs["added_time_ids"],
+            return_dict=False,
+        )[0]
+        return prediction_BTCHW.transpose(1, 2)
+
+    def guidance_scale(self, cfg: float, latent_frames: int) -> float | Tensor:
+        """Rising from 1 in the first frame, which is the picture, to cfg in the last; of a single frame, cfg."""
+        return torch.linspace(1.0, cfg, latent_frames).view(1, 1, -1, 1, 1) if latent_frames > 1 else cfg
+
+    def inputs_for_frames(self, inputs: TensorMap, frames: Tensor) -> TensorMap:
+        raise NotImplementedError("the denoiser must see the whole clip")
+
+    def chunked(
+        self, denoiser: nn.Module, settings: ChunkSettings, *, runner: LayerRunner, on_chunk: Callable[[], None]
+    ) -> AbstractContextManager[None]:
+        return chunked(denoiser, settings, runner=runner, on_chunk=on_chunk)
+
+    def latents_to_host(
+        self,
+        architecture: Architecture,
+        latents_BCTHW: Tensor,
+        inputs: TensorMap,  # noqa: ARG002
+    ) -> Tensor:
+        return latents_BCTHW[0].transpose(0, 1) / _scaling_factor(architecture)
+
+    def decoded_frames(self, samples: Tensor) -> int:
+        return len(samples)
+
+    def decode(
+        self,
+        decoder: Placed,
+        samples: Tensor,
+        first_frame: int,
+        pieces: FramePieces,
+        on_chunk: Callable[[], None],
+    ) -> Iterator[Tensor]:
+        on_chunk()
+        vae = decoder.module
+        on_device_FChw = samples.to(decoder.device, decoder.dtype)
+        compression = self.facts.spatial_compression
+        height, width = (side * compression for side in samples.shape[2:])
+        frames_FHW3 = empty_parked((len(samples), height, width, 3), torch.float32, decoder.device)
+        if pieces.by_layer:
+            decode_clip_into(vae, on_device_FChw, frames_FHW3, pieces, runner=decoder.runner, on_chunk=on_chunk)
+        else:
+            decoded_F3HW = vae.decode(on_device_FChw, num_frames=len(samples)).sample
+            frames_FHW3.copy_(decoded_F3HW.permute(0, 2, 3, 1))
+        yield frames_FHW3[first_frame:].mul_(0.5).add_(0.5).clamp_(0, 1)
+
+
+FAMILY = StableVideoDiffusion()
+
+
+def _module_classes() -> Mapping[str, Any]:
+    """Imported at first use: diffusers and transformers take seconds, which the host's start must not pay."""
+    from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import AutoencoderKLTemporalDecoder
+    from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
+    from transformers import CLIPVisionModelWithProjection
+
+    return {
+        "unet": UNetSpatioTemporalConditionModel,
+        "vae": AutoencoderKLTemporalDecoder,
+        "image_encoder": CLIPVisionModelWithProjection,
+    }
+
+
+def _check_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise `ModelFolderError` unless what is read of the configs later can be read: better now than after minutes."""
+    from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+
+    scheduler: Any = EulerDiscreteScheduler
+    try:
+        clip.VisionInput.from_config(configs["feature_extractor"])
+        scheduler.from_config(configs["scheduler"]).set_timesteps(2)
+        unet = configs["unet"]
+        int(unet["cross_attention_dim"])
+        told = _TIME_IDS * int(unet.get("addition_time_embed_dim", 256))
+        expected = int(unet.get("projection_class_embeddings_input_dim", 768))
+        if told != expected:
+            raise ValueError(f"the denoiser wants {expected} numbers on rate, motion and noise, and is told {told}")
+    # Third-party classes fail in their own ways on numbers that make no sense.
+    except Exception as error:
+        raise ModelFolderError(
+            f"the configs in {folder} make no model ({error!r})", "download the config files again"
+        ) from error
+
+
+def _noise_like(picture_13HW: Tensor) -> Tensor:
+    """Standard normal, drawn on the CPU: the same on any device."""
+    return torch.randn(picture_13HW.shape, generator=torch.Generator("cpu").manual_seed(AUGMENTATION_SEED))
+
+
+def _scaling_factor(architecture: Architecture) -> float:
+    return float(architecture.config("vae").get("scaling_factor", 0.18215))
