@@ -37,8 +37,17 @@ class Request:
         return 2 if self.guidance else 1
 
     def precisions(self, fast: tuple[torch.dtype, ...]) -> tuple[torch.dtype, ...]:
-        """The precisions to try, best first: the user's choice, or those the device runs well."""
-        return fast if self.precision == AUTO else (PRECISIONS[self.precision],)
+        """The precisions to try, best first: the user's choice, or those the device runs well.
+
+        Each takes less memory than those before it: where one does not fit, none of the same size would.
+        """
+        if self.precision != AUTO:
+            return (PRECISIONS[self.precision],)
+        by_bytes: dict[int, torch.dtype] = {}
+        for dtype in fast:
+            if dtype.itemsize < min(by_bytes, default=dtype.itemsize + 1):
+                by_bytes[dtype.itemsize] = dtype
+        return tuple(by_bytes.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -251,3 +251,11 @@ def test_a_way_that_takes_less_of_the_host_is_found_where_thriftier_ones_take_mo
     host_bytes = plan.stage(Stage.DECODE).host_bytes
     budget = replace(plan.budget, host_free_bytes=host_bytes)
     assert make_plan(plan.request, budget, CPU).stage(Stage.DECODE).host_bytes <= host_bytes
+
+
+def test_no_precision_is_tried_that_takes_as_much_as_one_before(architecture: Architecture) -> None:
+    """Where bf16 does not fit, fp16 and fp32 need not be traced to know that they do not."""
+    request = request_for(architecture, precision="auto")
+    assert request.precisions((torch.bfloat16, torch.float16, torch.float32)) == (torch.bfloat16,)
+    assert request.precisions((torch.float32, torch.bfloat16)) == (torch.float32, torch.bfloat16)
+    assert request_for(architecture, precision="fp16").precisions((torch.bfloat16,)) == (torch.float16,)
