@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
+import time
 import urllib.error
 import urllib.request
 import uuid
@@ -24,6 +25,7 @@ JSON = dict[str, Any]
 """What the host's own JSON objects are here: they have no schema that could be named."""
 
 TIMEOUT_SECONDS = 30.0
+_DROP_EVERY_SECONDS = 0.1
 TEXT_MESSAGE = 3
 """The host's number of a binary message that is a text; the others are previews."""
 ENDS = {"execution_success", "execution_error", "execution_interrupted"}
@@ -106,6 +108,22 @@ class Client:
     def interrupt(self) -> None:
         """Ask the host to stop what it is running."""
         self._request("/interrupt", {})
+
+    def drop(self, prompt_id: str) -> None:
+        """Take a prompt out of the queue, or stop it where it runs; returns when the host has let go of it.
+
+        One interrupt may not do: the host forgets it when it comes before the prompt has begun.
+
+        Raises:
+            HostError: the host does not let go of it.
+        """
+        until = time.monotonic() + TIMEOUT_SECONDS
+        while any(prompt_id in item for items in self._get("/queue").values() for item in items):
+            if time.monotonic() > until:
+                raise HostError(f"The host does not let go of the prompt {prompt_id}.")
+            self._request("/queue", {"delete": [prompt_id]})
+            self.interrupt()
+            time.sleep(_DROP_EVERY_SECONDS)
 
     def queue(self, prompt: JSON, *, workflow: JSON | None = None) -> str:
         """Put an API-format prompt in the host's queue and return its id.
