@@ -23,6 +23,11 @@ def wants_full_precision(config: Mapping[str, Any]) -> bool:
     return bool(config.get("force_upcast", False))
 
 
+def scaling_factor(config: Mapping[str, Any]) -> float:
+    """What latents are multiplied by for the denoiser; a config without the key means Stable Diffusion's."""
+    return float(config.get("scaling_factor", 0.18215))
+
+
 def chunk_sizes(frames: int, of_use: int) -> list[int]:
     """Numbers of frames to decode at once, from as many as are of use to one, halving."""
     sizes = [max(1, min(frames, of_use))]

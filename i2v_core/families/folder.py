@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,21 @@ from ..errors import ModelFolderError
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+@contextmanager
+def configs_read(folder: Path) -> Generator[None]:
+    """Reads values of configs that will be needed later: better now than after minutes.
+
+    Raises:
+        ModelFolderError: the body fails; third-party classes do in their own ways on numbers that make no sense.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ModelFolderError(
+            f"the configs in {folder} make no model ({error!r})", "download the config files again"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

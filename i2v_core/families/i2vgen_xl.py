@@ -24,7 +24,15 @@ from ..memory.parking import empty_parked
 from . import autoencoder_kl, clip
 from .base import Conditioning, Denoiser, Place, Placed, Prompt, TensorMap, Workload
 from .facts import FamilyFacts, SchedulerChoice, VideoSize
-from .folder import ComponentSpec, check_folder, load_diffusers, load_transformers, pipeline_class, read_json
+from .folder import (
+    ComponentSpec,
+    check_folder,
+    configs_read,
+    load_diffusers,
+    load_transformers,
+    pipeline_class,
+    read_json,
+)
 from .model import Architecture, I2VModel
 from .pictures import cover, first_picture, to_tensor
 from .preview import preview_factors
@@ -268,7 +276,7 @@ class I2VGenXL:
         latents_BCTHW: Tensor,
         inputs: TensorMap,  # noqa: ARG002
     ) -> Tensor:
-        return latents_BCTHW[0].transpose(0, 1) / _scaling_factor(architecture)
+        return latents_BCTHW[0].transpose(0, 1) / autoencoder_kl.scaling_factor(architecture.config("vae"))
 
     def decoded_frames(self, samples: Tensor) -> int:
         return len(samples)
@@ -302,11 +310,11 @@ def _module_classes() -> Mapping[str, Any]:
 
 
 def _check_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise `ModelFolderError` unless what is read of the configs later can be read: better now than after minutes."""
+    """Raise `ModelFolderError` unless what is read of the configs later can be read."""
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     scheduler: Any = DDIMScheduler
-    try:
+    with configs_read(folder):
         clip.VisionInput.from_config(configs["feature_extractor"])
         scheduler.from_config(configs["scheduler"]).set_timesteps(1)
         int(configs["unet"]["cross_attention_dim"])
@@ -314,11 +322,6 @@ def _check_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> No
         positions = int(configs["text_encoder"].get("max_position_embeddings", tokens))
         if not 0 < tokens <= positions:
             raise ValueError(f"the tokenizer makes {tokens} tokens, the text encoder takes {positions}")
-    # Third-party classes fail in their own ways on numbers that make no sense.
-    except Exception as error:
-        raise ModelFolderError(
-            f"the configs in {folder} make no model ({error!r})", "download the config files again"
-        ) from error
 
 
 def _encode_text(text_encoder: Placed, tokenizer: Any, text: str) -> Tensor:
@@ -334,7 +337,3 @@ def _with_ramp(latents_1Chw: Tensor, frames: int) -> Tensor:
 
 def _text_length(architecture: Architecture) -> int:
     return int(architecture.config("tokenizer")["model_max_length"])
-
-
-def _scaling_factor(architecture: Architecture) -> float:
-    return float(architecture.config("vae").get("scaling_factor", 0.18215))

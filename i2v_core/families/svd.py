@@ -19,13 +19,20 @@ from torch import Tensor, nn
 from ..chunking import ChunkSettings, LayerRunner
 from ..chunking.spatio_temporal_unet import chunked
 from ..decoding import FramePieces, decode_clip_into, runs_in_bands
-from ..errors import ModelFolderError
 from ..memory.meter import host_memory
 from ..memory.parking import empty_parked
 from . import autoencoder_kl, clip
 from .base import Conditioning, Denoiser, Place, Placed, Prompt, TensorMap, Workload
 from .facts import FamilyFacts, SchedulerChoice, VideoSize
-from .folder import ComponentSpec, check_folder, load_diffusers, load_transformers, pipeline_class, read_json
+from .folder import (
+    ComponentSpec,
+    check_folder,
+    configs_read,
+    load_diffusers,
+    load_transformers,
+    pipeline_class,
+    read_json,
+)
 from .model import Architecture, I2VModel
 from .pictures import cover, first_picture, to_tensor
 from .preview import preview_factors
@@ -197,7 +204,9 @@ class StableVideoDiffusion:
             size=size,
             positive=positive,
             negative={**positive, **blank} if guidance else None,
-            preview_factors=preview_factors(model.folder, latents_1Chw * _scaling_factor(model.architecture), fitted),
+            preview_factors=preview_factors(
+                model.folder, latents_1Chw * autoencoder_kl.scaling_factor(model.architecture.config("vae")), fitted
+            ),
         )
 
     def denoise(self, denoiser: nn.Module, latents_BCTHW: Tensor, timestep: Tensor, inputs: TensorMap) -> Tensor:
@@ -230,7 +239,7 @@ class StableVideoDiffusion:
         latents_BCTHW: Tensor,
         inputs: TensorMap,  # noqa: ARG002
     ) -> Tensor:
-        return latents_BCTHW[0].transpose(0, 1) / _scaling_factor(architecture)
+        return latents_BCTHW[0].transpose(0, 1) / autoencoder_kl.scaling_factor(architecture.config("vae"))
 
     def decoded_frames(self, samples: Tensor) -> int:
         return len(samples)
@@ -274,11 +283,11 @@ def _module_classes() -> Mapping[str, Any]:
 
 
 def _check_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise `ModelFolderError` unless what is read of the configs later can be read: better now than after minutes."""
+    """Raise `ModelFolderError` unless what is read of the configs later can be read."""
     from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
     scheduler: Any = EulerDiscreteScheduler
-    try:
+    with configs_read(folder):
         clip.VisionInput.from_config(configs["feature_extractor"])
         scheduler.from_config(configs["scheduler"]).set_timesteps(2)
         unet = configs["unet"]
@@ -287,17 +296,8 @@ def _check_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> No
         expected = int(unet.get("projection_class_embeddings_input_dim", 768))
         if told != expected:
             raise ValueError(f"the denoiser wants {expected} numbers on rate, motion and noise, and is told {told}")
-    # Third-party classes fail in their own ways on numbers that make no sense.
-    except Exception as error:
-        raise ModelFolderError(
-            f"the configs in {folder} make no model ({error!r})", "download the config files again"
-        ) from error
 
 
 def _noise_like(picture_13HW: Tensor) -> Tensor:
     """Standard normal, drawn on the CPU: the same on any device."""
     return torch.randn(picture_13HW.shape, generator=torch.Generator("cpu").manual_seed(AUGMENTATION_SEED))
-
-
-def _scaling_factor(architecture: Architecture) -> float:
-    return float(architecture.config("vae").get("scaling_factor", 0.18215))

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import ModelFolderError
-from .folder import ComponentSpec, check_folder, load_diffusers, load_transformers, read_json
+from .folder import ComponentSpec, check_folder, configs_read, load_diffusers, load_transformers, read_json
 from .model import Architecture, I2VModel
 
 _DIFFUSERS_STEM, _TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
@@ -116,8 +116,8 @@ def _module_classes() -> Mapping[str, Any]:
 
 
 def _check(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise `ModelFolderError` unless what is read of the configs later can be read: better now than after minutes."""
-    try:
+    """Raise `ModelFolderError` unless what is read of the configs later can be read."""
+    with configs_read(folder):
         channels, vae = int(configs["vae"].get("z_dim", 16)), configs["vae"]
         statistics = [float(value) for name in ("latents_mean", "latents_std") for value in vae[name]]
         if len(statistics) != 2 * channels:
@@ -127,7 +127,3 @@ def _check(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
         if "image_encoder" in configs:
             vision = configs["image_encoder"]
             _ = int(vision["image_size"]) // int(vision["patch_size"])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ModelFolderError(
-            f"the configs in {folder} make no model ({error!r})", "download the config files again"
-        ) from error
