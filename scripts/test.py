@@ -10,8 +10,8 @@ import sys
 from comfy_host import process, setup
 from comfy_host.errors import HostError
 
-# Four take some gigabytes of memory, and more than four wait for the one that has the real ComfyUI.
-SIDE_BY_SIDE = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadgroup"]
+# Each takes some gigabytes of memory, with a real ComfyUI of its own.
+SIDE_BY_SIDE = ["-n", "auto", "--maxprocesses", "4"]
 CHECKS = {
     "lint": ["ruff", "check"],
     "format": ["ruff", "format", "--check"],

@@ -26,7 +26,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker("host")
-            item.add_marker(pytest.mark.xdist_group("host"))  # one process, so that they share one server
 
 
 @pytest.hookimpl(wrapper=True)
