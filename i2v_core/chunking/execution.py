@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -181,3 +181,16 @@ class Execution:
             del result  # not beside the next chunk's workspace
         assert target is not None
         return target
+
+
+class ReplacedForward:
+    """What stands in for a model's forward: the model, and what each of its runs is executed with."""
+
+    def __init__(self, model: Any, settings: ChunkSettings, on_chunk: Callable[[], None], runner: LayerRunner) -> None:
+        self._model = model
+        self._settings = settings
+        self._on_chunk = on_chunk
+        self._runner = runner
+
+    def _execution(self, num_frames: int) -> Execution:
+        return Execution(settings=self._settings, runner=self._runner, on_chunk=self._on_chunk, num_frames=num_frames)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import ends, frames, spatio_temporal, workspace
-from .execution import Execution, LayerRunner
+from .execution import Execution, LayerRunner, ReplacedForward
 from .inject import forward_replaced, nothing
 from .settings import ChunkSettings
 from .walk import Walk
@@ -43,14 +43,8 @@ def chunked(
         yield
 
 
-class ChunkedForward:
+class ChunkedForward(ReplacedForward):
     """Stands in for `UNetSpatioTemporalConditionModel.forward`: the same arguments and result, without gradients."""
-
-    def __init__(self, unet: Any, settings: ChunkSettings, on_chunk: Callable[[], None], runner: LayerRunner) -> None:
-        self._unet = unet
-        self._settings = settings
-        self._on_chunk = on_chunk
-        self._runner = runner
 
     @torch.no_grad()
     def __call__(
@@ -63,10 +57,8 @@ class ChunkedForward:
     ) -> Any:
         from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionOutput
 
-        unet = self._unet
-        execution = Execution(
-            settings=self._settings, runner=self._runner, on_chunk=self._on_chunk, num_frames=sample.shape[1]
-        )
+        unet = self._model
+        execution = self._execution(num_frames=sample.shape[1])
         embedding = _embedding(unet, execution, sample, timestep, added_time_ids)
         hidden = frames.convolve(execution, "conv_in", unet.conv_in, sample.flatten(0, 1))
         walk = _Walk(execution, embedding, hidden, encoder_hidden_states)

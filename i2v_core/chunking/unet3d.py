@@ -7,15 +7,13 @@ Legend: B batch, F frames, N batch × frames, C channels, H height, W width (lat
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from . import ends, frames, strips
 from .ends import Conditions
-from .execution import Execution, LayerRunner
-from .settings import ChunkSettings
+from .execution import Execution, ReplacedForward
 from .walk import Walk
 
 
@@ -49,14 +47,8 @@ class _Walk(Walk):
         )
 
 
-class ChunkedForward:
+class ChunkedForward(ReplacedForward):
     """Stands in for `I2VGenXLUNet.forward`: the same arguments and result, without gradients."""
-
-    def __init__(self, unet: Any, settings: ChunkSettings, on_chunk: Callable[[], None], runner: LayerRunner) -> None:
-        self._unet = unet
-        self._settings = settings
-        self._on_chunk = on_chunk
-        self._runner = runner
 
     @torch.no_grad()
     def __call__(
@@ -73,14 +65,9 @@ class ChunkedForward:
     ) -> Any:
         from diffusers.models.unets.unet_3d_condition import UNet3DConditionOutput
 
-        execution = Execution(
-            settings=self._settings,
-            runner=self._runner,
-            on_chunk=self._on_chunk,
-            num_frames=sample.shape[2],
-        )
+        execution = self._execution(num_frames=sample.shape[2])
         conditions = ends.conditions(
-            self._unet,
+            self._model,
             execution,
             timestep=timestep,
             timestep_cond=timestep_cond,
@@ -90,7 +77,7 @@ class ChunkedForward:
             text_BTC=encoder_hidden_states,
             attention_kwargs=cross_attention_kwargs or {},
         )
-        prediction = _denoise(self._unet, execution, conditions, sample, image_latents)
+        prediction = _denoise(self._model, execution, conditions, sample, image_latents)
         return UNet3DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from . import wan_workspace
-from .execution import Execution, LayerKind, LayerRunner
+from .execution import Execution, LayerKind, LayerRunner, ReplacedForward
 from .inject import forward_replaced, nothing
 from .settings import ChunkSettings
 from .wan_conditions import Conditions, conditions, own_weights
@@ -33,14 +33,8 @@ _FEWEST_TOKENS = 64
 """Fewer at a time would keep no processor busy."""
 
 
-class ChunkedWanForward:
+class ChunkedWanForward(ReplacedForward):
     """Stands in for `WanTransformer3DModel.forward`: the same arguments and result, without gradients."""
-
-    def __init__(self, model: Any, settings: ChunkSettings, on_chunk: Callable[[], None], runner: LayerRunner) -> None:
-        self._model = model
-        self._settings = settings
-        self._on_chunk = on_chunk
-        self._runner = runner
 
     @torch.no_grad()
     def __call__(
@@ -56,12 +50,7 @@ class ChunkedWanForward:
 
         if attention_kwargs:
             raise ValueError(f"chunked execution takes no attention_kwargs, got {sorted(attention_kwargs)}")
-        execution = Execution(
-            settings=self._settings,
-            runner=self._runner,
-            on_chunk=self._on_chunk,
-            num_frames=hidden_states.shape[2],
-        )
+        execution = self._execution(num_frames=hidden_states.shape[2])
         of_tokens = conditions(
             self._model,
             execution,
