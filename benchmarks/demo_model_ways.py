@@ -131,8 +131,9 @@ WAYS: dict[str, Callable[[Plan], Plan]] = {
     "chunked": chunked,
     "streamed": streamed,
     "tiled": tiled,
-    # Half precision is bf16 here: the CPU computes fp16 many times slower.
     "bf16": precision(torch.bfloat16),
+    # Many times slower on a CPU, which has no arithmetic for it.
+    "fp16": precision(torch.float16),
     "context windows": windowed,
     **{f"{storage.value} weights": stored(storage) for storage in REDUCED if storage.available},
 }

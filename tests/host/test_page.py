@@ -63,9 +63,8 @@ def test_an_older_answer_does_not_take_the_place_of_a_newer_one(panel: Any) -> N
             route.continue_()
 
     panel.raw.route("**/i2v_budget/plan", hold_first)
-    panel.set(BUDGET, LARGE)
     with panel.raw.expect_request(lambda request: '"width":256' in (request.post_data or "")):
-        pass
+        panel.set(BUDGET, LARGE)
     panel.set(BUDGET, SMALL)
     panel.see("a plan that fits", ".i2v-live.fits")
     assert held[0].request.failure, "the page still waits for what it asks no more"

@@ -213,9 +213,8 @@ def test_it_asks_only_while_it_is_open(open_page: OpenPage, ids: list[int]) -> N
     page = open_page(tab=False)
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url) if request.url.endswith("budget/queue") else None)
-    page.evaluate(OPEN)
     with page.expect_response("**/i2v_budget/queue"):
-        pass
+        page.evaluate(OPEN)
     page.evaluate(OPEN)
     page.wait_for_selector(".i2v-queue", state="detached")
     count = len(asked)

@@ -1,6 +1,7 @@
 """``python -m training.demo_model``: from nothing to the exported folder.
 
-Every stage leaves its result in the work folder, and a stage whose result is there is not run again.
+Every stage leaves its result in the work folder, and a stage whose result is there is not run again; the denoiser,
+which takes hours, goes on in the middle of a phase.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Workshop:
         return torch.load(place, weights_only=False)
 
     def denoiser(self) -> I2VGenXLUNet:
-        """Goes on after the last phase that was finished."""
+        """Goes on from the last state that was written, with the draws that would have come next."""
         training = DenoiserTraining(self.settings, self.tokenizer(), self.text_encoder())
         partly = self.folder / "denoiser_partly.pt"
         for phase in self.settings.denoiser.phases:

@@ -71,10 +71,15 @@ class DenoiserTraining:
         self._optimizer = Pair(self.denoiser, self._chosen.learning_rate)
 
     def run(self, phase: Phase, groups: Groups, place: Path, save_every: int = 100) -> None:
-        """One phase; the state is written to the given file on the way and at the end."""
+        """One phase, from the state in the given file, if there is one; the state is written there as it goes."""
+        start = 0
+        if place.exists():
+            state = torch.load(place)
+            start = state["step"]
+            self.resume(state)
         rate = warm_cosine(phase.steps, warm=20) if phase.cooling else warm_hold()
         threads = ThreadTuner()
-        bar = tqdm(range(phase.steps), desc=phase.name, unit="step")
+        bar = tqdm(range(start, phase.steps), desc=phase.name, unit="step", initial=start, total=phase.steps)
         smooth = 0.0
         # Training, but without the dropout that diffusers builds in: too much for a model this small.
         self.denoiser.eval()
@@ -86,23 +91,34 @@ class DenoiserTraining:
             self._optimizer.step(phase.share * rate(step))
             self.average.update_parameters(self.denoiser)
             threads.tick()
-            smooth = float(loss.detach()) if step == 0 else 0.98 * smooth + 0.02 * float(loss.detach())
+            smooth = float(loss.detach()) if step == start else 0.98 * smooth + 0.02 * float(loss.detach())
             bar.set_postfix(loss=f"{smooth:.4f}")
             if (step + 1) % save_every == 0:
-                torch.save(self.state(), place)
-        torch.save(self.state(), place)
+                self._save(place, step + 1)
+        self._save(place, phase.steps)
+
+    def _save(self, place: Path, step: int) -> None:
+        """By way of a second file: a kill while writing leaves the last whole state."""
+        fresh = place.with_suffix(".new")
+        torch.save({**self.state(), "step": step}, fresh)
+        fresh.replace(place)
 
     def state(self) -> dict[str, Any]:
+        """All that the next step depends on, the draws to come included."""
         return {
             "denoiser": self.denoiser.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self._optimizer.state_dict(),
+            "draws": self._rng.bit_generator.state,
+            "noise": self._generator.get_state(),
         }
 
     def resume(self, state: dict[str, Any]) -> None:
         self.denoiser.load_state_dict(state["denoiser"])
         self.average.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
+        self._rng.bit_generator.state = state["draws"]
+        self._generator.set_state(state["noise"])
 
     def averaged(self) -> I2VGenXLUNet:
         return self.average.module
