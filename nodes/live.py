@@ -8,22 +8,27 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..i2v_core.families import Architecture, read_architecture
+from ..i2v_core.families import Architecture, WeightFiles, read_architecture
 from ..i2v_core.placement.precision import AUTO
+from ..i2v_core.placement.storage import WeightStorage
 from ..i2v_core.planning.approximations import Approximation
 from ..i2v_core.planning.margin import needed_bytes
 from ..i2v_core.planning.nearest import Nearest, NothingFitsError
 from ..i2v_core.planning.plan import Plan, StagePrediction
 from ..i2v_core.planning.planner import find_plan, fits, least_stages, make_plan
 from ..i2v_core.units import GIB, MIB, format_gib
-from . import host
+from ..i2v_core.words import Words, words
+from . import host, host_files
 from .question import Question, question
 
 JSON = dict[str, Any]
 
+LOADER_FILES = ("transformer_file", "low_noise_file")
+"""The widgets of I2V Loader, beside the model's name, that say what a plan is made for."""
+
 
 def live_plan(values: Mapping[str, Any], *, with_fixes: bool) -> JSON:
-    """The answer for the page, from the values of the widgets and the model's name.
+    """The answer for the page, from the values of VRAM Budget's widgets, and of I2V Loader's.
 
     `fixes` is what would fit instead, each as a label and the widgets to change; None where it is not looked for,
     which takes seconds.
@@ -32,12 +37,13 @@ def live_plan(values: Mapping[str, Any], *, with_fixes: bool) -> JSON:
         I2VError: the model, or a value, that no plan can be made for.
     """
     folder = host.model_folder(values["model"])
-    asked = question(
-        _architecture(folder, _stamp(folder)), **{name: value for name, value in values.items() if name != "model"}
-    )
+    files = host_files.chosen_files(*(values.get(name, host_files.FROM_FOLDER) for name in LOADER_FILES))
+    of_budget = {name: value for name, value in values.items() if name not in ("model", *LOADER_FILES)}
+    asked = question(_architecture(folder, tuple(files.items()), _stamp(folder, files)), **of_budget)
     plan = find_plan(asked.request, asked.budget, asked.device)
     if plan is not None:
-        return _shown(asked, plan.stages, fits=True, verdict=_fitting(plan), ways=_ways(plan), fixes=[])
+        said = {"verdict": _fitting(plan), "ways": _ways(plan), "given_up": _given_up(plan)}
+        return _shown(asked, plan.stages, fits=True, **said, fixes=[])
     stages = least_stages(asked.request, asked.device, asked.budget.host_free_bytes)
     return _shown(
         asked,
@@ -45,20 +51,21 @@ def live_plan(values: Mapping[str, Any], *, with_fixes: bool) -> JSON:
         fits=False,
         verdict=_refusing(asked, stages),
         ways=[],
+        given_up=[],
         fixes=_fixes(asked) if with_fixes else None,
     )
 
 
-def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Changes when a config does."""
-    files = [folder / "model_index.json", *sorted(folder.glob("*/*.json"))]
-    facts = [(str(file), file.stat()) for file in files if file.is_file()]
+def _stamp(folder: Path, files: WeightFiles) -> tuple[tuple[str, int, int], ...]:
+    """Changes when a config does, or a file of weights whose header is read."""
+    read = [folder / "model_index.json", *sorted(folder.glob("*/*.json")), *folder.glob("*/*.gguf"), *files.values()]
+    facts = [(str(file), file.stat()) for file in read if file.is_file()]
     return tuple((name, it.st_mtime_ns, it.st_size) for name, it in facts)
 
 
 @lru_cache(maxsize=8)
-def _architecture(folder: Path, stamp: object) -> Architecture:  # noqa: ARG001
-    return read_architecture(folder)
+def _architecture(folder: Path, files: tuple[tuple[str, Path], ...], stamp: object) -> Architecture:  # noqa: ARG001
+    return read_architecture(folder, dict(files))
 
 
 def _shown(asked: Question, stages: Iterable[StagePrediction], **answer: Any) -> JSON:
@@ -98,11 +105,22 @@ def _refusing(asked: Question, stages: Iterable[StagePrediction]) -> str:
 
 
 def _ways(plan: Plan) -> list[str]:
-    """How the denoiser runs, as names that the page has texts for; what is approximate is said as it is."""
+    """How the denoiser runs, as names that the page has texts for."""
     ways = [plan.precision, "whole" if plan.sample.workspace_bytes is None else "pieces"]
-    ways += ["streamed"] if plan.sample.streamed else []
-    ways += [f"approximate: {approximation}"] if (approximation := str(Approximation.of(plan.sample))) else []
-    return ways
+    return [*ways, "streamed"] if plan.sample.streamed else ways
+
+
+def _given_up(plan: Plan) -> list[JSON]:
+    """What is approximate, in words."""
+    approximation, found = Approximation.of(plan.sample), list[Words]()
+    formats = [*plan.request.architecture.stored_formats]
+    if approximation.weight_storage is not WeightStorage.AS_COMPUTED:
+        formats.append(approximation.weight_storage.value)
+    if formats:
+        found.append(words("approximateWeights", formats=", ".join(formats)))
+    if approximation.context is not None:
+        found.append(words("approximateWindows", frames=approximation.context.context_length))
+    return [it.as_dict() for it in found]
 
 
 def _fixes(asked: Question) -> list[JSON]:

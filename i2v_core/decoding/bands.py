@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -166,20 +167,36 @@ class Bands:
     def _layer(self, taken: Workspace, *modules: nn.Module, height: int) -> Generator[Iterator[slice]]:
         """The bands of one layer call, of as many rows as its workspace allows, evened out."""
         fewest_rows = _FEWEST_ROWS if self._execution.num_frames == 1 else _FEWEST_ROWS_OF_MANY
-        fitting = max(fewest_rows, taken.rows_within(self._execution.settings.workspace_bytes))
-        rows = -(-height // -(-height // min(fitting, height)))
-        call = LayerCall(
+        layer = _BandLayer(modules=modules, height=height, taken=taken, fewest_rows=fewest_rows)
+        with self._execution.enter(layer.cut) as call:
+            yield iter(()) if self._outlines else self._execution.chunks(call)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _BandLayer:
+    """What is known of a layer call before it is cut: `height` rows of its result in bands of `fewest_rows` or more."""
+
+    modules: tuple[nn.Module, ...]
+    height: int
+    taken: Workspace
+    fewest_rows: int
+
+    def cut(self, limit_bytes: int) -> LayerCall:
+        """The call for a workspace of so many bytes."""
+        fitting = max(self.fewest_rows, self.taken.rows_within(limit_bytes))
+        rows = -(-self.height // -(-self.height // min(fitting, self.height)))
+        return LayerCall(
             kind="band",
             unit="row",
-            modules=modules,
-            total=height,
+            modules=self.modules,
+            total=self.height,
             chunk_size=rows,
             whole=False,
-            workspace_bytes=taken.of(rows),
+            workspace_bytes=self.taken.of(rows),
             result_apart=True,  # it goes to a map that was there before
+            limit_bytes=limit_bytes,
+            cut=self.cut,
         )
-        with self._execution.enter(call):
-            yield iter(()) if self._outlines else self._execution.chunks(call)
 
 
 def _convolved_along_time(conv: Any, source: FeatureMap, rows: slice, affine: Affine | None) -> torch.Tensor:

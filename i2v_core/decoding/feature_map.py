@@ -22,19 +22,25 @@ class FeatureMap:
     """Feature planes (N, C, H, W) on the device, or parked in host memory; made by `FeatureMaps`.
 
     Rows are outermost in memory, so that a band of them is one block: that is what copies to and from a device are
-    fast with. `moments` are those of all that has been written; without groups there are none.
+    fast with. Of a map of groups the moments of what is written are gathered.
     """
 
     def __init__(self, rows_HNCW: torch.Tensor, device: torch.device, *, parked: bool, groups: int) -> None:
         self.height, self.frames, self.channels, self.width = rows_HNCW.shape
         self.device, self.parked, self.groups = device, parked, groups
-        self.moments = GroupMoments(self.frames, groups, device)
         self._rows_HNCW = rows_HNCW
+        self.overwritten()
 
     @classmethod
     def over(cls, source_NCHW: torch.Tensor) -> FeatureMap:
         """A tensor on the device as a map that is only read, and that no normalisation follows."""
         return cls(source_NCHW.permute(2, 0, 1, 3), source_NCHW.device, parked=False, groups=1)
+
+    @property
+    def moments(self) -> GroupMoments:
+        """Those of all that has been written."""
+        assert self._moments is not None, "without groups there are none"
+        return self._moments
 
     @property
     def size_bytes(self) -> int:
@@ -61,7 +67,7 @@ class FeatureMap:
 
     def overwritten(self) -> FeatureMap:
         """The map, about to be written anew; its moments begin again."""
-        self.moments = GroupMoments(self.frames, self.groups, self.device)
+        self._moments = GroupMoments(self.frames, self.groups, self.device) if self.groups else None
         return self
 
     def _add_moments(self, band_NCrW: torch.Tensor, frames: slice) -> None:
@@ -96,14 +102,19 @@ class FeatureMaps:
         """`waits`: for more than the next layer, so that it is parked wherever there is a limit."""
         shape = (height, frames, channels, width)
         size_bytes = rounded_bytes(height * frames * channels * width * self._dtype.itemsize)
-        taken_bytes = sum(it.size_bytes for it in self._on_device)
-        parked = self._limit_bytes is not None and (waits or taken_bytes + size_bytes > self._limit_bytes)
+        limit_bytes = self._limit_bytes
+        parked = limit_bytes is not None and (waits or self._taken_bytes + size_bytes > limit_bytes)
         if parked:
             rows_HNCW = empty_parked(shape, self._dtype, self._device)
         else:
             rows_HNCW = torch.empty(shape, dtype=self._dtype, device=self._device)
         # What no group normalisation can follow, such as a picture's three channels, has moments all the same.
-        made = FeatureMap(rows_HNCW, self._device, parked=parked, groups=gcd(self._groups, channels))
+        groups = gcd(self._groups, channels) if self._groups else 0
+        made = FeatureMap(rows_HNCW, self._device, parked=parked, groups=groups)
         if not parked:
             self._on_device.add(made)
         return made
+
+    @property
+    def _taken_bytes(self) -> int:
+        return sum(it.size_bytes for it in self._on_device)

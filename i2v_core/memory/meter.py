@@ -43,6 +43,10 @@ def host_memory() -> Generator[None]:
         _in_host_memory.reset(token)
 
 
+def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
 class StorageMeter(TorchDispatchMode):
     """Counts the bytes of live tensor storages; use it as a context manager around the code to measure.
 
@@ -58,6 +62,7 @@ class StorageMeter(TorchDispatchMode):
             `torch.OutOfMemoryError`, and leaves the count as it was before.
         device_type: count only storages on this type of device ("cuda", "cpu", "meta"); None counts all.
         on_change: told the bytes in use each time that they change.
+        run: runs each operation, of its function and arguments.
 
     Fake tensors: enter the meter inside the `FakeTensorMode`.
     """
@@ -69,6 +74,7 @@ class StorageMeter(TorchDispatchMode):
         limit_bytes: int | None = None,
         device_type: str | None = None,
         on_change: Callable[[int], None] | None = None,
+        run: Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any] = _run,
     ) -> None:
         super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.limit_bytes = limit_bytes
@@ -77,6 +83,7 @@ class StorageMeter(TorchDispatchMode):
         self.current_bytes = 0
         self.peak_bytes = 0
         self.host_peak_bytes = 0
+        self._run = run
         self._host_bytes = 0
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         for module in exclude:
@@ -95,14 +102,14 @@ class StorageMeter(TorchDispatchMode):
     @contextmanager
     def counted(self, module: nn.Module) -> Generator[None]:
         """Count a module's parameters and buffers while the context lasts, where they were born outside the meter."""
-        new = [tensor.data for tensor in _state(module) if _key(tensor) not in self._storages]
+        new = [tensor.data for tensor in _state(module) if storage_key(tensor) not in self._storages]
         self.add(*new)
         try:
             yield
         finally:
             # Held until here, so that no storage of `new` can have died and been forgotten in the meantime.
-            for tensor in {_key(tensor): tensor for tensor in new}.values():
-                del self._storages[_key(tensor)]
+            for tensor in {storage_key(tensor): tensor for tensor in new}.values():
+                del self._storages[storage_key(tensor)]
                 self._change(-rounded_bytes(tensor.untyped_storage().nbytes()))
 
     def reset_peak(self) -> None:
@@ -117,7 +124,7 @@ class StorageMeter(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = self._run(func, args, kwargs)
         try:
             self._count_born(result, (args, kwargs))
         except torch.OutOfMemoryError as error:
@@ -126,15 +133,15 @@ class StorageMeter(TorchDispatchMode):
         return result
 
     def _count_born(self, result: Any, inputs: Any) -> None:
-        unknown = [tensor for tensor in _tensors(result) if _key(tensor) not in self._storages]
+        unknown = [tensor for tensor in tensors_in(result) if storage_key(tensor) not in self._storages]
         if unknown:
-            known = {_key(tensor) for tensor in _tensors(inputs)}
+            known = {storage_key(tensor) for tensor in tensors_in(inputs)}
             for tensor in unknown:
-                if _key(tensor) not in known:
+                if storage_key(tensor) not in known:
                     self._count(tensor)
 
     def _count(self, tensor: torch.Tensor) -> None:
-        if _key(tensor) in self._storages:
+        if storage_key(tensor) in self._storages:
             return
         if _in_host_memory.get():
             self._watch_host(tensor)
@@ -167,7 +174,7 @@ class StorageMeter(TorchDispatchMode):
 
     def _watch(self, tensor: torch.Tensor, size_bytes: int) -> None:
         """Remember a storage, and give its bytes back when it dies."""
-        key = _key(tensor)
+        key = storage_key(tensor)
 
         def forget(_: object) -> None:
             del self._storages[key]
@@ -225,18 +232,19 @@ def _state(module: nn.Module) -> Iterator[torch.Tensor]:
     yield from module.buffers()
 
 
-def _key(tensor: torch.Tensor) -> int:
+def storage_key(tensor: torch.Tensor) -> int:
+    """What tells a live storage from others."""
     return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The strided tensors in an operation's arguments or results."""
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The strided ones in an operation's arguments or results."""
     if isinstance(value, torch.Tensor):
         if value.layout is torch.strided:
             yield value
     elif isinstance(value, (list, tuple)):
         for item in cast("Iterable[Any]", value):
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, dict):
         for item in cast("dict[Any, Any]", value).values():
-            yield from _tensors(item)
+            yield from tensors_in(item)

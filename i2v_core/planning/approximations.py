@@ -52,7 +52,9 @@ def approximations(request: Request) -> tuple[Approximation, ...]:
     if not request.allow_approximate:
         return (EXACT,)
     contexts = (None, *_contexts(request))
-    return tuple(Approximation(weight_storage=it, context=context) for context, it in product(contexts, _storages()))
+    return tuple(
+        Approximation(weight_storage=it, context=context) for context, it in product(contexts, _storages(request))
+    )
 
 
 def thriftiest_approximations(request: Request) -> tuple[Approximation, ...]:
@@ -60,10 +62,13 @@ def thriftiest_approximations(request: Request) -> tuple[Approximation, ...]:
     if not request.allow_approximate:
         return (EXACT,)
     context = (None, *_contexts(request))[-1]
-    return tuple(Approximation(weight_storage=storage, context=context) for storage in _storages())
+    return tuple(Approximation(weight_storage=storage, context=context) for storage in _storages(request))
 
 
-def _storages() -> list[WeightStorage]:
+def _storages(request: Request) -> list[WeightStorage]:
+    """What a file holds quantised takes 8 bits at most already."""
+    if request.architecture.stored:
+        return [WeightStorage.AS_COMPUTED]
     return [storage for storage in WeightStorage if storage.available]
 
 

@@ -9,6 +9,7 @@ from itertools import product
 
 import torch
 
+from ..families import family_of
 from ..units import GIB, MIB
 from .approximations import EXACT, Approximation, thriftiest_approximations
 from .cost import least_sample_cost, sample_cost
@@ -24,7 +25,7 @@ def cheapest_sample(
     request: Request, dtype: torch.dtype, fits: Fits, approximation: Approximation = EXACT
 ) -> Candidate[SampleSettings, SamplePrediction] | None:
     """Searches workspaces within each way to place weights, skips and guidance, the ways from cheap to dear."""
-    if not any(fits(predict_sample(request, way)) for way in _smallest_ways(dtype, approximation)):
+    if not any(fits(predict_sample(request, way)) for way in _smallest_ways(request, dtype, approximation)):
         return None
     best: Candidate[SampleSettings, SamplePrediction] | None = None
     best_cost = math.inf
@@ -48,7 +49,7 @@ def thriftiest(request: Request, dtype: torch.dtype, host_free_bytes: int | None
         [
             predict_sample(request, way)
             for approximation in thriftiest_approximations(request)
-            for way in _smallest_ways(dtype, approximation)
+            for way in _smallest_ways(request, dtype, approximation)
         ],
         [predict_decode(request, group[-1], dtype) for group in decode_ways(request)],
     )
@@ -62,16 +63,21 @@ def thriftiest(request: Request, dtype: torch.dtype, host_free_bytes: int | None
 
 def _sample_ways(request: Request, dtype: torch.dtype) -> Iterator[SampleSettings]:
     batched = (True, False) if request.guidance else (True,)
-    for parked, streamed, together in product((False, True), (False, True), batched):
+    for parked, streamed, together in product(_parked(request), (False, True), batched):
         yield SampleSettings(compute_dtype=dtype, batched_guidance=together, streamed=streamed, park_skips=parked)
 
 
-def _smallest_ways(dtype: torch.dtype, approximation: Approximation) -> list[SampleSettings]:
+def _parked(request: Request) -> tuple[bool, ...]:
+    """Whether skip connections may be parked, from cheap to dear."""
+    return (False, True) if family_of(request.architecture).facts.has_skips else (False,)
+
+
+def _smallest_ways(request: Request, dtype: torch.dtype, approximation: Approximation) -> list[SampleSettings]:
     """Those with the least activations, of which one takes least of the device and one of host memory."""
     smallest = SampleSettings(compute_dtype=dtype, batched_guidance=False, workspace_bytes=_WORKSPACES_BYTES[-1])
     return [
         approximation.applied_to(replace(smallest, streamed=streamed, park_skips=parked))
-        for streamed, parked in product((True, False), (True, False))
+        for streamed, parked in product((True, False), _parked(request)[::-1])
     ]
 
 

@@ -20,14 +20,15 @@ _PARKED_SKIPS = 0.10
 
 
 def sample_cost(request: Request, settings: SampleSettings, prediction: SamplePrediction) -> float:
-    """Time of a step over the plain run's, minus one."""
+    """Time of a step over the plain run's, minus one; of one clip, where several are sampled together."""
     return _cost(request, settings, calls=prediction.layer_calls / prediction.layers)
 
 
 def _cost(request: Request, settings: SampleSettings, calls: float) -> float:
     passes = 1 if settings.batched_guidance else request.branches
-    cost = _CALLS_AGAIN * (calls - 1)
-    cost += WEIGHT_PASS * passes if settings.streamed else 0
+    # Clips that are sampled together share the calls of layers, and what is streamed for them.
+    cost = _CALLS_AGAIN * (calls / request.clips - 1)
+    cost += WEIGHT_PASS * passes / request.clips if settings.streamed else 0
     cost += _PARKED_SKIPS if settings.park_skips else 0
     return cost
 

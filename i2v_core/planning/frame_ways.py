@@ -8,7 +8,7 @@ weights stay in place as long as that does, since they are small here. All ways 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Generic, TypeVar
 
@@ -47,7 +47,13 @@ Fits = Callable[[StagePrediction], bool]
 def cheapest_encode(
     request: Request, dtype: torch.dtype, fits: Fits
 ) -> Candidate[EncodeSettings, StagePrediction] | None:
-    return _fastest(encode_ways(request), lambda it: predict_encode(request, it, dtype), fits)
+    def predict(way: EncodeSettings) -> StagePrediction:
+        return predict_encode(request, way, dtype)
+
+    # Where the encoders of text and of what is in the picture do not fit, tiles do not help.
+    ways = [it for it in encode_ways(request) if fits(predict_encode(request, it[0], dtype, of_any_size=True))]
+    # The picture whole fits nearly always.
+    return _first_of_all([it[0] for it in ways[:1]], predict, fits) or _fastest(ways, predict, fits)
 
 
 def cheapest_decode(
@@ -105,9 +111,11 @@ def _parked(tiles: Sequence[FramePieces]) -> list[FramePieces]:
 
 
 def _fastest(
-    ways: tuple[Sequence[Settings], ...], predict: Callable[[Settings], StagePrediction], fits: Fits
+    ways: Sequence[Sequence[Settings]], predict: Callable[[Settings], StagePrediction], fits: Fits
 ) -> Candidate[Settings, StagePrediction] | None:
     for group in ways:
+        if not fits(replace(predict(group[-1]), host_bytes=0)):
+            continue  # the last takes least of the device
         # What takes less of the device may take more of the host: all are tried before it is said that none fits.
         found = first_that_fits(group, predict, fits) or _first_of_all(group, predict, fits)
         if found is not None:

@@ -169,6 +169,7 @@ class Plan:
             ],
             "park_skips": self.sample.park_skips,
             "weight_storage": self.sample.weight_storage.value,
+            "file_formats": list(self.request.architecture.stored_formats),
             "context_length": self.sample.context.context_length if self.sample.context else None,
             "context_overlap": self.sample.context.context_overlap if self.sample.context else None,
             "chunk_size": self.chunk_size,

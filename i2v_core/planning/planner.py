@@ -117,12 +117,12 @@ def _plan_in(
     def fit(prediction: StagePrediction) -> bool:
         return _fits(prediction, budget, device)
 
+    sample = cheapest_sample(request, dtype, fit, approximation)
+    if sample is None:  # what fails most, and soonest
+        return None
     encode = cheapest_encode(request, dtype, fit)
     decode = cheapest_decode(request, dtype, fit)
     if encode is None or decode is None:
-        return None
-    sample = cheapest_sample(request, dtype, fit, approximation)
-    if sample is None:
         return None
     stages = (encode.prediction, sample.prediction, decode.prediction)
     return Plan(

@@ -2,59 +2,84 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
 import torch
-from torch import nn
 
-from ..decoding import ONE_WHOLE_FRAME
+from ..decoding import ONE_WHOLE_FRAME, FramePieces
 from ..families import Architecture, VideoSize, Workload, family_of
 from ..placement.storage import WeightStorage
 from .plan import DecodeSettings, EncodeSettings, SamplePrediction, SampleSettings, Stage, StagePrediction
 from .request import Request
-from .trace import activation_bytes, skeleton, streamed_bytes, trace_bands, trace_denoiser, weights_bytes
+from .trace import (
+    LayerOutline,
+    activation_bytes,
+    outline_bands,
+    skeleton,
+    streamed_bytes,
+    trace_denoiser,
+    weights_bytes,
+)
 from .weights import highest_moment, module_weights
 
 # Copies of the latents in fp32 that the loop and the scheduler hold beside the denoiser's own tensors: the state, the
-# model's input, two predictions, and two old outputs of a multistep scheduler.
-_LATENT_COPIES = 6
+# denoiser's input, the other branch's prediction; and a multistep scheduler the state before, and two old outputs
+# (such schedulers do not scale the input, which then is the state).
+_LATENT_COPIES, _MULTISTEP_COPIES = 3, 5
 
 
-def predict_encode(request: Request, settings: EncodeSettings, compute_dtype: torch.dtype) -> StagePrediction:
-    """The encoders run one after another, so the stage's peak is that of the largest."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """Names a family's workload, so that what it takes is found once for all that ask."""
+
+    stage: Stage
+    name: str
+    architecture: Architecture
+    size: VideoSize
+    guidance: bool
+    pieces: FramePieces
+
+    @property
+    def workload(self) -> Workload:
+        family = family_of(self.architecture)
+        if self.stage is Stage.DECODE:
+            return family.decode_workload(self.size, self.pieces)
+        workloads = family.encode_workloads(self.architecture, self.size, self.guidance, self.pieces)
+        return next(workload for workload in workloads if workload.name == self.name)
+
+
+def predict_encode(
+    request: Request, settings: EncodeSettings, compute_dtype: torch.dtype, *, of_any_size: bool = False
+) -> StagePrediction:
+    """The encoders run one after another, so the stage's peak is that of the largest.
+
+    `of_any_size`: of those that the video's size does not matter to, which is known without a trace.
+    """
     architecture = request.architecture
     family = family_of(architecture)
     predictions = [
-        _predict_encoder(
-            architecture,
-            # What does not depend on the size is predicted once for all sizes.
-            request.size if workload.depends_on_size else family.facts.default_size,
-            request.guidance,
-            workload.name,
-            # What does not depend on the pieces is predicted once for all pieces.
-            settings if workload.by_layer else replace(settings, picture=ONE_WHOLE_FRAME),
+        _predict(
+            _Work(
+                stage=Stage.ENCODE,
+                name=workload.name,
+                architecture=architecture,
+                # What does not depend on the size is predicted once for all sizes.
+                size=request.size if workload.depends_on_size else family.facts.default_size,
+                guidance=request.guidance,
+                # What does not depend on the pieces is predicted once for all pieces.
+                pieces=settings.picture if workload.by_layer else ONE_WHOLE_FRAME,
+            ),
             compute_dtype,
+            streamed=settings.streamed,
         )
         for workload in family.encode_workloads(architecture, request.size, request.guidance, settings.picture)
+        if not (of_any_size and workload.depends_on_size)
     ]
-    largest = max(predictions, key=lambda prediction: prediction.peak_bytes)
-    return replace(largest, host_bytes=max(prediction.host_bytes for prediction in predictions))
-
-
-@lru_cache(maxsize=512)
-def _predict_encoder(
-    architecture: Architecture,
-    size: VideoSize,
-    guidance: bool,
-    name: str,
-    settings: EncodeSettings,
-    compute_dtype: torch.dtype,
-) -> StagePrediction:
-    workloads = family_of(architecture).encode_workloads(architecture, size, guidance, settings.picture)
-    workload = next(workload for workload in workloads if workload.name == name)
-    return _predict(Stage.ENCODE, architecture, workload, compute_dtype, streamed=settings.streamed)
+    nothing = StagePrediction(stage=Stage.ENCODE, weights_bytes=0, activation_bytes=0)
+    largest = max(predictions, key=lambda prediction: prediction.peak_bytes, default=nothing)
+    return replace(largest, host_bytes=max((prediction.host_bytes for prediction in predictions), default=0))
 
 
 def predict_sample(request: Request, settings: SampleSettings) -> SamplePrediction:
@@ -62,10 +87,20 @@ def predict_sample(request: Request, settings: SampleSettings) -> SamplePredicti
 
     Of several denoisers, which run one after another, that which takes most.
     """
-    denoisers = family_of(request.architecture).denoisers(request.architecture)
-    predictions = [_predict_denoiser(request, settings, it.component) for it in denoisers]
+    predictions = [_predict_denoiser(request, settings, it) for it in _unlike_denoisers(request.architecture)]
     most = max(predictions, key=lambda prediction: prediction.peak_bytes)
     return replace(most, host_bytes=max(it.host_bytes for it in predictions))
+
+
+@lru_cache(maxsize=64)
+def _unlike_denoisers(architecture: Architecture) -> tuple[str, ...]:
+    """The denoisers' names, but for those that take what one before them does: of its config, and stored alike."""
+    configs, stored = dict(architecture.configs), architecture.stored
+    unlike: dict[object, str] = {}
+    for denoiser in family_of(architecture).denoisers(architecture):
+        name = denoiser.component
+        unlike.setdefault((configs[name], repr(stored.get(name))), name)
+    return tuple(unlike.values())
 
 
 def _predict_denoiser(request: Request, settings: SampleSettings, component: str) -> SamplePrediction:
@@ -76,38 +111,44 @@ def _predict_denoiser(request: Request, settings: SampleSettings, component: str
     windows = 1 if settings.context is None else settings.context.count(latent.latent_frames, facts.anchor_frames)
     seen_frames = latent.latent_frames if settings.context is None or windows == 1 else settings.context.context_length
     size = replace(request.size, frames=facts.pixel_frames(seen_frames))
-    trace = trace_denoiser(architecture, size, branches, settings.compute_dtype, settings.chunk_settings, component)
+    rows = branches * request.clips
+    trace = trace_denoiser(architecture, size, rows, settings.compute_dtype, settings.chunk_settings, component)
     calls = trace.calls
     weights = module_weights(trace.module, settings.weight_storage, tuple(call.modules for call in calls))
     highest = highest_moment(calls, weights, streamed=settings.streamed)
-    latent_bytes = prod(latent.shape_bcthw) * torch.float32.itemsize
+    latent_bytes = request.clips * prod(latent.shape_bcthw) * torch.float32.itemsize
+    multistep = any("Multistep" in choice.diffusers_class for choice in facts.schedulers)
+    kept_bytes = (_MULTISTEP_COPIES if multistep else _LATENT_COPIES) * latent_bytes
     # Beside a window's own inputs there are those of the clip, and the blended prediction.
     blending_bytes = (request.branches + branches) * latent_bytes if windows > 1 else 0
-    frames_at_once = [call.chunk_size // branches for call in calls if call.unit == "frame"]
+    passes = request.branches // branches
+    # The inputs of the other pass wait on the device.
+    waiting_bytes = (passes - 1) * calls[0].before_bytes
+    frames_at_once = [call.chunk_size // rows for call in calls if call.unit == "frame"]
     return SamplePrediction(
         stage=Stage.SAMPLE,
         weights_bytes=highest.weights_bytes,
-        activation_bytes=highest.activation_bytes + _LATENT_COPIES * latent_bytes + blending_bytes,
+        activation_bytes=highest.activation_bytes + kept_bytes + blending_bytes + waiting_bytes,
         host_bytes=trace.parked_bytes + (weights.lying_bytes if settings.streamed else 0),
         chunk_size=max(1, min(frames_at_once, default=latent.latent_frames)),
-        layer_calls=sum(call.pieces for call in calls) * (request.branches // branches) * windows,
+        layer_calls=sum(call.pieces for call in calls) * passes * windows,
         layers=len(calls),
     )
 
 
 def predict_decode(request: Request, settings: DecodeSettings, compute_dtype: torch.dtype) -> StagePrediction:
-    prediction = _predict_decoder(request.architecture, request.size, settings, compute_dtype)
     size = request.size
+    work = _Work(
+        stage=Stage.DECODE,
+        name="decode",
+        architecture=request.architecture,
+        size=size,
+        guidance=request.guidance,
+        pieces=settings.frames,
+    )
+    prediction = _predict(work, compute_dtype, streamed=settings.streamed)
     frames_bytes = 3 * size.frames * size.height_pixels * size.width_pixels * torch.float32.itemsize
     return replace(prediction, host_bytes=prediction.host_bytes + frames_bytes)
-
-
-@lru_cache(maxsize=512)
-def _predict_decoder(
-    architecture: Architecture, size: VideoSize, settings: DecodeSettings, compute_dtype: torch.dtype
-) -> StagePrediction:
-    workload = family_of(architecture).decode_workload(size, settings.frames)
-    return _predict(Stage.DECODE, architecture, workload, compute_dtype, streamed=settings.streamed)
 
 
 def component_dtype(
@@ -123,33 +164,44 @@ def component_dtype(
     return torch.bfloat16 if too_large else compute_dtype
 
 
-def _predict(
-    stage: Stage, architecture: Architecture, workload: Workload, compute_dtype: torch.dtype, *, streamed: bool
-) -> StagePrediction:
-    dtype = component_dtype(architecture, workload.component, compute_dtype, stage)
-    module = skeleton(architecture, workload.component, dtype)
+@lru_cache(maxsize=1024)
+def _predict(work: _Work, compute_dtype: torch.dtype, *, streamed: bool) -> StagePrediction:
+    workload, architecture = work.workload, work.architecture
+    dtype = component_dtype(architecture, workload.component, compute_dtype, work.stage)
     if workload.by_layer:
-        return _predict_by_layer(stage, module, workload, dtype, streamed=streamed)
+        return _predict_by_layer(work, workload.passes, dtype, streamed=streamed)
     all_bytes = weights_bytes(architecture, workload.component, dtype)
     return StagePrediction(
-        stage=stage,
+        stage=work.stage,
         weights_bytes=streamed_bytes(architecture, workload.component, dtype, workload.passes, workload.read_in_place)
         if streamed
         else all_bytes,
-        activation_bytes=activation_bytes(module, workload, dtype),
+        activation_bytes=_own_forward_bytes(work, dtype),
         host_bytes=all_bytes if streamed else 0,
     )
 
 
-def _predict_by_layer(
-    stage: Stage, module: nn.Module, workload: Workload, dtype: torch.dtype, *, streamed: bool
-) -> StagePrediction:
-    trace = trace_bands(module, workload, dtype)
-    weights = module_weights(module, WeightStorage.AS_COMPUTED, tuple(call.modules for call in trace.calls))
-    highest = highest_moment(trace.calls, weights, streamed=streamed, passes=workload.passes)
+def _predict_by_layer(work: _Work, passes: int, dtype: torch.dtype, *, streamed: bool) -> StagePrediction:
+    # Of tiles of one pixel, since a tile's workspace goes by its pixels.
+    smallest = replace(work, pieces=replace(work.pieces, tile_pixels=1))
+    trace = _outline(smallest, dtype).cut(work.pieces.tile_pixels**2)
+    weights = module_weights(trace.module, WeightStorage.AS_COMPUTED, tuple(call.modules for call in trace.calls))
+    highest = highest_moment(trace.calls, weights, streamed=streamed, passes=passes)
     return StagePrediction(
-        stage=stage,
+        stage=work.stage,
         weights_bytes=highest.weights_bytes,
         activation_bytes=highest.activation_bytes,
         host_bytes=trace.parked_bytes + (weights.lying_bytes if streamed else 0),
     )
+
+
+@lru_cache(maxsize=256)
+def _outline(work: _Work, dtype: torch.dtype) -> LayerOutline:
+    workload = work.workload
+    return outline_bands(skeleton(work.architecture, workload.component, dtype), workload, dtype)
+
+
+@lru_cache(maxsize=256)
+def _own_forward_bytes(work: _Work, dtype: torch.dtype) -> int:
+    workload = work.workload
+    return activation_bytes(skeleton(work.architecture, workload.component, dtype), workload, dtype)

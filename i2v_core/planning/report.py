@@ -56,7 +56,7 @@ def plan_reasons(
         reasons.append(f"weights come from host memory layer by layer for: {', '.join(streamed)}")
     if sample.park_skips:
         reasons.append("skip connections wait in host memory")
-    reasons += _approximation_reasons(sample)
+    reasons += [*_file_reasons(request, sample), *_approximation_reasons(sample)]
     if encode.picture.by_layer:
         reasons.append(f"the picture is encoded {_tiled(encode.picture)}")
     if decode.frames.by_layer:
@@ -96,6 +96,16 @@ def _guidance_reason(request: Request, sample: SampleSettings) -> str:
     if sample.batched_guidance:
         return "guidance takes both branches in one denoiser pass"
     return "guidance takes two denoiser passes a step, with half the activations of one"
+
+
+def _file_reasons(request: Request, sample: SampleSettings) -> list[str]:
+    formats = request.architecture.stored_formats
+    if not formats:
+        return []
+    return [
+        f"{', '.join(formats)} weights: approximate, by the file that was chosen; they come to "
+        f"{precision_name(sample.compute_dtype)} for each layer"
+    ]
 
 
 def _approximation_reasons(sample: SampleSettings) -> list[str]:

@@ -16,7 +16,8 @@ from ..units import format_gib
 class Request:
     """One video of one model. Raises `BadInputError` for what no budget could make.
 
-    `allow_approximate`: where no exact way fits, one whose result is close to the exact one may be taken.
+    `allow_approximate`: where no exact way fits, one whose result is close to the exact one may be taken. `clips`: so
+    many such videos are sampled together.
     """
 
     architecture: Architecture
@@ -24,6 +25,7 @@ class Request:
     guidance: bool = True
     precision: str = AUTO
     allow_approximate: bool = False
+    clips: int = 1
 
     def __post_init__(self) -> None:
         family_of(self.architecture).facts.check(self.size)

@@ -17,7 +17,9 @@ from ..chunking import ChunkSettings, LayerCall, LayerRunner, Outline, Unit
 from ..decoding import ONE_WHOLE_FRAME
 from ..families import Architecture, Placed, VideoSize, Workload, family_of
 from ..memory.meter import StorageMeter, fused_attention, rounded_bytes
+from ..memory.shapes import KnownShapes
 from ..placement.precision import computing_dtypes
+from ..placement.quantized import lying_bytes
 from ..placement.swap import all_tensors, own_tensors
 
 META = torch.device("meta")
@@ -67,7 +69,8 @@ def loaded_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
 
 
 def _module_bytes(module: nn.Module) -> int:
-    return sum(rounded_bytes(tensor.nbytes) for tensor in all_tensors(module))
+    as_it_lies = lying_bytes(module)
+    return sum(rounded_bytes(as_it_lies(tensor)) for tensor in all_tensors(module))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +98,44 @@ class LayerTrace:
     parked_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutlinedCall:
+    """A layer call, with what is live when it begins and when it is done, weights and workspace left out."""
+
+    call: LayerCall
+    before_bytes: int
+    after_bytes: int
+
+    def cut(self, times: int) -> TracedCall:
+        call = self.call.cut(times * self.call.limit_bytes)
+        around_bytes = self.before_bytes if call.workspace_holds_result else self.after_bytes
+        return TracedCall(
+            unit=call.unit,
+            chunk_size=call.chunk_size,
+            pieces=-(-call.total // call.chunk_size),
+            before_bytes=self.before_bytes,
+            activation_bytes=around_bytes + call.workspace_bytes,
+            modules=call.modules,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerOutline:
+    """One pass of `module` in layers, and the bytes parked in host memory.
+
+    What is live around the layers is the same however finely they are cut: one outline does for all workspaces.
+    """
+
+    module: nn.Module
+    calls: tuple[OutlinedCall, ...]
+    parked_bytes: int
+
+    def cut(self, times: int) -> LayerTrace:
+        """The pass in a workspace so many times as large as that which it was outlined with."""
+        calls = tuple(call.cut(times) for call in self.calls)
+        return LayerTrace(module=self.module, calls=calls, parked_bytes=self.parked_bytes)
+
+
 @lru_cache(maxsize=1024)
 def trace_denoiser(
     architecture: Architecture,
@@ -105,38 +146,50 @@ def trace_denoiser(
     component: str | None = None,
 ) -> LayerTrace:
     """One pass of a denoiser (by its component's name; the first, if left out) in outline."""
+    component = component or family_of(architecture).denoisers(architecture)[0].component
+    outline = outline_denoiser(architecture, size, branches, dtype, component, park_skips=settings.park_skips)
+    return outline.cut(settings.workspace_bytes)
+
+
+@lru_cache(maxsize=256)
+def outline_denoiser(
+    architecture: Architecture, size: VideoSize, branches: int, dtype: torch.dtype, component: str, *, park_skips: bool
+) -> LayerOutline:
+    """One pass of a denoiser, in a workspace of one byte."""
     family = family_of(architecture)
-    module = skeleton(architecture, component or family.denoisers(architecture)[0].component, dtype)
+    module = skeleton(architecture, component, dtype)
+    settings = ChunkSettings(workspace_bytes=1, park_skips=park_skips)
     workload = family.denoise_workload(architecture, size, branches)
     with tracing() as meter:
         tracer = _CallTracer(meter)
         with family.chunked(module, settings, runner=tracer, on_chunk=lambda: None):
             workload.run(_on_meta(module, dtype, tracer))
-    return LayerTrace(module=module, calls=tuple(tracer.calls), parked_bytes=meter.host_peak_bytes)
+    return tracer.outline(module)
+
+
+def outline_bands(module: nn.Module, workload: Workload, dtype: torch.dtype) -> LayerOutline:
+    """An autoencoder's workload that runs layer by layer."""
+    with tracing() as meter:
+        tracer = _CallTracer(meter)
+        workload.run(_on_meta(module, dtype, tracer))
+    return tracer.outline(module)
 
 
 class _CallTracer(Outline):
-    """Notes what every layer call takes: what is live around it, and its workspace."""
+    """Notes every layer call, and what is live around it."""
 
     def __init__(self, meter: StorageMeter) -> None:
-        self.calls: list[TracedCall] = []
+        self._calls: list[OutlinedCall] = []
         self._meter = meter
 
     @contextmanager
     def enter(self, call: LayerCall) -> Generator[None]:
         before_bytes = self._meter.current_bytes
         yield
-        around_bytes = before_bytes if call.workspace_holds_result else self._meter.current_bytes
-        self.calls.append(
-            TracedCall(
-                unit=call.unit,
-                chunk_size=call.chunk_size,
-                pieces=-(-call.total // call.chunk_size),
-                before_bytes=before_bytes,
-                activation_bytes=around_bytes + call.workspace_bytes,
-                modules=call.modules,
-            )
-        )
+        self._calls.append(OutlinedCall(call=call, before_bytes=before_bytes, after_bytes=self._meter.current_bytes))
+
+    def outline(self, module: nn.Module) -> LayerOutline:
+        return LayerOutline(module=module, calls=tuple(self._calls), parked_bytes=self._meter.host_peak_bytes)
 
 
 @lru_cache(maxsize=64)
@@ -165,14 +218,6 @@ def activation_bytes(module: nn.Module, workload: Workload, dtype: torch.dtype) 
     return meter.peak_bytes
 
 
-def trace_bands(module: nn.Module, workload: Workload, dtype: torch.dtype) -> LayerTrace:
-    """An autoencoder's workload that runs layer by layer, in outline."""
-    with tracing() as meter:
-        tracer = _CallTracer(meter)
-        workload.run(_on_meta(module, dtype, tracer))
-    return LayerTrace(module=module, calls=tuple(tracer.calls), parked_bytes=meter.host_peak_bytes)
-
-
 def _on_meta(module: nn.Module, dtype: torch.dtype, runner: LayerRunner) -> Placed:
     return Placed(module=module, device=META, dtype=dtype, runner=runner)
 
@@ -181,5 +226,10 @@ def _on_meta(module: nn.Module, dtype: torch.dtype, runner: LayerRunner) -> Plac
 def tracing() -> Generator[StorageMeter]:
     """Counts what is allocated on meta, with attention counted as a fused kernel allocates it."""
     _before_trace.get()()
-    with _one_at_a_time, torch.no_grad(), StorageMeter(device_type="meta") as meter, fused_attention():
+    with (
+        _one_at_a_time,
+        torch.no_grad(),
+        StorageMeter(device_type="meta", run=KnownShapes()) as meter,
+        fused_attention(),
+    ):
         yield meter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..memory.meter import rounded_bytes
+from ..placement.quantized import Quantized, quantized_weights
 from ..placement.storage import WeightStorage, reducible
 from ..placement.swap import all_tensors
 from .trace import TracedCall
@@ -34,13 +35,14 @@ class CallWeights:
 
     `lying_bytes` as they lie, `computing_bytes` as the layer computes with them, `restored_bytes` the share of that
     which is made for the call. `restoring_bytes` is the most while they are restored one after another, each giving up
-    what it lay in.
+    what it lay in; `scratch_bytes` what restoring one of them takes at most, beside what it lay in and its result.
     """
 
     lying_bytes: int
     computing_bytes: int
     restored_bytes: int
     restoring_bytes: int
+    scratch_bytes: int
 
 
 @lru_cache(maxsize=256)
@@ -49,32 +51,48 @@ def module_weights(
 ) -> ModuleWeights:
     """`module` is the denoiser's skeleton in the precision of computation, `calls` the parts of each layer call."""
     reduced: frozenset[Tensor] = frozenset() if storage is WeightStorage.AS_COMPUTED else frozenset(reducible(module))
+    forms = _Forms(reduced=reduced, quantized=quantized_weights(module))
     return ModuleWeights(
-        lying_bytes=sum(_lying_bytes(tensor, reduced) for tensor in all_tensors(module)),
+        lying_bytes=sum(forms.lying_bytes(tensor) for tensor in all_tensors(module)),
         scale_bytes=rounded_bytes(sum(len(weight) for weight in reduced) * torch.float32.itemsize),
-        calls=tuple(_call_weights(modules, reduced) for modules in calls),
+        calls=tuple(_call_weights(modules, forms) for modules in calls),
     )
 
 
-def _call_weights(modules: tuple[nn.Module, ...], reduced: frozenset[Tensor]) -> CallWeights:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Forms:
+    """What does not lie as it is computed with: in 8 bits by the plan's choice, or quantised in a file."""
+
+    reduced: frozenset[Tensor]
+    quantized: Mapping[Tensor, Quantized]
+
+    def lying_bytes(self, tensor: Tensor) -> int:
+        if tensor in self.quantized:
+            return rounded_bytes(self.quantized[tensor].lying_bytes)
+        return rounded_bytes(tensor.numel() if tensor in self.reduced else tensor.nbytes)
+
+    def restored_bytes(self, tensor: Tensor) -> int:
+        return rounded_bytes(tensor.nbytes) if tensor in self.reduced or tensor in self.quantized else 0
+
+    def scratch_bytes(self, tensor: Tensor) -> int:
+        return self.quantized[tensor].restoring_bytes if tensor in self.quantized else 0
+
+
+def _call_weights(modules: tuple[nn.Module, ...], forms: _Forms) -> CallWeights:
     tensors = [tensor for module in modules for tensor in all_tensors(module)]
-    restored = [rounded_bytes(tensor.nbytes) if tensor in reduced else 0 for tensor in tensors]
-    lying = [_lying_bytes(tensor, reduced) for tensor in tensors]
-    held_bytes = most_bytes = sum(lying)
-    for restored_bytes, lying_bytes in zip(restored, lying, strict=True):
-        if restored_bytes:
-            most_bytes = max(most_bytes, held_bytes + restored_bytes)
-            held_bytes += restored_bytes - lying_bytes
+    held_bytes = most_bytes = sum(forms.lying_bytes(tensor) for tensor in tensors)
+    lying_bytes = held_bytes
+    for tensor in tensors:
+        if restored_bytes := forms.restored_bytes(tensor):
+            most_bytes = max(most_bytes, held_bytes + restored_bytes + forms.scratch_bytes(tensor))
+            held_bytes += restored_bytes - forms.lying_bytes(tensor)
     return CallWeights(
-        lying_bytes=sum(lying),
+        lying_bytes=lying_bytes,
         computing_bytes=held_bytes,
-        restored_bytes=sum(restored),
+        restored_bytes=sum(forms.restored_bytes(tensor) for tensor in tensors),
         restoring_bytes=most_bytes,
+        scratch_bytes=max((forms.scratch_bytes(tensor) for tensor in tensors), default=0),
     )
-
-
-def _lying_bytes(tensor: Tensor, reduced: frozenset[Tensor]) -> int:
-    return rounded_bytes(tensor.numel() if tensor in reduced else tensor.nbytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,5 +123,7 @@ def highest_moment(
             weights_bytes = weights.scale_bytes + own.computing_bytes + ahead_bytes
         else:
             weights_bytes = weights.scale_bytes + weights.lying_bytes + own.restored_bytes
+            restoring_bytes = weights_bytes + own.scratch_bytes
+            moments.append(Moment(weights_bytes=restoring_bytes, activation_bytes=call.before_bytes))
         moments.append(Moment(weights_bytes=weights_bytes, activation_bytes=call.activation_bytes))
     return max(moments, key=lambda moment: moment.total_bytes)

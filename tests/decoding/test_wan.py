@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from i2v_core.chunking import DistinctPieces, LayerCall, LayerRunner, Outline
 from i2v_core.decoding import FramePieces
+from i2v_core.decoding.feature_map import FeatureMaps
 from i2v_core.decoding.wan import WanPass
 from i2v_core.memory.meter import StorageMeter, fused_attention
 from i2v_core.placement.streaming import streamed
 from i2v_core.units import GIB, KIB, MIB
+from tests.measures import relative_rms
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 WAN_21: dict[str, Any] = {}
@@ -40,12 +42,7 @@ PUBLISHED_22: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_vae(**changes: Any) -> Any:
@@ -73,6 +70,11 @@ def run_of(vae: Any, pieces: FramePieces = WHOLE, runner: LayerRunner | None = N
     return WanPass(vae=vae, pieces=pieces, runner=runner or LayerRunner(), **(known | changes))
 
 
+def test_no_statistics_are_gathered_where_no_norm_goes_by_them() -> None:
+    maps = FeatureMaps(CPU, torch.float16, limit_bytes=None, groups=0)
+    assert maps.new(1, 8, 4, 4).groups == 0
+
+
 def noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.3
 
@@ -97,11 +99,6 @@ def plainly_encoded(vae: Any, picture: Tensor, frames: int) -> Tensor:
     video[:, :, 0] = picture
     with torch.no_grad():
         return vae.encode(video).latent_dist.mode()
-
-
-def relative_rms(result: Tensor, reference: Tensor) -> float:
-    difference = result.double() - reference.double()
-    return (difference.square().mean() / reference.double().square().mean()).sqrt().item()
 
 
 @pytest.mark.parametrize("name", VAES)

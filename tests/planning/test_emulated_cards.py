@@ -20,6 +20,7 @@ from torch import Tensor
 
 from i2v_core import stages
 from i2v_core.decoding import FramePieces
+from i2v_core.errors import RanOutError
 from i2v_core.families import Architecture, I2VModel, Prompt, VideoSize, family_of, load_model
 from i2v_core.memory.device import device_facts
 from i2v_core.memory.stage_meter import stage_meter
@@ -33,11 +34,13 @@ from i2v_core.planning.predict import predict_decode, predict_encode, predict_sa
 from i2v_core.planning.request import Budget, Request
 from i2v_core.sampling.context import ContextWindows
 from i2v_core.units import GIB, KIB
+from tests.subjects import SUBJECTS, Subject
 
 CPU = device_facts(torch.device("cpu"))
 RUNTIME = stages.Runtime(device=torch.device("cpu"))
 PICTURE = torch.rand(1, 70, 90, 3, generator=torch.Generator().manual_seed(0))
-SIZES, REQUESTS = 16, 200
+SIZES, REQUESTS = 10, 50
+"""Of each model."""
 
 VECTORS_BYTES = 8 * KIB
 """For what predictions leave out: statistics, scales and shifts, of one number a channel."""
@@ -49,23 +52,24 @@ PutInCard = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A request, and a budget: 0 is the least that the request needs, 1 a fifth more than its plain run takes."""
+    """A request, and a budget: 0 is the least that the request needs, 1 a fifth more than its plain run takes.
 
-    size: VideoSize
+    The video is the smallest that holds `size`, in pixels and frames.
+    """
+
+    size: tuple[int, int, int]
     precision: str
     guidance: bool
     budget: float
 
     def __str__(self) -> str:
-        return f"{self.size}-{self.precision}-{'guided' if self.guidance else 'unguided'}-{self.budget:.3f}"
+        size = "x".join(map(str, self.size))
+        return f"{size}-{self.precision}-{'guided' if self.guidance else 'unguided'}-{self.budget:.3f}"
 
 
 def random_cases() -> list[Case]:
     rng = random.Random(20)
-    sizes = [
-        VideoSize(width_pixels=8 * rng.randint(8, 16), height_pixels=8 * rng.randint(8, 16), frames=rng.randint(1, 8))
-        for _ in range(SIZES)
-    ]
+    sizes = [(8 * rng.randint(8, 16), 8 * rng.randint(8, 16), rng.randint(1, 8)) for _ in range(SIZES)]
     return [
         Case(
             size=sizes[index % SIZES],
@@ -81,8 +85,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def model(family_folder: Path) -> I2VModel:
-    return load_model(family_folder)
+def model(subject_folder: Path) -> I2VModel:
+    return load_model(subject_folder)
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +111,16 @@ def budget_range_bytes(request: Request) -> tuple[int, int]:
     return least, max(least, int(1.2 * make_plan(request, Budget(free_bytes=GIB), CPU).peak_bytes))
 
 
-def plan_for(model: I2VModel, case: Case) -> Plan:
-    request = Request(architecture=model.architecture, size=case.size, guidance=case.guidance, precision=case.precision)
+def plan_for(subject: Subject, model: I2VModel, case: Case) -> Plan:
+    size = subject.size(*case.size)
+    request = Request(architecture=model.architecture, size=size, guidance=case.guidance, precision=case.precision)
     least, most = budget_range_bytes(request)
     return make_plan(request, Budget(free_bytes=least + int(case.budget * (most - least))), CPU)
 
 
 def prompt_for(model: I2VModel) -> Prompt:
-    text = "a red circle" if "text" in family_of(model.architecture).facts.takes else ""
-    return Prompt(image_FHWC=PICTURE, text=text, fps=8)
+    text, negative_text = ("a red circle", "blue") if "text" in family_of(model.architecture).facts.takes else ("", "")
+    return Prompt(image_FHWC=PICTURE, text=text, negative_text=negative_text)
 
 
 def settings_for(plan: Plan) -> stages.SamplerSettings:
@@ -138,15 +143,18 @@ def run(model: I2VModel, plan: Plan) -> tuple[Tensor, list[stages.StageReport]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", random_cases(), ids=str)
-def test_a_plan_for_a_card_runs_on_that_card(model: I2VModel, put_in_card: PutInCard, case: Case) -> None:
+def test_a_plan_for_a_card_runs_on_that_card(
+    subject: Subject, model: I2VModel, put_in_card: PutInCard, case: Case
+) -> None:
     """With its margin a prediction is never below what is measured. Without it, it is at most some KiB below, whatever
     the size, and at most 5 % above.
     """
-    plan = plan_for(model, case)
+    plan = plan_for(subject, model, case)
     put_in_card(plan.budget.usable_bytes)
     frames, reports = run(model, plan)
     assert torch.isfinite(frames).all()
-    assert frames.shape == (case.size.frames, case.size.height_pixels, case.size.width_pixels, 3)
+    size = plan.request.size
+    assert frames.shape == (size.frames, size.height_pixels, size.width_pixels, 3)
     check_predictions(plan, reports)
 
 
@@ -158,9 +166,15 @@ def check_predictions(plan: Plan, reports: list[stages.StageReport]) -> None:
 
 
 @pytest.mark.slow
-def test_the_random_cases_take_every_way_that_plans_have(model: I2VModel) -> None:
-    """Else the test above would say little."""
-    plans = [plan_for(model, case) for case in random_cases()]
+def test_the_random_cases_take_every_way_that_plans_have(model_folders: Callable[[str], Path]) -> None:
+    """Else the test above would say little. Of so small a Wan the denoiser takes less than the rest, so its plans alone
+    would never divide its work.
+    """
+    plans = [
+        plan_for(subject, load_model(model_folders(name)), case)
+        for name, subject in SUBJECTS.items()
+        for case in random_cases()[::2]
+    ]
     assert {plan.sample.streamed for plan in plans} == {True, False}
     assert {plan.sample.batched_guidance for plan in plans if plan.request.guidance} == {True, False}
     assert {plan.sample.workspace_bytes is None for plan in plans} == {True, False}
@@ -208,10 +222,9 @@ def with_sample(plan: Plan, settings: SampleSettings) -> Plan:
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("storage", WeightStorage)
 def test_weights_in_any_storage_take_what_is_predicted(
-    model: I2VModel, put_in_card: PutInCard, storage: WeightStorage, streamed: bool, precision: str
+    subject: Subject, model: I2VModel, put_in_card: PutInCard, storage: WeightStorage, streamed: bool, precision: str
 ) -> None:
-    size = VideoSize(width_pixels=72, height_pixels=64, frames=3)
-    request = Request(architecture=model.architecture, size=size, precision=precision)
+    request = Request(architecture=model.architecture, size=subject.size(72, 64, 3), precision=precision)
     plan = make_plan(request, Budget(free_bytes=GIB), CPU)
     sample = replace(plan.sample, weight_storage=storage, streamed=streamed, workspace_bytes=64 * KIB)
     plan = with_sample(plan, sample)
@@ -289,13 +302,12 @@ def test_a_plan_parks_skips_where_nothing_else_fits_and_runs_on_that_card(
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [Stage.ENCODE, Stage.DECODE])
 def test_every_way_to_take_frames_runs_on_a_card_of_its_size(
-    model: I2VModel, put_in_card: PutInCard, stage: Stage, precision: str
+    subject: Subject, model: I2VModel, put_in_card: PutInCard, stage: Stage, precision: str
 ) -> None:
     """Also those that plans for so small a model never need, since its denoiser decides what fits."""
-    size = VideoSize(width_pixels=120, height_pixels=72, frames=3)
-    request = Request(architecture=model.architecture, size=size, precision=precision)
+    request = Request(architecture=model.architecture, size=subject.size(104, 104, 3), precision=precision)
     plan = make_plan(request, Budget(free_bytes=GIB), CPU)
-    samples = torch.randn(3, 4, 9, 15, generator=torch.Generator().manual_seed(2))
+    samples = samples_like(subject, request.size)
     expected = stages.decode(model, plan, samples, RUNTIME)[0]
     for planned in every_way(plan, stage):
         put_in_card(needed_bytes(planned.stage(stage), CPU) + VECTORS_BYTES)
@@ -307,6 +319,13 @@ def test_every_way_to_take_frames_runs_on_a_card_of_its_size(
         assert not report.notes
         measured, predicted = report.measured_peak_bytes, planned.stage(stage).peak_bytes
         assert measured - 2 * VECTORS_BYTES <= predicted <= 1.05 * measured, (planned.encode, planned.decode)
+
+
+def samples_like(subject: Subject, size: VideoSize) -> Tensor:
+    """Any, of the host's LATENT."""
+    facts = subject.family.facts
+    samples_1CThw = torch.randn(facts.latent_size(size).shape_bcthw, generator=torch.Generator().manual_seed(2))
+    return samples_1CThw if facts.latent_dimensions == 5 else samples_1CThw[0].transpose(0, 1)
 
 
 def every_way(plan: Plan, stage: Stage) -> list[Plan]:
@@ -340,10 +359,9 @@ def state(model: I2VModel) -> dict[tuple[str, str], object]:
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("stage", list(Stage))
 def test_a_card_one_byte_too_small_costs_a_rung_and_leaves_the_model_as_it_was(
-    model: I2VModel, put_in_card: PutInCard, stage: Stage, streamed: bool
+    subject: Subject, model: I2VModel, put_in_card: PutInCard, stage: Stage, streamed: bool
 ) -> None:
-    size = VideoSize(width_pixels=96, height_pixels=72, frames=4)
-    plan = plan_for(model, Case(size=size, precision="bf16", guidance=True, budget=0.5))
+    plan = plan_for(subject, model, Case(size=(96, 72, 4), precision="bf16", guidance=True, budget=0.5))
     plan = replace(
         plan,
         encode=replace(plan.encode, streamed=streamed),
@@ -362,8 +380,12 @@ def test_a_card_one_byte_too_small_costs_a_rung_and_leaves_the_model_as_it_was(
     before, weights = state(model), {key: tensor.clone() for key, tensor in tensors(model).items()}
 
     put_in_card(peak_bytes[stage] - 1)
-    _, report = alone()
-    assert report.notes
+    if stage is Stage.ENCODE and streamed and subject.name.startswith("wan"):
+        # Its text decides, and streams already.
+        with pytest.raises(RanOutError, match="thriftiest"):
+            alone()
+    else:
+        assert alone()[1].notes
     assert state(model) == before
     assert all(torch.equal(tensor, weights[key]) for key, tensor in tensors(model).items())
 

@@ -8,40 +8,32 @@ import pytest
 import torch
 
 from i2v_core.chunking import ChunkSettings, DistinctPieces, LayerRunner
-from i2v_core.families import Architecture, Placed, VideoSize, bundled_architecture, family_of
+from i2v_core.families import Placed, bundled_architecture
 from i2v_core.placement.storage import WeightStorage
 from i2v_core.planning.trace import META, skeleton, trace_denoiser, tracing, weights_bytes
 from i2v_core.planning.weights import module_weights
 from i2v_core.units import GIB, MIB
-
-MODELS = ("i2vgen-xl", "svd")
-
-
-def denoiser_of(architecture: Architecture) -> str:
-    return family_of(architecture).denoisers(architecture)[0].component
+from tests.subjects import Subject
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("park_skips", [False, True])
 @pytest.mark.parametrize("workspace_bytes", [sys.maxsize, 256 * MIB, 64 * MIB])
 @pytest.mark.parametrize(("width", "height", "frames", "branches"), [(512, 512, 16, 2), (1000, 520, 5, 1)])
 def test_an_outline_finds_the_peak_of_a_full_trace(
-    model: str, width: int, height: int, frames: int, branches: int, workspace_bytes: int, park_skips: bool
+    subject: Subject, width: int, height: int, frames: int, branches: int, workspace_bytes: int
 ) -> None:
     """The published model's architecture in fp16: never under by more than 0.1 %, never over by more than 1 %."""
-    architecture = bundled_architecture(model)
-    size = VideoSize(width_pixels=width, height_pixels=height, frames=frames)
-    settings = ChunkSettings(workspace_bytes=workspace_bytes, park_skips=park_skips)
-    outlined = max(
-        call.activation_bytes for call in trace_denoiser(architecture, size, branches, torch.float16, settings).calls
-    )
-    family = family_of(architecture)
-    module = skeleton(architecture, denoiser_of(architecture), torch.float16)
-    with tracing() as meter, family.chunked(module, settings, runner=DistinctPieces(), on_chunk=lambda: None):
-        family.denoise_workload(architecture, size, branches).run(
-            Placed(module=module, device=META, dtype=torch.float16, runner=LayerRunner())
-        )
-    assert 0.999 <= outlined / meter.peak_bytes <= 1.01
+    architecture, family = subject.architecture(all_layers=False), subject.family
+    size = subject.size(width, height, frames)
+    for park_skips in subject.denoiser.ways_with_skips:
+        settings = ChunkSettings(workspace_bytes=workspace_bytes, park_skips=park_skips)
+        calls = trace_denoiser(architecture, size, branches, torch.float16, settings).calls
+        outlined = max(call.activation_bytes for call in calls)
+        module = skeleton(architecture, subject.component, torch.float16)
+        with tracing() as meter, family.chunked(module, settings, runner=DistinctPieces(), on_chunk=lambda: None):
+            family.denoise_workload(architecture, size, branches).run(
+                Placed(module=module, device=META, dtype=torch.float16, runner=LayerRunner())
+            )
+        assert 0.999 <= outlined / meter.peak_bytes <= 1.01
 
 
 @pytest.mark.parametrize(
@@ -58,11 +50,10 @@ def test_the_published_models_weights(model: str, sizes_gib: dict[str, float]) -
         assert taken_bytes / GIB == pytest.approx(expected_gib, abs=1e-3)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_every_weight_of_the_denoiser_belongs_to_one_call(model: str) -> None:
-    architecture, size = bundled_architecture(model), VideoSize(width_pixels=256, height_pixels=256, frames=2)
+def test_every_weight_of_the_denoiser_belongs_to_one_call(subject: Subject) -> None:
+    architecture, size = subject.architecture(all_layers=False), subject.size(256, 256, 2)
     trace = trace_denoiser(architecture, size, 1, torch.float16, ChunkSettings(workspace_bytes=MIB))
     modules = tuple(call.modules for call in trace.calls)
     weights = module_weights(trace.module, WeightStorage.AS_COMPUTED, modules)
-    assert weights.lying_bytes == weights_bytes(architecture, denoiser_of(architecture), torch.float16)
+    assert weights.lying_bytes == weights_bytes(architecture, subject.component, torch.float16)
     assert sum(call.lying_bytes for call in weights.calls) == weights.lying_bytes
