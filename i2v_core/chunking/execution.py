@@ -20,13 +20,33 @@ Unit = Literal["frame", "pixel", "row", "part"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pieces:
+    """Work of `total` units, of `unit_bytes` each, in pieces of `smallest` to `largest` units (None: all of them)."""
+
+    total: int
+    unit_bytes: int
+    smallest: int = 1
+    largest: int | None = None
+
+    def size(self, limit_bytes: int) -> int:
+        """How many units fit into a workspace at once.
+
+        Lowered so that the pieces, no more of them for it, come out as equal as they can.
+        """
+        fitting = max(self.smallest, limit_bytes // self.unit_bytes)
+        count = -(-self.total // min(fitting, self.largest or self.total, self.total))
+        return -(-self.total // count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCall:
     """One call of one layer.
 
     `modules` hold all the weights that the call needs. `total` and `chunk_size` count `unit`s. `workspace_bytes` is the
     estimate of what one chunk takes beside the layer's input and output; `whole` says that the layer's own forward
     runs, in one call. `result_apart` says that the workspace of a layer in chunks never counts the result, nor a
-    scratch tensor beside it, even if there is one chunk only.
+    scratch tensor beside it, even if there is one chunk only. `cut` makes the same call for another workspace than this
+    one's, of `limit_bytes`.
     """
 
     kind: LayerKind
@@ -36,12 +56,54 @@ class LayerCall:
     chunk_size: int
     whole: bool
     workspace_bytes: int
-    result_apart: bool = False
+    result_apart: bool
+    limit_bytes: int
+    cut: Callable[[int], LayerCall]
 
     @property
     def workspace_holds_result(self) -> bool:
         """Whether `workspace_bytes` counts the result too: that of a layer that runs in one go."""
         return self.whole or (self.chunk_size == self.total and not self.result_apart)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """What is known of a layer call before it is cut.
+
+    `whole_bytes` is the workspace of the layer's own forward over all units (None: it is never run), `beforehand` what
+    a layer in pieces does before the first.
+    """
+
+    kind: LayerKind
+    unit: Unit
+    modules: tuple[nn.Module, ...]
+    pieces: Pieces
+    whole_bytes: int | None
+    beforehand: Pieces | None
+    result_apart: bool
+
+    def cut(self, limit_bytes: int) -> LayerCall:
+        """The call for a workspace of so many bytes."""
+        pieces, whole_bytes = self.pieces, self.whole_bytes
+        at_once = pieces.largest is None or pieces.largest >= pieces.total
+        whole = whole_bytes is not None and whole_bytes <= limit_bytes and at_once
+        size = pieces.total if whole else pieces.size(limit_bytes)
+        beforehand = self.beforehand
+        beforehand_bytes = 0 if beforehand is None else beforehand.size(limit_bytes) * beforehand.unit_bytes
+        return LayerCall(
+            kind=self.kind,
+            unit=self.unit,
+            modules=self.modules,
+            total=pieces.total,
+            chunk_size=size,
+            whole=whole,
+            workspace_bytes=whole_bytes
+            if whole and whole_bytes is not None
+            else max(size * pieces.unit_bytes, beforehand_bytes),
+            result_apart=self.result_apart,
+            limit_bytes=limit_bytes,
+            cut=self.cut,
+        )
 
 
 class LayerRunner:
@@ -103,50 +165,34 @@ class Execution:
         total: int,
         unit_bytes: int,
         whole_bytes: int | None = None,
-        beforehand_bytes: int = 0,
+        beforehand: Pieces | None = None,
         smallest: int = 1,
         largest: int | None = None,
         result_apart: bool = False,
     ) -> Generator[LayerCall]:
         """Chooses the chunk of a layer call, and runs the body inside the runner's context, announced by `on_chunk`.
 
-        `unit_bytes` is the workspace of one unit, `whole_bytes` that of the layer's own forward over all (None: it is
-        never run), `beforehand_bytes` what a layer in chunks takes before the first, `largest` a limit on a chunk that
-        holds whatever memory there is.
+        See `Layer` and `Pieces`; `largest` is a limit on a chunk that holds whatever memory there is.
         """
-        largest = total if largest is None else min(largest, total)
-        whole = whole_bytes is not None and whole_bytes <= self.settings.workspace_bytes and largest == total
-        size = total if whole else self.chunk_size(total, unit_bytes, smallest=smallest, largest=largest)
-        call = LayerCall(
+        layer = Layer(
             kind=kind,
             unit=unit,
             modules=modules,
-            total=total,
-            chunk_size=size,
-            whole=whole,
-            workspace_bytes=whole_bytes
-            if whole and whole_bytes is not None
-            else max(size * unit_bytes, beforehand_bytes),
+            pieces=Pieces(total=total, unit_bytes=unit_bytes, smallest=smallest, largest=largest),
+            whole_bytes=whole_bytes,
+            beforehand=beforehand,
             result_apart=result_apart,
         )
-        with self.enter(call):
+        with self.enter(layer.cut) as call:
             yield call
 
     @contextmanager
-    def enter(self, call: LayerCall) -> Generator[None]:
-        """The runner's context around a call, announced by `on_chunk`."""
+    def enter(self, cut: Callable[[int], LayerCall]) -> Generator[LayerCall]:
+        """The runner's context around a call, which is cut to the workspace, announced by `on_chunk`."""
+        call = cut(self.settings.workspace_bytes)
         with self.runner.enter(call):
             self.on_chunk()
-            yield
-
-    def chunk_size(self, total: int, unit_bytes: int, *, smallest: int = 1, largest: int | None = None) -> int:
-        """How many units, between `smallest` and `largest`, fit into the workspace at once.
-
-        Lowered so that the chunks of `total` units, no more of them for it, come out as equal as they can.
-        """
-        fitting = max(smallest, self.settings.workspace_bytes // unit_bytes)
-        count = -(-total // min(fitting, largest or total, total))
-        return -(-total // count)
+            yield call
 
     def pieces(self, total: int, size: int) -> Iterator[slice]:
         """The runner's slices, each announced by `on_chunk`, which may raise to stop."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import workspace
-from .execution import Execution
+from .execution import Execution, Pieces
 
 
 class GroupMoments:
@@ -73,7 +73,8 @@ def over_all_frames(execution: Execution, norm: nn.GroupNorm, values: torch.Tens
 def _group_moments(execution: Execution, values: torch.Tensor, groups: int) -> GroupMoments:
     batch, frames = values.shape[:2]
     moments = GroupMoments(batch, groups, values.device)
-    for piece in execution.pieces(frames, execution.chunk_size(frames, _frame_bytes(values))):
+    size = statistics(values).size(execution.settings.workspace_bytes)
+    for piece in execution.pieces(frames, size):
         grouped = values[:, piece].float().reshape(batch, piece.stop - piece.start, groups, -1)
         variance, mean = torch.var_mean(grouped, dim=(1, 3), correction=0)
         count = grouped[:, :, 0].numel() // batch
@@ -82,12 +83,10 @@ def _group_moments(execution: Execution, values: torch.Tensor, groups: int) -> G
     return moments
 
 
-def statistics_bytes(execution: Execution, values: torch.Tensor) -> int:
-    """The workspace of the first pass over `values` (B, F, C, P)."""
-    unit_bytes = _frame_bytes(values)
-    return execution.chunk_size(values.shape[1], unit_bytes) * unit_bytes
-
-
-def _frame_bytes(values: torch.Tensor) -> int:
-    batch, _, channels, pixels = values.shape
-    return workspace.group_statistics(channels=channels, pixels=pixels, batch=batch, itemsize=values.element_size())
+def statistics(values: torch.Tensor) -> Pieces:
+    """The first pass over the frames of `values` (B, F, C, P)."""
+    batch, frames, channels, pixels = values.shape
+    unit_bytes = workspace.group_statistics(
+        channels=channels, pixels=pixels, batch=batch, itemsize=values.element_size()
+    )
+    return Pieces(total=frames, unit_bytes=unit_bytes)

@@ -15,7 +15,7 @@ import torch
 
 from . import workspace
 from .execution import Execution
-from .group_norm import over_all_frames, statistics_bytes
+from .group_norm import over_all_frames, statistics
 from .strips import LARGEST_ATTENTION_BATCH, by_pixel, convolve_normalised
 from .transformer_block import apply_block, apply_temporal_block
 
@@ -38,7 +38,7 @@ def temporal_resnet(execution: Execution, block: Any, hidden: torch.Tensor, embe
         unit_bytes=workspace.temporal_conv(
             channels=hidden.shape[1], frames=len(hidden), itemsize=hidden.element_size()
         ),
-        beforehand_bytes=statistics_bytes(execution, pixels_BFCP),
+        beforehand=statistics(pixels_BFCP),
         smallest=hidden.shape[-1],
     ) as call:
         if execution.runner.outlines:

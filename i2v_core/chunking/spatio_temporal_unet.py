@@ -14,7 +14,7 @@ from torch import nn
 
 from . import ends, frames, spatio_temporal, workspace
 from .execution import Execution, LayerRunner, ReplacedForward
-from .inject import forward_replaced, nothing
+from .inject import in_pieces, nothing
 from .settings import ChunkSettings
 from .walk import Walk
 
@@ -27,19 +27,10 @@ def chunked(
     on_chunk: Callable[[], None] = nothing,
     runner: LayerRunner | None = None,
 ) -> Generator[None]:
-    """As `inject.chunked`, for a `UNetSpatioTemporalConditionModel`.
-
-    Raises:
-        TypeError: the model is of another class.
-        ValueError: it is in training mode.
-    """
+    """`inject.in_pieces` for a `UNetSpatioTemporalConditionModel`."""
     from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
 
-    if not isinstance(unet, UNetSpatioTemporalConditionModel):
-        raise TypeError(f"only UNetSpatioTemporalConditionModel can be chunked here, got {type(unet).__name__}")
-    if unet.training:
-        raise ValueError("chunked execution is for inference: call unet.eval() first")
-    with forward_replaced(unet, ChunkedForward(unet, settings, on_chunk, runner or LayerRunner())):
+    with in_pieces(unet, UNetSpatioTemporalConditionModel, ChunkedForward, settings, on_chunk, runner):
         yield
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from . import workspace
 from .execution import Execution
-from .group_norm import ChannelAffine, over_all_frames, statistics_bytes
+from .group_norm import ChannelAffine, over_all_frames, statistics
 from .transformer_block import apply_block
 
 LARGEST_ATTENTION_BATCH = 65_535
@@ -35,7 +35,7 @@ def temporal_conv(execution: Execution, layer: Any, hidden: torch.Tensor) -> tor
         total=total,
         unit_bytes=workspace.temporal_conv(**sizes),
         whole_bytes=workspace.plain_temporal_conv(**sizes) * total,
-        beforehand_bytes=statistics_bytes(execution, pixels_BFCP),
+        beforehand=statistics(pixels_BFCP),
         smallest=hidden.shape[-1],
         result_apart=True,  # beside its workspace it has a scratch tensor
     ) as call:
@@ -91,7 +91,7 @@ def temporal_transformer(
         total=total,
         unit_bytes=workspace.temporal_transformer(**sizes),
         whole_bytes=workspace.plain_temporal_transformer(**sizes) * total,
-        beforehand_bytes=statistics_bytes(execution, pixels_BFCP),
+        beforehand=statistics(pixels_BFCP),
         smallest=hidden.shape[-1],
         largest=LARGEST_ATTENTION_BATCH // batch,
     ) as call:

@@ -7,14 +7,42 @@ Legend: B batch, F frames, N batch × frames, C channels, H height, W width (lat
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import ends, frames, strips
 from .ends import Conditions
-from .execution import Execution, ReplacedForward
+from .execution import Execution, LayerRunner, ReplacedForward
+from .inject import in_pieces, nothing
+from .settings import ChunkSettings
 from .walk import Walk
+
+
+@contextmanager
+def chunked(
+    unet: nn.Module,
+    settings: ChunkSettings,
+    *,
+    on_chunk: Callable[[], None] = nothing,
+    runner: LayerRunner | None = None,
+) -> Generator[None]:
+    """`inject.in_pieces` for an `I2VGenXLUNet`.
+
+    Raises:
+        TypeError: the model is of another class.
+        ValueError: it is in training mode, or uses FreeU, which needs whole concatenations.
+    """
+    from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLUNet
+
+    blocks: Any = getattr(unet, "up_blocks", ())
+    if any(getattr(block, name, None) for block in blocks for name in ("s1", "s2", "b1", "b2")):
+        raise ValueError("chunked execution does not support FreeU: call unet.disable_freeu() first")
+    with in_pieces(unet, I2VGenXLUNet, ChunkedForward, settings, on_chunk, runner):
+        yield
 
 
 class _Walk(Walk):

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from . import wan_workspace
-from .execution import Execution, LayerKind, LayerRunner, ReplacedForward
-from .inject import forward_replaced, nothing
+from .execution import Execution, LayerKind, LayerRunner, Pieces, ReplacedForward
+from .inject import in_pieces, nothing
 from .settings import ChunkSettings
 from .wan_conditions import Conditions, conditions, own_weights
 from .wan_patches import embedded, unpatched
@@ -76,20 +76,17 @@ def chunked_wan(
     on_chunk: Callable[[], None] = nothing,
     runner: LayerRunner | None = None,
 ) -> Generator[None]:
-    """Inside, `model(...)` runs in chunks of tokens, with the plain forward's result; afterwards it is as before.
-
-    Args:
-        model: a `WanTransformer3DModel` in evaluation mode, on one device. Its leaf modules run as they are, with their
-            hooks, and attention on the backend that was set for it; hooks on blocks and attention layers do not run.
-        on_chunk: called before every chunk. What it raises goes through the forward to the caller.
-        runner: what surrounds every layer call: placing weights, tracing.
+    """`inject.in_pieces` for a `WanTransformer3DModel`, with attention on the backend that was set for it.
 
     Raises:
-        TypeError: the model is not a `WanTransformer3DModel`.
+        TypeError: the model is of another class.
         ValueError: it is in training mode, or its attention has fused projections.
     """
-    _check(model)
-    with forward_replaced(model, ChunkedWanForward(model, settings, on_chunk, runner or LayerRunner())):
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    if any(getattr(part, "fused_projections", False) for part in model.modules()):
+        raise ValueError("chunked execution needs separate projections: call unfuse_qkv_projections() first")
+    with in_pieces(model, WanTransformer3DModel, ChunkedWanForward, settings, on_chunk, runner):
         yield
 
 
@@ -162,7 +159,7 @@ class Walk:
             block.norm2,
             attn,
             unit_bytes=self._queries_bytes,
-            beforehand_bytes=beforehand_bytes,
+            beforehand=Pieces(total=1, unit_bytes=beforehand_bytes),
         ) as pieces:
             if not self._execution.runner.outlines:
                 _fill(of_text, text, attn.to_k, attn.norm_k, attn.to_v)
@@ -215,7 +212,7 @@ class Walk:
 
     @contextmanager
     def _layer(
-        self, kind: LayerKind, *modules: nn.Module, unit_bytes: int, beforehand_bytes: int = 0
+        self, kind: LayerKind, *modules: nn.Module, unit_bytes: int, beforehand: Pieces | None = None
     ) -> Generator[Iterator[slice]]:
         """The pieces of tokens of one layer call; `unit_bytes` are those of one token of one branch."""
         batch, total, _ = self._hidden.shape
@@ -224,7 +221,7 @@ class Walk:
             *modules,
             total=total,
             unit_bytes=batch * unit_bytes,
-            beforehand_bytes=beforehand_bytes,
+            beforehand=beforehand,
             smallest=min(_FEWEST_TOKENS, total),
             result_apart=True,
         ) as call:
@@ -266,14 +263,3 @@ def _heads(attn: Any, tokens: torch.Tensor) -> torch.Tensor:
 def _projected(attn: Any, attended: torch.Tensor) -> torch.Tensor:
     linear, dropout = attn.to_out
     return dropout(linear(attended))
-
-
-def _check(model: nn.Module) -> None:
-    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-
-    if not isinstance(model, WanTransformer3DModel):
-        raise TypeError(f"only WanTransformer3DModel can be chunked here, got {type(model).__name__}")
-    if model.training:
-        raise ValueError("chunked execution is for inference: call eval() first")
-    if any(getattr(part, "fused_projections", False) for part in model.modules()):
-        raise ValueError("chunked execution needs separate projections: call unfuse_qkv_projections() first")

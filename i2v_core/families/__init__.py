@@ -6,11 +6,12 @@ import pkgutil
 from importlib import import_module
 from pathlib import Path
 
-from ..errors import ModelFolderError
+from ..errors import BadInputError, ModelFolderError
+from . import wan_file
 from .base import Conditioning, Denoiser, Family, Place, Placed, Prompt, TensorMap, Workload
 from .facts import FamilyFacts, LatentSize, VideoSize
 from .folder import read_json
-from .model import Architecture, I2VModel
+from .model import NO_FILES, Architecture, I2VModel, WeightFiles
 
 _ARCHITECTURES = Path(__file__).parent / "architectures"
 
@@ -42,22 +43,46 @@ def bundled_architecture(name: str) -> Architecture:
     return Architecture.from_configs(configs.pop("family", name), configs)
 
 
-def load_model(folder: Path) -> I2VModel:
-    """Load a model folder in diffusers layout into host RAM.
+def with_weights(architecture: Architecture, weights: str) -> Architecture:
+    """The architecture with its denoisers' weights as a file has them, or all in one format; for plans.
+
+    Raises:
+        BadInputError: the model takes no such weights, or there is no such format.
+        ModelFolderError: the file cannot be used.
+        MissingPackageError: the package gguf is needed.
+    """
+    facts = family_of(architecture).facts
+    components = sorted(facts.from_files.intersection(name for name, _ in architecture.configs))
+    if not components:
+        raise BadInputError(f"{facts.display_name} takes no quantised weights", "plan without them")
+    return architecture.with_stored({it: wan_file.stored_as(weights, architecture.config(it)) for it in components})
+
+
+def load_model(folder: Path, files: WeightFiles = NO_FILES) -> I2VModel:
+    """Load a model folder in diffusers layout into host RAM; the weights of components in `files` from there.
 
     Raises:
         ModelFolderError: no such folder, no known family, or files that are missing, damaged or refused.
+        BadInputError: a file is given for what the model takes none for.
+        MissingPackageError: a file needs a package that is not installed.
     """
-    return _family_in(folder).load(folder)
+    return _family_for(folder, files).load(folder, files)
 
 
-def read_architecture(folder: Path) -> Architecture:
-    """The architecture of a model folder, without reading weights.
+def read_architecture(folder: Path, files: WeightFiles = NO_FILES) -> Architecture:
+    """The architecture of a model, without reading weights. Raises as `load_model` does."""
+    return _family_for(folder, files).architecture(folder, files)
 
-    Raises:
-        ModelFolderError: no such folder, no known family, or configs that are missing or damaged.
-    """
-    return _family_in(folder).architecture(folder)
+
+def _family_for(folder: Path, files: WeightFiles) -> Family:
+    family = _family_in(folder)
+    for component, file in files.items():
+        if component not in family.facts.from_files:
+            raise BadInputError(
+                f"{family.facts.display_name} takes no file for its {component}, and {file} is given",
+                "leave the file out, or choose the folder of a Wan model",
+            )
+    return family
 
 
 def _family_in(folder: Path) -> Family:
@@ -74,6 +99,7 @@ def _family_in(folder: Path) -> Family:
 
 __all__ = [
     "FAMILIES",
+    "NO_FILES",
     "Architecture",
     "Conditioning",
     "Denoiser",
@@ -86,10 +112,12 @@ __all__ = [
     "Prompt",
     "TensorMap",
     "VideoSize",
+    "WeightFiles",
     "Workload",
     "bundled_architecture",
     "bundled_models",
     "family_of",
     "load_model",
     "read_architecture",
+    "with_weights",
 ]

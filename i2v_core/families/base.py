@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..chunking import ChunkSettings, LayerRunner
 from ..decoding import FramePieces
 from .facts import FamilyFacts, VideoSize
-from .model import Architecture, I2VModel
+from .model import NO_FILES, Architecture, I2VModel, WeightFiles
 
 TensorMap = Mapping[str, Tensor]
 
@@ -120,11 +120,13 @@ class Family(Protocol):
         """Whether a folder in diffusers layout says that it is of this family."""
         ...
 
-    def architecture(self, folder: Path) -> Architecture:
-        """From the configs alone, without weights. Raises `ModelFolderError` for those that cannot be used."""
+    def architecture(self, folder: Path, files: WeightFiles = NO_FILES) -> Architecture:
+        """From the configs, and headers of `files`, without weights. Raises `ModelFolderError` for those that cannot be
+        used. `files` are of components in `facts.from_files`.
+        """
         ...
 
-    def load(self, folder: Path) -> I2VModel:
+    def load(self, folder: Path, files: WeightFiles = NO_FILES) -> I2VModel:
         """Raises `ModelFolderError` naming every missing or damaged file."""
         ...
 

@@ -62,9 +62,11 @@ class FamilyFacts:
     `size_multiple` is what width and height in pixels must be divisible by; frames must be
     `temporal_compression`·k + 1 (any number where that is 1). `anchor_frames` are the clip's first latent frames that
     the denoiser must see even where it is given a window of the others; None: it must see the whole clip.
+    `has_skips` says whether the denoiser has skip connections, which can be parked.
     `takes` are the inputs beside the picture that it has a use for. `schedulers` are those that it can be sampled with,
-    its own first. `beyond_fp16` are components whose numbers fp16 cannot hold. `table_sizes` are those that memory
-    tables show; without any, the default size.
+    its own first. `beyond_fp16` are components whose numbers fp16 cannot hold, `from_files` those whose weights may
+    come from a file outside of the model's folder. `table_sizes` are those that memory tables show; without any, the
+    default size.
     """
 
     name: str
@@ -80,7 +82,9 @@ class FamilyFacts:
     default_cfg: float
     takes: frozenset[OptionalInput]
     schedulers: tuple[SchedulerChoice, ...]
+    has_skips: bool = True
     beyond_fp16: frozenset[str] = frozenset()
+    from_files: frozenset[str] = frozenset()
     table_sizes: tuple[VideoSize, ...] = ()
 
     @property

@@ -181,6 +181,17 @@ def load_transformers(cls: Any, weights: Weights) -> nn.Module:
     return _load(cls, weights, dtype=weights.dtype)
 
 
+def load_tokenizer(cls: Any, folder: Path) -> Any:
+    """A transformers tokenizer of the class. Raises `ModelFolderError` for files that make none."""
+    try:
+        return cls.from_pretrained(str(folder), local_files_only=True)
+    # Of a damaged vocabulary the tokenizers library raises plain `Exception`.
+    except Exception as error:
+        raise ModelFolderError(
+            f"the tokenizer in {folder} cannot be read ({error})", "download its files again"
+        ) from error
+
+
 def _load(cls: Any, weights: Weights, **dtype: torch.dtype) -> nn.Module:
     try:
         module, info = cls.from_pretrained(

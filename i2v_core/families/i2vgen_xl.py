@@ -17,50 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from ..chunking import ChunkSettings, LayerRunner, chunked
-from ..decoding import FramePieces, runs_in_bands
-from ..errors import ModelFolderError
+from ..decoding import FramePieces
 from ..memory.meter import host_memory
 from ..memory.parking import empty_parked
 from . import autoencoder_kl, clip
-from .base import Conditioning, Denoiser, Place, Placed, Prompt, TensorMap, Workload
+from .base import Conditioning, Place, Placed, Prompt, TensorMap, Workload
 from .facts import FamilyFacts, SchedulerChoice, VideoSize
-from .folder import (
-    ComponentSpec,
-    check_folder,
-    configs_read,
-    load_diffusers,
-    load_transformers,
-    pipeline_class,
-    read_json,
-)
+from .folder import ComponentSpec, load_tokenizer
 from .model import Architecture, I2VModel
 from .pictures import cover, first_picture, to_tensor
 from .preview import preview_factors
-
-_DIFFUSERS_STEM, _TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
-_COMPONENTS = (
-    ComponentSpec(name="unet", weights_stem=_DIFFUSERS_STEM),
-    ComponentSpec(name="vae", weights_stem=_DIFFUSERS_STEM),
-    ComponentSpec(name="text_encoder", weights_stem=_TRANSFORMERS_STEM),
-    ComponentSpec(name="image_encoder", weights_stem=_TRANSFORMERS_STEM),
-    ComponentSpec(
-        name="tokenizer",
-        files=("tokenizer_config.json", "tokenizer.json|vocab.json", "tokenizer.json|merges.txt"),
-    ),
-    ComponentSpec(name="feature_extractor", files=("preprocessor_config.json",)),
-    ComponentSpec(name="scheduler", files=("scheduler_config.json",)),
-)
-_CONFIG_FILES = {
-    "tokenizer": "tokenizer_config.json",
-    "feature_extractor": "preprocessor_config.json",
-    "scheduler": "scheduler_config.json",
-}
+from .unet_family import DIFFUSERS_STEM, TRANSFORMERS_STEM, UNetFamily
 
 # The text encoder's last layer is skipped: the model was trained on the one before it.
 _CLIP_SKIP = 1
 
 
-class I2VGenXL:
+class I2VGenXL(UNetFamily):
     """See `base.Family`."""
 
     facts = FamilyFacts(
@@ -88,55 +61,48 @@ class I2VGenXL:
             for width, height, frames in ((512, 512, 16), (768, 768, 24), (1280, 704, 16), (1024, 1024, 32))
         ),
     )
-    decoder = "vae"
+    components = (
+        ComponentSpec(name="unet", weights_stem=DIFFUSERS_STEM),
+        ComponentSpec(name="vae", weights_stem=DIFFUSERS_STEM),
+        ComponentSpec(name="text_encoder", weights_stem=TRANSFORMERS_STEM),
+        ComponentSpec(name="image_encoder", weights_stem=TRANSFORMERS_STEM),
+        ComponentSpec(
+            name="tokenizer",
+            files=("tokenizer_config.json", "tokenizer.json|vocab.json", "tokenizer.json|merges.txt"),
+        ),
+        ComponentSpec(name="feature_extractor", files=("preprocessor_config.json",)),
+        ComponentSpec(name="scheduler", files=("scheduler_config.json",)),
+    )
+    pipeline, unet = "I2VGenXLPipeline", "I2VGenXLUNet"
 
-    def denoisers(self, architecture: Architecture) -> tuple[Denoiser, ...]:  # noqa: ARG002
-        return (Denoiser(component="unet"),)
+    def module_classes(self) -> Mapping[str, Any]:
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLUNet
+        from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
-    def recognises(self, folder: Path) -> bool:
-        if pipeline_class(folder) is not None:
-            return pipeline_class(folder) == "I2VGenXLPipeline"
-        config = folder / "unet" / "config.json"
-        return config.is_file() and read_json(config).get("_class_name") == "I2VGenXLUNet"
-
-    def architecture(self, folder: Path) -> Architecture:
-        configs = {
-            component.name: read_json(folder / component.name / _CONFIG_FILES.get(component.name, "config.json"))
-            for component in _COMPONENTS
+        return {
+            "unet": I2VGenXLUNet,
+            "vae": AutoencoderKL,
+            "text_encoder": CLIPTextModel,
+            "image_encoder": CLIPVisionModelWithProjection,
         }
-        _check_configs(folder, configs)
-        return Architecture.from_configs(self.facts.name, configs)
 
-    def load(self, folder: Path) -> I2VModel:
+    def check_configs(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+        scheduler: Any = DDIMScheduler
+        clip.VisionInput.from_config(configs["feature_extractor"])
+        scheduler.from_config(configs["scheduler"]).set_timesteps(1)
+        int(configs["unet"]["cross_attention_dim"])
+        tokens = int(configs["tokenizer"]["model_max_length"])
+        positions = int(configs["text_encoder"].get("max_position_embeddings", tokens))
+        if not 0 < tokens <= positions:
+            raise ValueError(f"the tokenizer makes {tokens} tokens, the text encoder takes {positions}")
+
+    def tokenizer(self, folder: Path) -> Any:
         from transformers import CLIPTokenizer
 
-        tokenizer_class: Any = CLIPTokenizer
-        weights = check_folder(folder, _COMPONENTS)
-        architecture = self.architecture(folder)
-        loaders = {"unet": load_diffusers, "vae": load_diffusers}
-        modules = {
-            name: loaders.get(name, load_transformers)(cls, weights[name]) for name, cls in _module_classes().items()
-        }
-        try:
-            tokenizer = tokenizer_class.from_pretrained(str(folder / "tokenizer"), local_files_only=True)
-        # Of a damaged vocabulary the tokenizers library raises plain `Exception`.
-        except Exception as error:
-            raise ModelFolderError(
-                f"the tokenizer in {folder / 'tokenizer'} cannot be read ({error})", "download its files again"
-            ) from error
-        return I2VModel(
-            architecture=architecture,
-            folder=folder,
-            modules=modules,
-            tokenizer=tokenizer,
-        )
-
-    def skeleton(self, architecture: Architecture, component: str) -> nn.Module:
-        config = architecture.config(component)
-        cls = _module_classes()[component]
-        if component in ("unet", "vae"):
-            return cls.from_config(config).eval()
-        return cls(cls.config_class.from_dict(config)).eval()
+        return load_tokenizer(CLIPTokenizer, folder / "tokenizer")
 
     def full_precision_components(self, architecture: Architecture, *, decoding: bool) -> frozenset[str]:  # noqa: ARG002
         return frozenset({"vae"} if autoencoder_kl.wants_full_precision(architecture.config("vae")) else ())
@@ -201,9 +167,6 @@ class I2VGenXL:
 
     def decode_chunk_sizes(self, size: VideoSize, of_use: int) -> Sequence[int]:
         return autoencoder_kl.chunk_sizes(size.frames, of_use)
-
-    def cuts_frames(self, architecture: Architecture) -> bool:
-        return runs_in_bands(architecture.config("vae"))
 
     def encode(
         self,
@@ -270,17 +233,6 @@ class I2VGenXL:
     ) -> AbstractContextManager[None]:
         return chunked(denoiser, settings, runner=runner, on_chunk=on_chunk)
 
-    def latents_to_host(
-        self,
-        architecture: Architecture,
-        latents_BCTHW: Tensor,
-        inputs: TensorMap,  # noqa: ARG002
-    ) -> Tensor:
-        return latents_BCTHW[0].transpose(0, 1) / autoencoder_kl.scaling_factor(architecture.config("vae"))
-
-    def decoded_frames(self, samples: Tensor) -> int:
-        return len(samples)
-
     def decode(
         self,
         decoder: Placed,
@@ -293,35 +245,6 @@ class I2VGenXL:
 
 
 FAMILY = I2VGenXL()
-
-
-def _module_classes() -> Mapping[str, Any]:
-    """Imported at first use: diffusers and transformers take seconds, which the host's start must not pay."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLUNet
-    from transformers import CLIPTextModel, CLIPVisionModelWithProjection
-
-    return {
-        "unet": I2VGenXLUNet,
-        "vae": AutoencoderKL,
-        "text_encoder": CLIPTextModel,
-        "image_encoder": CLIPVisionModelWithProjection,
-    }
-
-
-def _check_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise `ModelFolderError` unless what is read of the configs later can be read."""
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-    scheduler: Any = DDIMScheduler
-    with configs_read(folder):
-        clip.VisionInput.from_config(configs["feature_extractor"])
-        scheduler.from_config(configs["scheduler"]).set_timesteps(1)
-        int(configs["unet"]["cross_attention_dim"])
-        tokens = int(configs["tokenizer"]["model_max_length"])
-        positions = int(configs["text_encoder"].get("max_position_embeddings", tokens))
-        if not 0 < tokens <= positions:
-            raise ValueError(f"the tokenizer makes {tokens} tokens, the text encoder takes {positions}")
 
 
 def _encode_text(text_encoder: Placed, tokenizer: Any, text: str) -> Tensor:

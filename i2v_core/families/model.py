@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
+
+WeightFiles = Mapping[str, Path]
+"""The file that a component's weights come from, by component: for those that do not come from the model's folder."""
+
+NO_FILES: WeightFiles = MappingProxyType({})
+
+_STORED = "stored"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +40,26 @@ class Architecture:
         return json.loads(dict(self.configs)[component])
 
     @property
+    def stored(self) -> dict[str, dict[str, list[str]]]:
+        """Of components whose weights a file holds quantised: the weights' names, by component and format."""
+        return json.loads(dict(self.configs).get(_STORED, "{}"))
+
+    def with_stored(self, stored: Mapping[str, Mapping[str, Sequence[str]]]) -> Architecture:
+        """The architecture with weights that lie so. What has no weights quantised is as it would be without."""
+        quantized = {component: formats for component, formats in stored.items() if formats}
+        others = tuple(pair for pair in self.configs if pair[0] != _STORED)
+        added = ((_STORED, json.dumps(quantized, sort_keys=True)),) if quantized else ()
+        return Architecture(self.family, (*others, *added))
+
+    @property
+    def stored_formats(self) -> tuple[str, ...]:
+        """The formats that weights are quantised in, that of most weights first."""
+        counts: Counter[str] = Counter()
+        for formats in self.stored.values():
+            counts.update({name: len(weights) for name, weights in formats.items()})
+        return tuple(name for name, _ in counts.most_common())
+
+    @property
     def fingerprint(self) -> str:
         """A short name for exactly this architecture."""
         return hashlib.sha256(repr((self.family, self.configs)).encode()).hexdigest()[:16]
@@ -40,13 +69,15 @@ class Architecture:
 class I2VModel:
     """A loaded model. Weights lie in host RAM, in the dtype they are stored in; nothing is on the device.
 
-    `modules` are the networks by component name; `tokenizer` is None for families without one.
+    `modules` are the networks by component name; `tokenizer` is None for families without one. `files` are those
+    outside of the folder that weights came from.
     """
 
     architecture: Architecture
     folder: Path
     modules: Mapping[str, nn.Module]
     tokenizer: Any
+    files: tuple[Path, ...] = ()
 
     def stored_dtype(self, component: str) -> torch.dtype:
         return next(self.modules[component].parameters()).dtype

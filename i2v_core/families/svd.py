@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,34 +17,17 @@ from torch import Tensor, nn
 
 from ..chunking import ChunkSettings, LayerRunner
 from ..chunking.spatio_temporal_unet import chunked
-from ..decoding import FramePieces, decode_clip_into, runs_in_bands
+from ..decoding import FramePieces, decode_clip_into
 from ..memory.meter import host_memory
 from ..memory.parking import empty_parked
 from . import autoencoder_kl, clip
-from .base import Conditioning, Denoiser, Place, Placed, Prompt, TensorMap, Workload
+from .base import Conditioning, Place, Placed, Prompt, TensorMap, Workload
 from .facts import FamilyFacts, SchedulerChoice, VideoSize
-from .folder import (
-    ComponentSpec,
-    check_folder,
-    configs_read,
-    load_diffusers,
-    load_transformers,
-    pipeline_class,
-    read_json,
-)
+from .folder import ComponentSpec
 from .model import Architecture, I2VModel
 from .pictures import cover, first_picture, to_tensor
 from .preview import preview_factors
-
-_DIFFUSERS_STEM, _TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
-_COMPONENTS = (
-    ComponentSpec(name="unet", weights_stem=_DIFFUSERS_STEM),
-    ComponentSpec(name="vae", weights_stem=_DIFFUSERS_STEM),
-    ComponentSpec(name="image_encoder", weights_stem=_TRANSFORMERS_STEM),
-    ComponentSpec(name="feature_extractor", files=("preprocessor_config.json",)),
-    ComponentSpec(name="scheduler", files=("scheduler_config.json",)),
-)
-_CONFIG_FILES = {"feature_extractor": "preprocessor_config.json", "scheduler": "scheduler_config.json"}
+from .unet_family import DIFFUSERS_STEM, TRANSFORMERS_STEM, UNetFamily
 
 # Frame rate, motion bucket and noise augmentation.
 _TIME_IDS = 3
@@ -53,7 +35,7 @@ AUGMENTATION_SEED = 0
 """Of the noise that is added to the picture: the same picture always gives the same conditioning."""
 
 
-class StableVideoDiffusion:
+class StableVideoDiffusion(UNetFamily):
     """See `base.Family`."""
 
     facts = FamilyFacts(
@@ -76,39 +58,38 @@ class StableVideoDiffusion:
             for width, height, frames in ((1024, 576, 14), (1024, 576, 25), (1280, 720, 25))
         ),
     )
-    decoder = "vae"
+    components = (
+        ComponentSpec(name="unet", weights_stem=DIFFUSERS_STEM),
+        ComponentSpec(name="vae", weights_stem=DIFFUSERS_STEM),
+        ComponentSpec(name="image_encoder", weights_stem=TRANSFORMERS_STEM),
+        ComponentSpec(name="feature_extractor", files=("preprocessor_config.json",)),
+        ComponentSpec(name="scheduler", files=("scheduler_config.json",)),
+    )
+    pipeline, unet = "StableVideoDiffusionPipeline", "UNetSpatioTemporalConditionModel"
 
-    def denoisers(self, architecture: Architecture) -> tuple[Denoiser, ...]:  # noqa: ARG002
-        return (Denoiser(component="unet"),)
+    def module_classes(self) -> Mapping[str, Any]:
+        from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import AutoencoderKLTemporalDecoder
+        from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
+        from transformers import CLIPVisionModelWithProjection
 
-    def recognises(self, folder: Path) -> bool:
-        if pipeline_class(folder) is not None:
-            return pipeline_class(folder) == "StableVideoDiffusionPipeline"
-        config = folder / "unet" / "config.json"
-        return config.is_file() and read_json(config).get("_class_name") == "UNetSpatioTemporalConditionModel"
-
-    def architecture(self, folder: Path) -> Architecture:
-        configs = {
-            component.name: read_json(folder / component.name / _CONFIG_FILES.get(component.name, "config.json"))
-            for component in _COMPONENTS
+        return {
+            "unet": UNetSpatioTemporalConditionModel,
+            "vae": AutoencoderKLTemporalDecoder,
+            "image_encoder": CLIPVisionModelWithProjection,
         }
-        _check_configs(folder, configs)
-        return Architecture.from_configs(self.facts.name, configs)
 
-    def load(self, folder: Path) -> I2VModel:
-        weights = check_folder(folder, _COMPONENTS)
-        architecture = self.architecture(folder)
-        loaders = {"unet": load_diffusers, "vae": load_diffusers}
-        modules = {
-            name: loaders.get(name, load_transformers)(cls, weights[name]) for name, cls in _module_classes().items()
-        }
-        return I2VModel(architecture=architecture, folder=folder, modules=modules, tokenizer=None)
+    def check_configs(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
-    def skeleton(self, architecture: Architecture, component: str) -> nn.Module:
-        cls, config = _module_classes()[component], architecture.config(component)
-        if hasattr(cls, "from_config"):
-            return cls.from_config(config).eval()
-        return cls(cls.config_class.from_dict(config)).eval()
+        scheduler: Any = EulerDiscreteScheduler
+        clip.VisionInput.from_config(configs["feature_extractor"])
+        scheduler.from_config(configs["scheduler"]).set_timesteps(2)
+        unet = configs["unet"]
+        int(unet["cross_attention_dim"])
+        told = _TIME_IDS * int(unet.get("addition_time_embed_dim", 256))
+        expected = int(unet.get("projection_class_embeddings_input_dim", 768))
+        if told != expected:
+            raise ValueError(f"the denoiser wants {expected} numbers on rate, motion and noise, and is told {told}")
 
     def full_precision_components(self, architecture: Architecture, *, decoding: bool) -> frozenset[str]:
         """The published autoencoder asks for fp32, which diffusers grants its encoder and not its decoder."""
@@ -168,9 +149,6 @@ class StableVideoDiffusion:
     def decode_chunk_sizes(self, size: VideoSize, of_use: int) -> Sequence[int]:  # noqa: ARG002
         """All frames, since the decoder looks along time in every block."""
         return (size.frames,)
-
-    def cuts_frames(self, architecture: Architecture) -> bool:
-        return runs_in_bands(architecture.config("vae"))
 
     def encode(
         self,
@@ -233,17 +211,6 @@ class StableVideoDiffusion:
     ) -> AbstractContextManager[None]:
         return chunked(denoiser, settings, runner=runner, on_chunk=on_chunk)
 
-    def latents_to_host(
-        self,
-        architecture: Architecture,
-        latents_BCTHW: Tensor,
-        inputs: TensorMap,  # noqa: ARG002
-    ) -> Tensor:
-        return latents_BCTHW[0].transpose(0, 1) / autoencoder_kl.scaling_factor(architecture.config("vae"))
-
-    def decoded_frames(self, samples: Tensor) -> int:
-        return len(samples)
-
     def decode(
         self,
         decoder: Placed,
@@ -267,35 +234,6 @@ class StableVideoDiffusion:
 
 
 FAMILY = StableVideoDiffusion()
-
-
-def _module_classes() -> Mapping[str, Any]:
-    """Imported at first use: diffusers and transformers take seconds, which the host's start must not pay."""
-    from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import AutoencoderKLTemporalDecoder
-    from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
-    from transformers import CLIPVisionModelWithProjection
-
-    return {
-        "unet": UNetSpatioTemporalConditionModel,
-        "vae": AutoencoderKLTemporalDecoder,
-        "image_encoder": CLIPVisionModelWithProjection,
-    }
-
-
-def _check_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise `ModelFolderError` unless what is read of the configs later can be read."""
-    from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
-
-    scheduler: Any = EulerDiscreteScheduler
-    with configs_read(folder):
-        clip.VisionInput.from_config(configs["feature_extractor"])
-        scheduler.from_config(configs["scheduler"]).set_timesteps(2)
-        unet = configs["unet"]
-        int(unet["cross_attention_dim"])
-        told = _TIME_IDS * int(unet.get("addition_time_embed_dim", 256))
-        expected = int(unet.get("projection_class_embeddings_input_dim", 768))
-        if told != expected:
-            raise ValueError(f"the denoiser wants {expected} numbers on rate, motion and noise, and is told {told}")
 
 
 def _noise_like(picture_13HW: Tensor) -> Tensor:

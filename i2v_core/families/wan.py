@@ -10,11 +10,9 @@ decode, L tokens, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +24,12 @@ from ..decoding.wan import WanPass
 from ..errors import ModelFolderError
 from ..memory.meter import host_memory
 from ..memory.parking import empty_parked, kept_on_host
-from . import umt5, wan_folder
+from . import umt5, wan_folder, wan_latents
 from .autoencoder_kl import centred
 from .base import Conditioning, Denoiser, Place, Placed, Prompt, TensorMap, Workload
 from .facts import FamilyFacts, SchedulerChoice, VideoSize
 from .folder import pipeline_class, read_json
-from .model import Architecture, I2VModel
+from .model import NO_FILES, Architecture, I2VModel, WeightFiles
 from .pictures import cover, first_picture, to_tensor
 from .preview import preview_factors
 
@@ -70,7 +68,9 @@ class Wan:
         default_cfg=5.0,
         takes=frozenset({"text", "negative_text"}),
         schedulers=SCHEDULERS,
+        has_skips=False,
         beyond_fp16=frozenset({"text_encoder"}),
+        from_files=frozenset({"transformer", "transformer_2"}),
         table_sizes=tuple(
             VideoSize(width_pixels=width, height_pixels=height, frames=81)
             for width, height in ((832, 480), (1280, 720))
@@ -93,18 +93,19 @@ class Wan:
             return False
         return not read_json(folder / "model_index.json").get("expand_timesteps")
 
-    def architecture(self, folder: Path) -> Architecture:
-        architecture = Architecture.from_configs(self.facts.name, wan_folder.read_configs(folder))
+    def architecture(self, folder: Path, files: WeightFiles = NO_FILES) -> Architecture:
+        configs = wan_folder.read_configs(folder)
+        architecture = Architecture.from_configs(self.facts.name, configs)
         channels = architecture.config("vae").get("z_dim", 16)
         if channels != self.facts.latent_channels:
             raise ModelFolderError(
                 f"the autoencoder in {folder} has {channels} latent channels, not {self.facts.latent_channels}",
                 f"use the published folder of {self.facts.display_name}",
             )
-        return architecture
+        return architecture.with_stored(wan_folder.stored(folder, configs, files))
 
-    def load(self, folder: Path) -> I2VModel:
-        return wan_folder.load(folder, self.architecture(folder))
+    def load(self, folder: Path, files: WeightFiles = NO_FILES) -> I2VModel:
+        return wan_folder.load(folder, self.architecture(folder, files), files)
 
     def skeleton(self, architecture: Architecture, component: str) -> nn.Module:
         return wan_folder.skeleton(architecture, component)
@@ -212,7 +213,7 @@ class Wan:
         with place("vae", by_layer=pieces.by_layer) as vae:
             mode_1CThw = _run_of(vae, pieces, on_chunk).encode_mode(picture_13HW, self._encoded_frames(size))
         with host_memory():
-            latents_1CThw = _normalised(model.architecture, mode_1CThw)
+            latents_1CThw = wan_latents.normalised(model.architecture, mode_1CThw)
             shared |= self._condition(latents_1CThw)
             factors = preview_factors(model.folder, latents_1CThw[:, :, 0], fitted)
         return Conditioning(
@@ -256,8 +257,7 @@ class Wan:
         return chunked_wan(denoiser, settings, runner=runner, on_chunk=on_chunk)
 
     def latents_to_host(self, architecture: Architecture, latents_BCTHW: Tensor, inputs: TensorMap) -> Tensor:  # noqa: ARG002
-        mean, deviation = _statistics(architecture, latents_BCTHW)
-        return latents_BCTHW / (1 / deviation) + mean
+        return wan_latents.as_encoded(architecture, latents_BCTHW)
 
     def decoded_frames(self, samples: Tensor) -> int:
         return self.facts.pixel_frames(samples.shape[2])
@@ -292,20 +292,3 @@ def _seen(encoder: Placed, pixels_13HW: Tensor) -> Tensor:
     """(1, L, D): the hidden states of the vision encoder's last layer but one, fp32, on the CPU."""
     on_device = torch.empty_like(pixels_13HW, device=encoder.device, dtype=encoder.dtype).copy_(pixels_13HW)
     return kept_on_host(encoder.module(on_device, output_hidden_states=True).hidden_states[-2])
-
-
-def _normalised(architecture: Architecture, mode_1CThw: Tensor) -> Tensor:
-    mean, deviation = _statistics(architecture, mode_1CThw)
-    return (mode_1CThw - mean) * (1 / deviation)
-
-
-def _statistics(architecture: Architecture, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (1, C, 1, 1, 1) of the autoencoder's latents."""
-    config: Mapping[str, Any] = architecture.config("vae")
-    mean, deviation = (like.new_tensor(config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
-    return mean, deviation
-
-
-def tokens_of_frame(latents_BCTHW: Tensor, patch_size: Sequence[int]) -> int:
-    """How many patches the denoiser makes of a latent frame."""
-    return prod(latents_BCTHW.shape[3:]) // prod(patch_size[1:])

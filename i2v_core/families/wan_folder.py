@@ -1,17 +1,30 @@
-"""A Wan model's folder in diffusers layout: what it must hold, and how that is loaded."""
+"""A Wan model's folder in diffusers layout: what it must hold, and how that is loaded.
+
+A transformer may come from a file of its own instead, which is named, or lies alone in the transformer's folder.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torch import Tensor, nn
 
-from ..errors import ModelFolderError
-from .folder import ComponentSpec, check_folder, configs_read, load_diffusers, load_transformers, read_json
-from .model import Architecture, I2VModel
+from ..errors import BadInputError
+from . import wan_file
+from .folder import (
+    ComponentSpec,
+    check_folder,
+    configs_read,
+    load_diffusers,
+    load_tokenizer,
+    load_transformers,
+    read_json,
+)
+from .model import NO_FILES, Architecture, I2VModel, WeightFiles
 
 _DIFFUSERS_STEM, _TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 _TRANSFORMER, _EXPERT = (
@@ -53,25 +66,45 @@ def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def load(folder: Path, architecture: Architecture) -> I2VModel:
+def stored(
+    folder: Path, configs: Mapping[str, Mapping[str, Any]], files: WeightFiles
+) -> dict[str, dict[str, list[str]]]:
+    """Names of the weights that lie quantised in files, by transformer and format.
+
+    Raises:
+        BadInputError: a file is given for a transformer that the model has not.
+        ModelFolderError: a file is damaged, or not the transformer's.
+    """
+    of_transformers = _files(folder, configs, files)
+    return {
+        name: wan_file.quantized_in(wan_file.tensors_of(file, configs[name]), configs[name])
+        for name, file in of_transformers.items()
+    }
+
+
+def load(folder: Path, architecture: Architecture, files: WeightFiles = NO_FILES) -> I2VModel:
     """Raises `ModelFolderError` naming every missing or damaged file."""
     from transformers import AutoTokenizer
 
-    weights = check_folder(folder, _components(folder))
+    configs = {component.name: architecture.config(component.name) for component in _components(folder)}
+    found = _files(folder, configs, files)
+    needed = (replace(it, weights_stem=None) if it.name in found else it for it in _components(folder))
+    weights = check_folder(folder, needed)
     classes = _module_classes()
     modules = {
+        name: wan_file.load(wan_file.tensors_of(file, configs[name]), configs[name]) for name, file in found.items()
+    }
+    modules |= {
         name: (load_transformers if name in ("text_encoder", "image_encoder") else load_diffusers)(classes[name], it)
         for name, it in weights.items()
     }
-    tokenizer_class: Any = AutoTokenizer
-    try:
-        tokenizer = tokenizer_class.from_pretrained(str(folder / "tokenizer"), local_files_only=True)
-    # Of a damaged vocabulary the tokenizers library raises plain `Exception`.
-    except Exception as error:
-        raise ModelFolderError(
-            f"the tokenizer in {folder / 'tokenizer'} cannot be read ({error})", "download its files again"
-        ) from error
-    return I2VModel(architecture=architecture, folder=folder, modules=modules, tokenizer=tokenizer)
+    return I2VModel(
+        architecture=architecture,
+        folder=folder,
+        modules=modules,
+        tokenizer=load_tokenizer(AutoTokenizer, folder / "tokenizer"),
+        files=tuple(files.values()),
+    )
 
 
 def skeleton(architecture: Architecture, component: str) -> nn.Module:
@@ -79,7 +112,9 @@ def skeleton(architecture: Architecture, component: str) -> nn.Module:
     cls, config = _module_classes()[component], architecture.config(component)
     if component in ("text_encoder", "image_encoder"):
         return cls(cls.config_class.from_dict(config)).eval()
-    return cls.from_config(config).eval()
+    module: nn.Module = cls.from_config(config).eval()
+    wan_file.lie_as_stored(module, architecture.stored.get(component, {}))
+    return module
 
 
 def vision_pixels(architecture: Architecture, picture: Image.Image) -> Tensor:
@@ -98,6 +133,23 @@ def _components(folder: Path) -> tuple[ComponentSpec, ...]:
     two = read_json(folder / "model_index.json").get("boundary_ratio") is not None
     sees = read_json(folder / "transformer" / "config.json").get("image_dim") is not None
     return (*_ALWAYS, *((_EXPERT,) if two else ()), *(_VISION if sees else ()))
+
+
+def _files(folder: Path, configs: Mapping[str, object], files: WeightFiles) -> dict[str, Path]:
+    """The file of each transformer that has one."""
+    for name, file in files.items():
+        if name not in configs:
+            raise BadInputError(
+                f"the model in {folder} has no {name}, which {file} is given for", "leave that file out"
+            )
+    alone = {name: _alone_in(folder / name) for name in (_TRANSFORMER.name, _EXPERT.name) if name in configs}
+    return {**{name: file for name, file in alone.items() if file is not None}, **files}
+
+
+def _alone_in(folder: Path) -> Path | None:
+    """The one GGUF file in a folder, where there are no weights in diffusers layout."""
+    found = sorted(folder.glob("*.gguf"))
+    return found[0] if len(found) == 1 and not any(folder.glob("*.safetensors*")) else None
 
 
 def _module_classes() -> Mapping[str, Any]:

@@ -14,7 +14,8 @@ from .base import TensorMap
 from .facts import FamilyFacts, VideoSize
 from .folder import pipeline_class, read_json
 from .model import Architecture
-from .wan import SCHEDULERS, Wan, tokens_of_frame
+from .wan import SCHEDULERS, Wan
+from .wan_latents import tokens_of_frame
 
 
 class WanTI2V(Wan):
@@ -34,7 +35,9 @@ class WanTI2V(Wan):
         default_cfg=5.0,
         takes=frozenset({"text", "negative_text"}),
         schedulers=SCHEDULERS,
+        has_skips=False,
         beyond_fp16=frozenset({"text_encoder"}),
+        from_files=frozenset({"transformer"}),
     )
 
     def recognises(self, folder: Path) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.chunking.subjects import SUBJECTS, Inputs, Subject
+from tests.subjects import DenoiserSubject, Inputs, Subject
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,33 +20,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session", params=SUBJECTS)
-def subject(request: pytest.FixtureRequest) -> Subject:
-    return SUBJECTS[request.param]
+@pytest.fixture(scope="session")
+def kind(subject: Subject) -> DenoiserSubject:
+    return subject.denoiser
 
 
 @pytest.fixture(scope="session")
-def make_unet(subject: Subject) -> Callable[..., Any]:
-    return subject.make
+def make_denoiser(kind: DenoiserSubject) -> Callable[..., Any]:
+    return kind.make
 
 
 @pytest.fixture(scope="session")
-def unet(subject: Subject) -> Any:
+def denoiser(kind: DenoiserSubject) -> Any:
     """Shared by tests, which must leave it as it is."""
-    return subject.make()
+    return kind.make()
 
 
 @pytest.fixture(scope="session")
-def make_inputs(subject: Subject) -> Callable[..., Inputs]:
-    return subject.inputs
-
-
-@pytest.fixture(scope="session")
-def relative_rms() -> Callable[[torch.Tensor, torch.Tensor], float]:
-    """The root mean square of the difference, relative to that of the reference (second)."""
-
-    def measure(result: torch.Tensor, reference: torch.Tensor) -> float:
-        difference = result.double() - reference.double()
-        return (difference.square().mean() / reference.double().square().mean()).sqrt().item()
-
-    return measure
+def make_inputs(kind: DenoiserSubject) -> Callable[..., Inputs]:
+    return kind.inputs

@@ -15,38 +15,41 @@ from i2v_core.families import bundled_architecture, bundled_models, family_of, l
 from i2v_core.families.folder import read_json
 from i2v_core.planning.trace import loaded_bytes
 from i2v_core.sampling.schedulers import SCHEDULERS
+from tests.subjects import Subject
 
 
-def test_it_is_the_loaded_models(family_name: str, family_folder: Path) -> None:
-    architecture = read_architecture(family_folder)
-    assert architecture == load_model(family_folder).architecture
-    assert architecture.family == family_name
+def test_it_is_the_loaded_models(subject: Subject, subject_folder: Path) -> None:
+    architecture = read_architecture(subject_folder)
+    assert architecture == load_model(subject_folder).architecture
+    assert architecture.family == subject.family.facts.name
 
 
-def test_it_needs_no_weights(family_folder: Path, tmp_path: Path) -> None:
+def test_it_needs_no_weights(subject_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "configs"
-    shutil.copytree(family_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    assert read_architecture(folder) == read_architecture(family_folder)
+    shutil.copytree(subject_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert read_architecture(folder) == read_architecture(subject_folder)
 
 
-def test_a_missing_config_is_named(family_folder: Path, tmp_path: Path) -> None:
-    architecture = read_architecture(family_folder)
+def test_a_missing_config_is_named(subject_folder: Path, tmp_path: Path) -> None:
+    architecture = read_architecture(subject_folder)
     denoiser = family_of(architecture).denoisers(architecture)[0].component
     for config in (f"{denoiser}/config.json", "scheduler/scheduler_config.json"):
         folder = tmp_path / denoiser / Path(config).stem
-        shutil.copytree(family_folder, folder)
+        shutil.copytree(subject_folder, folder)
         (folder / config).unlink()
         with pytest.raises(ModelFolderError, match=config):
             read_architecture(folder)
 
 
+@pytest.mark.parametrize("subject", ["i2vgen-xl", "svd"], indirect=True)
 def test_a_folder_without_an_index_is_known_by_its_denoiser(
-    family_name: str, family_folder: Path, tmp_path: Path
+    subject: Subject, subject_folder: Path, tmp_path: Path
 ) -> None:
+    """Where the index says no more than that."""
     folder = tmp_path / "model"
-    shutil.copytree(family_folder, folder)
+    shutil.copytree(subject_folder, folder)
     (folder / "model_index.json").unlink()
-    assert read_architecture(folder).family == family_name
+    assert read_architecture(folder).family == subject.name
 
 
 @pytest.mark.parametrize("model", bundled_models())

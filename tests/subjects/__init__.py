@@ -1,0 +1,10 @@
+"""The models that the tests of all families run with. A family that is added to `SUBJECTS` runs through all of them."""
+
+from __future__ import annotations
+
+from . import i2vgen_xl, svd, wan
+from .subject import DenoiserSubject, Inputs, Subject, make_every_parameter_matter
+
+SUBJECTS: dict[str, Subject] = {it.name: it for it in (i2vgen_xl.SUBJECT, svd.SUBJECT, *wan.SUBJECTS)}
+
+__all__ = ["SUBJECTS", "DenoiserSubject", "Inputs", "Subject", "make_every_parameter_matter"]
