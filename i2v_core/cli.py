@@ -15,7 +15,7 @@ import torch
 
 from .batch.arguments import add_batch_command
 from .errors import I2VError
-from .families import VideoSize, bundled_architecture, bundled_models
+from .families import VideoSize, bundled_architecture, bundled_models, with_weights
 from .memory.device import DeviceFacts
 from .placement.precision import AUTO, PRECISIONS, precision_name
 from .planning.memory_table import memory_table
@@ -54,6 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--ram", metavar="SIZE", help="host memory to use, the model's own weights included; default: any"
     )
+    plan.add_argument(
+        "--weights",
+        metavar="FILE|FORMAT",
+        help="of Wan: plan for the denoiser's weights in a GGUF or fp8 file, or in a format such as q4_k or fp8",
+    )
     plan.add_argument("--precision", choices=(AUTO, *PRECISIONS), default="fp16")
     plan.add_argument("--no-guidance", action="store_true", help="one denoiser pass a step")
     plan.add_argument(
@@ -74,8 +79,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    architecture = bundled_architecture(options.model)
     request = Request(
-        architecture=bundled_architecture(options.model),
+        architecture=with_weights(architecture, options.weights) if options.weights else architecture,
         size=VideoSize(width_pixels=options.width, height_pixels=options.height, frames=options.frames),
         guidance=not options.no_guidance,
         precision=options.precision,

@@ -58,11 +58,11 @@ def model_folder(name: object) -> Path:
     return folders[name]
 
 
-def plan_device(architecture: Architecture) -> DeviceFacts:
-    """The host's device, with the precisions that the host's flags and its knowledge of the card leave, and with what
-    earlier runs of the model on it have taught.
+def plan_device(architecture: Architecture, device: torch.device | None = None) -> DeviceFacts:
+    """The host's device, or another, with the precisions that the host's flags and its knowledge of the card leave, and
+    with what earlier runs of the model on it have taught.
     """
-    device = management.get_torch_device()
+    device = device or management.get_torch_device()
     facts = device_facts(device)
     learned = calibration_store().calibration(calibration_key(facts.name, architecture.fingerprint))
     facts = replace(facts, calibration=learned)

@@ -17,7 +17,9 @@ import comfy.utils
 import folder_paths
 from comfy.cli_args import args
 
-from ..i2v_core.errors import BadInputError, FileError
+from ..i2v_core.errors import BadInputError, FileError, ModelFolderError
+from ..i2v_core.families import WeightFiles
+from ..i2v_core.families.tensor_file import SUFFIXES
 from ..i2v_core.files import file_errors, with_date
 from ..i2v_core.latent_file import SUFFIX as LATENT_SUFFIX
 
@@ -25,10 +27,6 @@ DEMO_LATENT = "demo (bundled)"
 _DEMO_LATENT_FILE = Path(__file__).parent.parent / "assets" / "demo_latent.latent"
 # Control characters, and halves of characters, which no file system takes.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
-PREFIX_TOOLTIP = (
-    "Name of the file in ComfyUI's output folder, with folders before it. %date%, %date:yyyy-MM-dd hhmmss%, %year%, "
-    "%month%, %day%, %hour%, %minute%, %second%, %width% and %height% are filled in, and a number is added."
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +170,46 @@ def latent_path(name: object) -> Path:
             f"there is no file {path}", "choose another in I2V Load Latent; press R on the page to see new files"
         )
     return path
+
+
+FROM_FOLDER = "from the model's folder"
+
+
+def weight_files() -> dict[str, Path]:
+    """Every GGUF and safetensors file below the host's folders of diffusion models, by its place in there."""
+    found: dict[str, Path] = {}
+    for root in folder_paths.get_folder_paths("diffusion_models"):
+        for folder, _, files in os.walk(root, followlinks=True):
+            for path in (Path(folder) / file for file in files if Path(file).suffix.lower() in SUFFIXES):
+                found.setdefault(path.relative_to(root).as_posix(), path)
+    return dict(sorted(found.items()))
+
+
+def chosen_files(transformer_file: object, low_noise_file: object) -> WeightFiles:
+    """The files that I2V Loader's widgets name, by the component whose weights they are.
+
+    Raises:
+        ModelFolderError: a name that is not in `weight_files`.
+        BadInputError: by their names the two are each other's.
+    """
+    chosen = {"transformer": transformer_file, "transformer_2": low_noise_file}
+    files = {component: _weight_file(name) for component, name in chosen.items() if name != FROM_FOLDER}
+    if len(files) == 2 and "low" in str(transformer_file).lower() and "high" in str(low_noise_file).lower():
+        raise BadInputError(
+            f"by their names, {transformer_file} is of the low-noise expert and {low_noise_file} of the high-noise one",
+            "exchange transformer_file and low_noise_file in I2V Loader",
+        )
+    return files
+
+
+def _weight_file(name: object) -> Path:
+    files = weight_files()
+    if not isinstance(name, str) or name not in files:
+        raise ModelFolderError(
+            f"there is no file '{name}' of weights",
+            "choose one from the list in I2V Loader; press R on the page to see new files",
+        )
+    return files[name]
 
 
 def _inside(name: str) -> Path | None:

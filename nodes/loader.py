@@ -5,13 +5,14 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..i2v_core.families import load_model
-from . import host
+from . import host, host_files
 from .sockets import CATEGORY, I2VModelSocket
 
 
 class Loader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        files = list(host_files.weight_files())
         return io.Schema(
             node_id="I2VLoader",
             display_name="I2V Loader",
@@ -24,6 +25,8 @@ class Loader(io.ComfyNode):
                 "I2VGen-XL",
                 "SVD",
                 "stable video diffusion",
+                "Wan",
+                "GGUF",
                 "load video model",
                 "low vram",
             ],
@@ -34,11 +37,30 @@ class Loader(io.ComfyNode):
                     default=host.DEMO_MODEL,
                     tooltip="The bundled demo, or a folder in diffusers layout under models/diffusers. "
                     "Only safetensors are read. Default: the demo.",
-                )
+                ),
+                io.Combo.Input(
+                    "transformer_file",
+                    options=[host_files.FROM_FOLDER, *files],
+                    default=host_files.FROM_FOLDER,
+                    optional=True,
+                    tooltip="For Wan: a GGUF or safetensors file under models/diffusion_models or models/unet that has "
+                    "the transformer's weights; those in the folder are not needed then. A quantised one is smaller "
+                    "and approximate. Of a model with two experts, that of high noise. Default: the folder's weights.",
+                ),
+                io.Combo.Input(
+                    "low_noise_file",
+                    options=[host_files.FROM_FOLDER, *files],
+                    default=host_files.FROM_FOLDER,
+                    optional=True,
+                    tooltip="The same for the low-noise expert of Wan 2.2 A14B. Default: the folder's weights.",
+                ),
             ],
             outputs=[I2VModelSocket.Output("model", tooltip="The model, with its weights in host RAM.")],
         )
 
     @classmethod
-    def execute(cls, model: str) -> io.NodeOutput:
-        return io.NodeOutput(load_model(host.model_folder(model)))
+    def execute(
+        cls, model: str, transformer_file: str = host_files.FROM_FOLDER, low_noise_file: str = host_files.FROM_FOLDER
+    ) -> io.NodeOutput:
+        files = host_files.chosen_files(transformer_file, low_noise_file)
+        return io.NodeOutput(load_model(host.model_folder(model), files))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import imageio.v3 as iio
+import numpy as np
 import torch
 from comfy_host import setup
 from comfy_host.page import Page, browser, opened
@@ -27,10 +28,19 @@ PACK = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PACK))
 
 from i2v_core import stages  # noqa: E402
-from i2v_core.families import I2VModel, Prompt, VideoSize, load_model  # noqa: E402
+from i2v_core.families import (  # noqa: E402
+    I2VModel,
+    Prompt,
+    VideoSize,
+    bundled_architecture,
+    family_of,
+    load_model,
+    with_weights,
+)
 from i2v_core.families.pictures import to_tensor  # noqa: E402
 from i2v_core.latent_file import load_latent, save_latent  # noqa: E402
 from i2v_core.memory.device import device_facts  # noqa: E402
+from i2v_core.placement.quantized import quantized_weights  # noqa: E402
 from i2v_core.planning.plan import Plan  # noqa: E402
 from i2v_core.planning.planner import make_plan  # noqa: E402
 from i2v_core.planning.request import Budget, Request  # noqa: E402
@@ -47,8 +57,13 @@ ARCHITECTURES = PACK / "i2v_core" / "families" / "architectures"
 PIPELINES = {
     "i2vgen-xl": "I2VGenXLPipeline",
     "svd": "StableVideoDiffusionPipeline",
+    "wan2.1-i2v-14b": "WanImageToVideoPipeline",
     "wan2.2-ti2v-5b": "WanPipeline",
 }
+FOLDERS = {"wan2.1-i2v-14b": "wan2.1-i2v-14b-480p"}
+"""Where workflows have a model in a folder of another name."""
+FILES = {"wan2.1-i2v-14b": "wan2.1-i2v-14b-480p-Q4_K_M.gguf"}
+"""Where they have its transformer's weights in a file."""
 CPU = torch.device("cpu")
 RUNTIME = stages.Runtime(device=CPU)
 SIDE_PIXELS, GAP_PIXELS, TEXT_PIXELS = 160, 6, 22
@@ -201,10 +216,13 @@ def cards(page: Page, server: Server) -> None:
     for model, name, files in (
         ("i2vgen-xl", "I2VGen-XL", {f"i2vgen_xl_{size}gb": size for size in (6, 12, 24)}),
         ("svd", "SVD", {"i2v_svd": 6}),
+        ("wan2.1-i2v-14b", "Wan 2.1 I2V 14B, Q4_K", {"i2v_wan_14b": 8}),
         ("wan2.2-ti2v-5b", "Wan 2.2 TI2V-5B", {"i2v_wan_5b": 6}),
     ):
-        folder = server.models_folder / "diffusers" / model
+        folder = server.models_folder / "diffusers" / FOLDERS.get(model, model)
         write_configs(model, folder)
+        if model in FILES:
+            write_header(model, server.models_folder / "diffusion_models" / FILES[model])
         for file, gigabytes in files.items():
             page.open()
             page.drop(WORKFLOWS / f"{file}.json")
@@ -233,12 +251,37 @@ def write_configs(name: str, folder: Path) -> None:
     files = {
         "tokenizer": "tokenizer_config",
         "feature_extractor": "preprocessor_config",
+        "image_processor": "preprocessor_config",
         "scheduler": "scheduler_config",
     }
     for part, content in configs.items():
         (folder / part).mkdir(parents=True)
         (folder / part / f"{files.get(part, 'config')}.json").write_text(json.dumps(content), "utf-8")
     (folder / "model_index.json").write_text(json.dumps(index), "utf-8")
+
+
+def write_header(name: str, file: Path) -> None:
+    """A GGUF file of a published model's transformer, blocks in Q4_K: a header, and a hole where the weights are."""
+    import gguf
+
+    architecture = with_weights(bundled_architecture(name), "q4_k")
+    with torch.device("meta"):
+        transformer = family_of(architecture).skeleton(architecture, "transformer")
+    quantised = quantized_weights(transformer)
+    writer = gguf.GGUFWriter(None, "wan")
+    hole_bytes = 0
+    for weight, tensor in transformer.state_dict(keep_vars=True).items():
+        kind = gguf.GGMLQuantizationType.Q4_K if tensor in quantised else gguf.GGMLQuantizationType.F16
+        size_bytes = quantised[tensor].lying_bytes if tensor in quantised else 2 * tensor.numel()
+        writer.add_tensor_info(weight, tensor.shape, np.dtype(np.float16), size_bytes, raw_dtype=kind)
+        hole_bytes += size_bytes + writer.data_alignment
+    file.parent.mkdir(exist_ok=True)
+    writer.write_header_to_file(file)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with file.open("r+b") as header:
+        header.truncate(file.stat().st_size + hole_bytes)
 
 
 PAGES: dict[str, tuple[bool, Callable[[Page, Server], None]]] = {

@@ -188,3 +188,29 @@ def test_stable_video_diffusion_stays_within_its_bounds(
     assert code == 0
     assert answer["plan"]["model"] == "svd"
     assert answer["plan"]["decode_chunk_size"] == frames
+
+
+WAN = ("--model", "wan2.1-i2v-14b", "--width", "832", "--height", "480", "--frames", "81", "--vram", "7.25GiB")
+
+
+@pytest.mark.parametrize(("weights", "formats"), [("q4_k_m", ["Q4_K"]), ("Q8_0", ["Q8_0"]), ("fp8", ["F8_E4M3"])])
+def test_quantised_weights_need_less_host_memory_and_are_named(
+    capsys: Captured, weights: str, formats: list[str]
+) -> None:
+    code, answer = run_json(capsys, "plan", *WAN, "--ram", "48GiB", "--weights", weights)
+    assert code == 0
+    assert answer["plan"]["file_formats"] == formats
+    assert any("weights: approximate" in reason for reason in answer["reasons"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((*WAN, "--weights", "q4_z"), "'Q4_Z' is no format of weights"),
+        ((*WAN, "--weights", "absent.gguf"), "there is no file absent.gguf"),
+        ((*SMALL, "--vram", "8GiB", "--weights", "q4_k"), "I2VGen-XL takes no quantised weights"),
+    ],
+)
+def test_weights_that_cannot_be_are_refused(capsys: Captured, arguments: tuple[str, ...], said: str) -> None:
+    assert main(["plan", *arguments]) == 2
+    assert said in capsys.readouterr().err

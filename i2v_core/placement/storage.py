@@ -22,6 +22,7 @@ from ..errors import MissingPackageError
 from ..memory.meter import host_memory
 from ..units import MIB
 from .precision import computing_dtypes
+from .quantized import quantized_weights
 from .swap import all_tensors, swapped
 
 
@@ -52,7 +53,8 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def reducible(module: nn.Module) -> list[Tensor]:
     """The weights that may lie in 8 bits: those of linear and convolution layers, their biases left out.
 
-    Left alone is what diffusers' layerwise casting leaves alone, by its own patterns and the model's.
+    Left alone is what diffusers' layerwise casting leaves alone, by its own patterns and the model's, and what a file
+    holds quantised.
     """
     from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 
@@ -64,7 +66,9 @@ def reducible(module: nn.Module) -> list[Tensor]:
         return any(re.search(pattern, path) for path in paths for pattern in patterns)
 
     parts = cast("Iterable[tuple[str, Any]]", module.named_modules())
-    return [part.weight for name, part in parts if isinstance(part, _LAYERS) and not skipped(name)]
+    weights = [part.weight for name, part in parts if isinstance(part, _LAYERS) and not skipped(name)]
+    quantized = quantized_weights(module)
+    return [weight for weight in weights if weight not in quantized]
 
 
 class StoredWeights:
@@ -75,6 +79,7 @@ class StoredWeights:
 
     def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype, storage: WeightStorage) -> None:
         self.dtype, self.dtype_of = dtype, computing_dtypes(module, dtype)
+        self._quantized = quantized_weights(module)
         self._reduce = _REDUCE.get(storage)
         weights = reducible(module) if self._reduce else []
         ends = list(accumulate(len(weight) for weight in weights))
@@ -96,6 +101,8 @@ class StoredWeights:
 
     def restored(self, tensor: Tensor, lying: Tensor) -> Tensor:
         """The precision of computation of `lying`, which is on the device what `tensor` of the module lies as."""
+        if tensor in self._quantized:
+            return self._quantized[tensor].restored(lying, self.dtype)
         scale = self._scales.get(tensor)
         return lying if scale is None else lying.to(self.dtype).mul_(scale.view(-1, *[1] * (lying.ndim - 1)))
 
