@@ -1,10 +1,13 @@
 """Jobs an hour: a queue whose stages overlap, against the same queue one job after another.
 
     python benchmarks/batch.py [--jobs N] [--size WxH] [--frames N] [--steps N] [--model FOLDER] [--rounds N]
+                               [--together 2,3 --vram SIZE]
 
-Both run the package's engine on this machine's device, in turns, each on a new queue. Prints a table and writes
-docs/benchmarks/batch-DEVICE.json. The limit is the slowest stage: with perfect overlap a job ends each time that stage
-does. On a CPU each stage has one thread, so that overlapping stages have a core each.
+With --together also with so many jobs sampled at once, wherever they fit and a step of them does not turn out to take
+longer than one after another; --vram makes weights stream. All run the package's engine on this machine's device, in
+turns, each on a new queue. Prints a table and writes docs/benchmarks/batch-DEVICE.json, or together-DEVICE.json. The
+limit is the slowest stage: with perfect overlap a job ends each time that stage does. On a CPU each stage has one
+thread, so that overlapping stages have a core each.
 """
 
 from __future__ import annotations
@@ -35,10 +38,11 @@ from i2v_core.batch.store import JobStore  # noqa: E402
 from i2v_core.families import I2VModel, VideoSize, load_model  # noqa: E402
 from i2v_core.memory.calibration import CalibrationStore  # noqa: E402
 from i2v_core.memory.device import device_facts  # noqa: E402
+from i2v_core.units import parse_bytes  # noqa: E402
 
 DEMO = ROOT / "assets" / "demo_model"
-WAYS = {"one after another": 1, "overlapped": 4}
-"""Jobs in hand."""
+WAYS = {"one after another": (1, 1), "overlapped": (4, 1)}
+"""Jobs in hand, and sampled at once."""
 
 
 def make_jobs(folder: Path, options: argparse.Namespace) -> list[JobSpec]:
@@ -60,28 +64,33 @@ def make_jobs(folder: Path, options: argparse.Namespace) -> list[JobSpec]:
     ]
 
 
-def run(folder: Path, jobs: list[JobSpec], model: I2VModel, in_hand: int) -> tuple[float, list[Span]]:
-    """Seconds that the batch took, and its stages."""
+def run(
+    folder: Path, jobs: list[JobSpec], model: I2VModel, way: tuple[int, int], limit_bytes: int | None
+) -> tuple[float, float, list[Span]]:
+    """Seconds that the batch took, those of processors, and its stages."""
+    in_hand, clips = way
     store = JobStore(folder / "jobs.queue")
     store.add(jobs)
     spans: list[Span] = []
-    devices = local_devices(None, 0, CalibrationStore(folder / "calibration.json"))[:1]
-    settings = EngineSettings(output=folder / "out", in_hand=in_hand)
+    devices = local_devices(limit_bytes, 0, CalibrationStore(folder / "calibration.json"))[:1]
+    settings = EngineSettings(output=folder / "out", in_hand=in_hand, clips_at_once=clips)
     engine = Engine(store, devices, settings, load=lambda _: model, on_span=spans.append)
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     engine.run()
-    seconds = time.perf_counter() - began
+    seconds, processor_seconds = time.perf_counter() - began, time.process_time() - worked
     assert store.counts()[JobState.DONE] == len(jobs), store.counts()
     store.close()
-    return seconds, spans
+    return seconds, processor_seconds, spans
 
 
-def figures(seconds: list[float], spans: list[Span], jobs: int) -> dict[str, Any]:
+def figures(took: list[tuple[float, float]], spans: list[Span], jobs: int) -> dict[str, Any]:
+    seconds, processor_seconds = zip(*took, strict=True)
     stages: defaultdict[str, list[float]] = defaultdict(list)
     for span in spans:
         stages[span.stage].append(span.seconds)
     return {
         "jobs_an_hour": round(3600 * jobs / statistics.median(seconds), 1),
+        "processor_seconds_a_job": round(statistics.median(processor_seconds) / jobs, 3),
         "batch_seconds": [round(it, 3) for it in seconds],
         "stage_seconds": {stage: round(statistics.median(it), 4) for stage, it in stages.items()},
         "waited_for_room_seconds": round(sum(span.waited_seconds for span in spans) / len(seconds), 3),
@@ -90,17 +99,22 @@ def figures(seconds: list[float], spans: list[Span], jobs: int) -> dict[str, Any
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     model = load_model(options.model)
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    spans: dict[str, list[Span]] = {way: [] for way in WAYS}
+    at_once = [int(clips) for clips in options.together.split(",") if clips]
+    ways = {**WAYS, **{f"{clips} together": (WAYS["overlapped"][0], clips) for clips in at_once}}
+    limit_bytes = None if options.vram is None else parse_bytes(options.vram)
+    took: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    spans: dict[str, list[Span]] = {way: [] for way in ways}
     for number in range(options.rounds + 1):  # the first warms everything up
-        for way, in_hand in WAYS.items():
+        for way, numbers in ways.items():
             with tempfile.TemporaryDirectory() as folder:
-                took, stages = run(Path(folder), make_jobs(Path(folder), options), model, in_hand)
+                seconds, processor_seconds, stages = run(
+                    Path(folder), make_jobs(Path(folder), options), model, numbers, limit_bytes
+                )
             if number:
-                seconds[way].append(took)
+                took[way].append((seconds, processor_seconds))
                 spans[way] += stages
-            print(f"round {number} of {options.rounds}, {way}: {took:.1f} s", flush=True)
-    rows = {way: figures(seconds[way], spans[way], options.jobs) for way in WAYS}
+            print(f"round {number} of {options.rounds}, {way}: {seconds:.1f} s", flush=True)
+    rows = {way: figures(took[way], spans[way], options.jobs) for way in ways}
     alone = rows["one after another"]["stage_seconds"]
     slowest = max(alone, key=lambda stage: alone[stage])
     return {
@@ -114,9 +128,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def print_table(answer: dict[str, Any]) -> None:
     rows = answer["ways"]
     stages = list(rows["one after another"]["stage_seconds"])
-    print(f"\n{'':<20}{'jobs an hour':>14}" + "".join(f"{f'{stage}, s':>12}" for stage in stages))
+    print(f"\n{'':<20}{'jobs an hour':>14}{'processor, s':>14}" + "".join(f"{f'{stage}, s':>12}" for stage in stages))
     for way, row in rows.items():
-        print(f"{way:<20}{row['jobs_an_hour']:>14}" + "".join(f"{row['stage_seconds'][it]:>12.3f}" for it in stages))
+        columns = "".join(f"{row['stage_seconds'][it]:>12.3f}" for it in stages)
+        print(f"{way:<20}{row['jobs_an_hour']:>14}{row['processor_seconds_a_job']:>14}{columns}")
     print(f"{'limit':<20}{answer['limit_jobs_an_hour']:>14}  by {answer['slowest_stage']} alone")
     print(f"overlapped makes {answer['times_faster']} times as many jobs an hour")
 
@@ -128,13 +143,15 @@ def main() -> None:
     parser.add_argument("--size", default="128x128")
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--together", default="", metavar="N,…")
+    parser.add_argument("--vram", metavar="SIZE")
     parser.add_argument("--model", type=Path, default=DEMO)
     options = parser.parse_args()
     torch.set_num_threads(1)
     device = device_facts(torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
     answer = measure(options)
     print_table(answer)
-    chosen = {name: getattr(options, name) for name in ("jobs", "rounds", "size", "frames", "steps")}
+    chosen = {name: getattr(options, name) for name in ("jobs", "rounds", "size", "frames", "steps", "vram")}
     content = {
         "device": device.name,
         "torch": torch.__version__,
@@ -143,7 +160,8 @@ def main() -> None:
         **chosen,
         **answer,
     }
-    output = ROOT / "docs" / "benchmarks" / f"batch-{device.torch_device.type}.json"
+    kind = "together" if options.together else "batch"
+    output = ROOT / "docs" / "benchmarks" / f"{kind}-{device.torch_device.type}.json"
     output.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     print(f"written to {output.relative_to(ROOT)}")
 

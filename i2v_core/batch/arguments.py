@@ -33,6 +33,12 @@ def add_batch_command(commands: Any) -> None:
     batch.add_argument("--device", action="append", metavar="NAME", help="such as cuda:1 or cpu; default: every card")
     batch.add_argument("--rule", choices=[rule.value for rule in Rule], default=Rule.WEIGHT.value)
     batch.add_argument("--one-by-one", action="store_true", help="jobs do not overlap")
+    batch.add_argument(
+        "--clips-at-once",
+        default=AUTO,
+        metavar="N",
+        help="jobs of one shape that are sampled together at most; default auto: up to 4, where it is predicted to pay",
+    )
     batch.add_argument("--attempts", type=int, default=3, help="runs of a job that may fail; default 3")
     batch.add_argument("--retry", action="store_true", help="also try again what has failed or was cancelled before")
     batch.add_argument("--checkpoint", choices=[it.value for it in CheckpointWhen], default=CheckpointWhen.AUTO.value)

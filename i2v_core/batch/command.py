@@ -15,17 +15,18 @@ import torch
 from ..errors import BadInputError, I2VError
 from ..families import VideoSize, family_of, read_architecture
 from ..memory.calibration import CalibrationStore
+from ..placement.precision import AUTO
 from ..sampling.checkpoint import CheckpointWhen, weights_identity
 from ..units import parse_bytes
 from .arguments import DEFAULT_QUEUE
-from .console import Console
+from .console import Console, say
 from .devices import LocalDevice, local_devices
 from .engine import Engine
 from .job import JobSpec, JobState
 from .job_list import JobList, read_job_list
 from .order import Rule
 from .ray_engine import RayEngine
-from .settings import EngineSettings
+from .settings import MOST_CLIPS, EngineSettings
 from .store import JobStore
 
 ALL_DONE, SOME_FAILED, INTERRUPTED = 0, 1, 130
@@ -36,14 +37,14 @@ _LOOK_EVERY_SECONDS = 0.5
 def run_batch(options: argparse.Namespace) -> int:
     """The exit code. Raises `I2VError` for arguments and lists that cannot be."""
     found = _read_list(options)
-    console = Console(len(found.jobs))
     for row in found.bad:
-        console.say(f"{options.list}, {row}")
+        say(f"{options.list}, {row}")
     if not found.jobs:
         raise BadInputError(f"no row of {options.list} can run", "mend the rows that are named above")
     if options.attempts < 1:
         raise BadInputError(f"{options.attempts} attempts are not possible", "use 1 or more")
     store = JobStore(options.queue or options.out / DEFAULT_QUEUE)
+    console = Console(len(found.jobs), store)
     try:
         ids = store.add(job.spec for job in found.jobs)
         store.set_paused(False)
@@ -102,7 +103,7 @@ def _run(options: argparse.Namespace, store: JobStore, ids: Sequence[int], conso
                 console.show(engine, ids)
             except KeyboardInterrupt:
                 if not interrupted:
-                    console.say("stopping; what is in hand is kept, run it again to go on")
+                    say("stopping; what is in hand is kept, run it again to go on")
                 interrupted = True
                 engine.stop()
     except BaseException:
@@ -117,6 +118,7 @@ def _engine(options: argparse.Namespace, store: JobStore, console: Console) -> E
         output=options.out.resolve(),
         rule=Rule(options.rule),
         in_hand=1 if options.one_by_one else 4,
+        clips_at_once=_clips(options.clips_at_once),
         attempts=options.attempts,
         checkpoints=CheckpointWhen(options.checkpoint),
     )
@@ -136,6 +138,15 @@ def _engine(options: argparse.Namespace, store: JobStore, console: Console) -> E
         cpu_workers=max(1, options.ray_workers),
         on_event=console.hear,
     )
+
+
+def _clips(text: str) -> int | None:
+    """Raises `BadInputError` for what is neither `auto` nor a number that can be."""
+    if text == AUTO:
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_CLIPS:
+        raise BadInputError(f"{text} clips at once are not possible", f"use auto, or 1 to {MOST_CLIPS}")
+    return int(text)
 
 
 def _devices(

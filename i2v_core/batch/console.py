@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ..errors import I2VError
 from ..units import format_gib
 from .engine import Engine
+from .estimate import plan_name
 from .events import Event, EventKind, Span
 from .job import JobState
 from .picture import draw_batch
@@ -23,22 +24,24 @@ _SAID = (EventKind.DONE, EventKind.FOUND, EventKind.FAILED, EventKind.RETRY, Eve
 _COUNTED = (EventKind.DONE, EventKind.FOUND, EventKind.FAILED)
 
 
+def say(line: str) -> None:
+    """On standard output, above the bar."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
 class Console:
-    """Lines go to standard output, the bar to standard error, and only where that is a terminal."""
+    """The bar goes to standard error, and only where that is a terminal."""
 
-    def __init__(self, jobs: int) -> None:
+    def __init__(self, jobs: int, store: JobStore) -> None:
         self._bar: Any = tqdm(total=jobs, unit="job", disable=None, file=sys.stderr, dynamic_ncols=True)
-        self.watch = Watch()
+        self.watch = Watch(kind_of=lambda job: plan_name(store.job(job).spec))
         self._spans: list[Span] = []
-
-    def say(self, line: str) -> None:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
 
     def hear(self, event: Event) -> None:
         if event.kind in _SAID:
             who = event.device if event.job is None else f"job {event.job}"
-            self.say(f"{who} {event.kind.value}: {event.words}")
+            say(f"{who} {event.kind.value}: {event.words}")
         self.watch.hear(event)
         if event.kind in _COUNTED:
             self._bar.update(1)
@@ -54,7 +57,7 @@ class Console:
         try:
             draw_batch(self._spans, self.watch.figures(), path)
         except I2VError as error:
-            self.say(str(error))
+            say(str(error))
 
     def show(self, engine: Engine | RayEngine, ids: Sequence[int]) -> None:
         """What is under way now; to be called from time to time."""
@@ -75,13 +78,13 @@ class Console:
         jobs = [job for job in store.jobs() if job.id in wanted]
         for job in jobs:
             if job.state is JobState.FAILED:
-                self.say(f"failed after {job.attempts} attempts: {job.spec.image.name}: {job.problem}")
+                say(f"failed after {job.attempts} attempts: {job.spec.image.name}: {job.problem}")
         done = sum(job.state is JobState.DONE for job in jobs)
         figures = self.watch.figures()
         pace = f", {figures.jobs_an_hour:.1f} jobs an hour" if figures.done else ""
-        self.say(f"{done} of {len(jobs)} done{pace}")
-        for line in figures.out_of_range():
-            self.say(line)
+        say(f"{done} of {len(jobs)} done{pace}")
+        for remark in figures.out_of_range():
+            say(str(remark))
         return len(jobs) - done
 
     def close(self) -> None:

@@ -6,16 +6,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
 from ..errors import I2VError
-from ..families import I2VModel, load_model
-from ..planning.plan import Stage
+from ..families import Architecture, I2VModel, load_model, read_architecture
+from ..planning.margin import needed_bytes
+from ..planning.plan import Plan, Stage
 from ..sampling.checkpoint import Checkpointing
-from ..units import format_gib
 from .claims import Claims
 from .desk import AdmissionDesk
 from .devices import BatchDevice, is_device_failure
@@ -32,25 +31,14 @@ from .picker import Picker
 from .records import Wish
 from .settings import DeviceStatus, EngineSettings
 from .stage_runs import StageRunner
+from .station import Station
 from .store import JobStore
+from .together import Grouping
 
 logger = logging.getLogger(__name__)
 
 _FAILURES_OF_A_FAILING_DEVICE = 3
 """Of different jobs, none of which is at fault as far as is known."""
-
-
-@dataclass(slots=True, eq=False)
-class _Station:
-    """A device with all that belongs to it."""
-
-    device: BatchDevice
-    desk: AdmissionDesk
-    lanes: Lanes
-    flights: dict[int, Flight] = field(default_factory=dict[int, Flight])
-    failed_in_a_row: set[int] = field(default_factory=set[int])
-    took: float = field(default_factory=time.monotonic)
-    lost: bool = False
 
 
 class Engine:
@@ -60,6 +48,7 @@ class Engine:
         load: a model folder into a model.
         on_event: told of everything that happens, from the engine's threads; it must not wait for the engine.
         on_span: told of every stage that has ended.
+        architecture: what plans are made for, of a model folder.
     """
 
     def __init__(
@@ -70,6 +59,7 @@ class Engine:
         load: Callable[[Path], I2VModel] = load_model,
         on_event: Callable[[Event], None] = lambda _: None,
         on_span: Callable[[Span], None] = lambda _: None,
+        architecture: Callable[[Path], Architecture] = read_architecture,
     ) -> None:
         assert devices, "an engine needs a device"
         self.settings, self.store = settings, store
@@ -83,7 +73,7 @@ class Engine:
         checkpointing = Checkpointing(folder=self.work / "checkpoints", when=settings.checkpoints)
         self._stations = {device.name: self._station(device, checkpointing) for device in devices}
         desks = {name: station.desk for name, station in self._stations.items()}
-        self._picker = Picker(self.claims, {it.name: it for it in devices}, desks, settings.rule)
+        self._picker = Picker(self.claims, {it.name: it for it in devices}, desks, settings.rule, architecture)
         self._gate = Gate(self.claims, self._picker, Models(load), settings.output, self.work, on_event)
         self._heart = Heart(self.claims, self._flights, self.wake, settings.renew_seconds)
 
@@ -147,16 +137,17 @@ class Engine:
         return {name: explanation for name, explanation in found.items() if explanation is not None}
 
     def status(self) -> tuple[DeviceStatus, ...]:
-        return tuple(self._status_of(station) for station in self._stations.values() if not station.lost)
+        stations = [station for station in self._stations.values() if not station.lost]
+        return tuple(station.status(self._picker.too_large_now(station.device.name)) for station in stations)
 
     # What the lanes ask.
 
-    def next_flight(self, device: str) -> Flight | None:
+    def next_flight(self, device: str, *, at_once: bool = False) -> Flight | None:
         station = self._stations[device]
         try:
             while not self._ends(station):
                 flight = self._take(station)
-                if flight is not None:
+                if flight is not None or at_once:
                     return flight
                 with self._changed:
                     if self._is_drained(station):
@@ -170,6 +161,10 @@ class Engine:
     def entered(self, flight: Flight, stage: Stage) -> None:
         flight.check()
         self._tell(EventKind.STAGE, flight.id, flight.record.device or "", stage.value)
+
+    def grouped(self, flights: Sequence[Flight], plan: Plan) -> None:
+        peak_bytes = max(needed_bytes(it, plan.device) for it in plan.stages)
+        self.store.note_predictions([(it.id, it.record.predicted_seconds, peak_bytes) for it in flights])
 
     def landed(self, flight: Flight, error: Exception | None) -> None:
         station = self._stations[flight.record.device or ""]
@@ -194,7 +189,7 @@ class Engine:
 
     # Its own.
 
-    def _station(self, device: BatchDevice, checkpointing: Checkpointing) -> _Station:
+    def _station(self, device: BatchDevice, checkpointing: Checkpointing) -> Station:
         desk = AdmissionDesk(device.room)
         runner = StageRunner(
             device=device,
@@ -203,26 +198,16 @@ class Engine:
             patience_seconds=self.settings.patience_seconds,
             spanned=self._on_span,
         )
-        return _Station(device, desk, Lanes(device.name, runner, self, self.settings.in_hand))
-
-    def _status_of(self, station: _Station) -> DeviceStatus:
-        name, room = station.device.name, station.device.room()
-        count = self._picker.too_large_now(name)
-        held = format_gib(room.others_bytes)
-        waits = (f"{count} waiting jobs do not fit beside other programs, which hold {held}",) if count else ()
-        return DeviceStatus(
-            name=name,
-            room=room,
-            reserved_bytes=station.desk.reserved_bytes,
-            jobs=tuple(station.flights),
-            waits=(*station.desk.waits(), *waits),
+        most = 1 if self.settings.in_hand == 1 else self.settings.clips_at_once
+        return Station(
+            device, desk, Lanes(device.name, runner, self, self.settings.in_hand, Grouping(device.room, most))
         )
 
-    def _ends(self, station: _Station) -> bool:
+    def _ends(self, station: Station) -> bool:
         with self._changed:
             return self._stopping or station.lost
 
-    def _take(self, station: _Station) -> Flight | None:
+    def _take(self, station: Station) -> Flight | None:
         """The device's next job, in hand; where other programs hold its memory for too long, also one that must make
         do with less.
         """
@@ -237,7 +222,7 @@ class Engine:
                 flight.ending = Ending.STOPPED
         return flight
 
-    def _conclude(self, station: _Station, flight: Flight, error: Exception | None) -> None:
+    def _conclude(self, station: Station, flight: Flight, error: Exception | None) -> None:
         name = station.device.name
         if error is None:
             self._done(station, flight)
@@ -256,7 +241,7 @@ class Engine:
             if len(station.failed_in_a_row) >= _FAILURES_OF_A_FAILING_DEVICE:
                 self._lose_if_others_run(station, error)
 
-    def _done(self, station: _Station, flight: Flight) -> None:
+    def _done(self, station: Station, flight: Flight) -> None:
         report = {**(found_report(flight.output) or {}), "notes": flight.notes}
         if self.claims.finish(flight.id, flight.output, report, flight.measured_bytes):
             flight.latents_file.unlink(missing_ok=True)
@@ -274,11 +259,11 @@ class Engine:
         state = self.claims.fail(flight.id, words, failure_report(flight.reports, error), attempts=attempts)
         self._tell(EventKind.FAILED if state is JobState.FAILED else EventKind.RETRY, flight.id, device, words)
 
-    def _lose_if_others_run(self, station: _Station, error: Exception) -> None:
+    def _lose_if_others_run(self, station: Station, error: Exception) -> None:
         if sum(not it.lost for it in self._stations.values()) > 1:
             self._lose(station, error)
 
-    def _lose(self, station: _Station, error: Exception) -> None:
+    def _lose(self, station: Station, error: Exception) -> None:
         """The device runs nothing more; its other jobs go to other devices."""
         with self._changed:
             if station.lost:
@@ -293,7 +278,7 @@ class Engine:
         else:
             self._give_up(I2VError(f"the last device has failed: {error!r}", "run again to go on"))
 
-    def _is_drained(self, station: _Station) -> bool:
+    def _is_drained(self, station: Station) -> bool:
         """Whether there is nothing more to come for a device: jobs in hand elsewhere may come back."""
         if self.settings.waits_for_more:
             return False

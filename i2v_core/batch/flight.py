@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..families import Conditioning, I2VModel
 from ..planning.plan import Plan
+from ..sampling.state import LoopState
 from ..stages import StageReport
 from .job import JobSpec, JobState
 from .records import JobRecord, Wish
@@ -36,7 +37,8 @@ class StopJobError(Exception):
 class Flight:
     """Handed from lane to lane; but for `ending` and `progress`, only one thread has it at a time.
 
-    `handed_over` is when its last frame was decoded, by a monotonic clock.
+    `state` is where sampling is that goes on alone. `stepped_at` says when its steps alone had ended, and `handed_over`
+    when its last frame was decoded, by a monotonic clock.
     """
 
     record: JobRecord
@@ -45,11 +47,12 @@ class Flight:
     output: Path
     latents_file: Path
     conditioning: Conditioning | None = None
+    state: LoopState | None = None
     samples: Tensor | None = None
     reports: list[StageReport] = field(default_factory=list[StageReport])
     notes: list[str] = field(default_factory=list[str])
     progress: tuple[str, int, int] = ("", 0, 0)
-    sampled_steps: int = 0
+    stepped_at: list[float] = field(default_factory=list[float])
     ending: Ending | None = None
     handed_over: float = 0.0
     landed: threading.Event = field(default_factory=threading.Event)

@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ..words import Words
 from .estimate import plan_name
 from .job import JobState
 from .order import Candidate, Rule, SortKey, Taking, explain, sort_key, with_preference
@@ -38,7 +39,7 @@ class Listing:
     counts: Mapping[JobState, int]
     seconds_left: float | None
     jobs: tuple[JobRecord, ...]
-    why: Mapping[int, str]
+    why: Mapping[int, Words]
 
 
 def listing(store: JobStore, rule: Rule, most: int, now: float) -> Listing:
@@ -52,7 +53,7 @@ def listing(store: JobStore, rule: Rule, most: int, now: float) -> Listing:
         counts={state: counts[state] for state in _SECTIONS},
         seconds_left=_seconds_left(store, now),
         jobs=tuple(record for section in sections for record in section),
-        why={id: str(explain(rule, it, _CARD, now, loaded_plan)) for id, it in candidates.items() if it is not None},
+        why={id: explain(rule, it, _CARD, now, loaded_plan).words for id, it in candidates.items() if it is not None},
     )
 
 

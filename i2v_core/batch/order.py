@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ..units import GIB, format_gib
+from ..words import Words, words
 
 AGEING_SECONDS = 1800.0
 LOADED_FACTOR = 1.25
@@ -67,17 +68,27 @@ class Explanation:
     def score(self) -> float:
         return self.weight * self.ageing * self.loaded
 
-    def __str__(self) -> str:
+    @property
+    def words(self) -> Words:
+        waited = f"{self.waited_seconds:.0f}"
         if self.position is not None:
-            return f"put at place {self.position + 1} by hand"
+            return words("whyByHand", place=self.position + 1)
         if self.rule is Rule.FIRST_COME:
-            return f"first come, first served: waiting for {self.waited_seconds:.0f} s"
-        return (
-            f"score {self.score:.3g} = weight {self.weight:.3g} ({self.taking.seconds:.1f} s ÷ "
-            f"{format_gib(self.taking.peak_bytes)} × priority {self.priority:g}) × {self.ageing:.3g} for "
-            f"{self.waited_seconds:.0f} s of waiting × {self.loaded:g} "
-            f"{'since its plan ran last' if self.loaded > 1 else 'since another plan ran last'}"
+            return words("whyFirstCome", waited=waited)
+        return words(
+            "whyScoreLoaded" if self.loaded > 1 else "whyScore",
+            score=f"{self.score:.3g}",
+            weight=f"{self.weight:.3g}",
+            seconds=f"{self.taking.seconds:.1f}",
+            amount=format_gib(self.taking.peak_bytes),
+            priority=f"{self.priority:g}",
+            ageing=f"{self.ageing:.3g}",
+            waited=waited,
+            loaded=f"{self.loaded:g}",
         )
+
+    def __str__(self) -> str:
+        return str(self.words)
 
 
 def weight(taking: Taking, priority: float) -> float:

@@ -42,8 +42,8 @@ def found_report(output: Path) -> dict[str, Any] | None:
 
 
 def learn_from(flight: Flight, estimator: Estimator) -> None:
-    """The seconds of its stages, but of those that ran out of memory in between."""
+    """The seconds of its stages, but of those that ran out of memory in between, or were for others as well."""
     for report in flight.reports:
-        if not report.failed:
-            steps = max(1, flight.sampled_steps)
+        if not report.failed and report.plan.request.clips == 1:
+            steps = max(1, len(flight.stepped_at))
             estimator.learn(flight.spec, report.plan, report.stage, report.seconds, steps=steps)

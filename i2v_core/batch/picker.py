@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,12 @@ class Picker:
     """Keeps the shares in step with the store. One thread at a time is in it."""
 
     def __init__(
-        self, claims: Claims, devices: Mapping[str, PlannedDevice], desks: Mapping[str, AdmissionDesk], rule: Rule
+        self,
+        claims: Claims,
+        devices: Mapping[str, PlannedDevice],
+        desks: Mapping[str, AdmissionDesk],
+        rule: Rule,
+        architecture: Callable[[Path], Architecture] = read_architecture,
     ) -> None:
         self._claims, self._store = claims, claims.store
         self._desks, self._rule = desks, rule
@@ -59,6 +64,7 @@ class Picker:
         self._loaded: dict[str, str] = {}
         self._not_before: dict[int, float] = {}
         self._failed_on: dict[int, set[str]] = {}
+        self._read_architecture = architecture
         self._architectures: dict[Path, Architecture] = {}
         self._learned = 0
 
@@ -191,7 +197,7 @@ class Picker:
 
     def _architecture(self, folder: Path) -> Architecture:
         if folder not in self._architectures:
-            self._architectures[folder] = read_architecture(folder)
+            self._architectures[folder] = self._read_architecture(folder)
         return self._architectures[folder]
 
     def _may_run(self, job_id: int) -> bool:

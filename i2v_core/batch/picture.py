@@ -11,17 +11,21 @@ from typing import Any
 
 from ..errors import MissingPackageError
 from ..files import file_errors, whole_file
+from ..units import MIB
 from .events import Span
+from .held import HeldTrend
 from .watch import Figures
 
 _COLOURS = {"encode": "#4fb3c8", "sample": "#8f8bf5", "decode": "#62c38a", "write": "#c48fd6"}
 _BACKGROUND, _PANEL, _LINES, _TEXT, _WAITED = "#1b1d23", "#23262e", "#3b404c", "#f1f3f6", "#4a4f5c"
-_WIDTH_INCHES, _LANE_INCHES, _FRAME_INCHES, _DOTS_PER_INCH = 10.0, 0.32, 1.4, 120
+_LEAK = "#e0806f"
+_WIDTH_INCHES, _LANE_INCHES, _FRAME_INCHES, _TREND_INCHES, _DOTS_PER_INCH = 10.0, 0.32, 1.4, 1.8, 120
 _MINUTE_SECONDS = 60.0
 
 
 def draw_batch(spans: Sequence[Span], figures: Figures, path: Path) -> None:
-    """A PNG: a line for each stage of each device, a bar for each job's; grey is the wait for room.
+    """A PNG: a line for each stage of each device, a bar for each job's; grey is the wait for room. Below, where a leak
+    is suspected, what was held between jobs.
 
     Args:
         spans: of an engine; at least one.
@@ -36,9 +40,15 @@ def draw_batch(spans: Sequence[Span], figures: Figures, path: Path) -> None:
     except ImportError as error:
         raise MissingPackageError("matplotlib is not installed", "install it with `pip install matplotlib`") from error
     lanes = [(device, stage) for device in sorted({it.device for it in spans}) for stage in _COLOURS]
-    height_inches = _FRAME_INCHES + _LANE_INCHES * len(lanes)
-    figure: Any = mpl_figure.Figure(figsize=(_WIDTH_INCHES, height_inches), facecolor=_BACKGROUND, layout="constrained")
-    _draw_lanes(figure.add_subplot(), lanes, spans)
+    leaks = [trend for trend in figures.held if trend.suspected]
+    heights_inches = [_FRAME_INCHES + _LANE_INCHES * len(lanes), *[_TREND_INCHES] * len(leaks)]
+    figure: Any = mpl_figure.Figure(
+        figsize=(_WIDTH_INCHES, sum(heights_inches)), facecolor=_BACKGROUND, layout="constrained"
+    )
+    panels = figure.subplots(len(heights_inches), squeeze=False, height_ratios=heights_inches)[:, 0]
+    _draw_lanes(panels[0], lanes, spans)
+    for panel, trend in zip(panels[1:], leaks, strict=True):
+        _draw_trend(panel, trend)
     figure.suptitle(_title(figures), color=_TEXT, fontsize=12)
     canvas: Any = FigureCanvasAgg(figure)
     with whole_file(path) as temporary, file_errors(path):
@@ -58,9 +68,21 @@ def _draw_lanes(axes: Any, lanes: Sequence[tuple[str, str]], spans: Sequence[Spa
     axes.set_ylim(len(lanes) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.set_xlabel(name, color=_TEXT)
+    _colour(axes)
+    axes.grid(axis="x", color=_LINES, linewidth=0.5)
+
+
+def _draw_trend(axes: Any, trend: HeldTrend) -> None:
+    """A point for the lowest level after each job."""
+    axes.plot([it.job for it in trend.floors], [it.held_bytes / MIB for it in trend.floors], ".-", color=_LEAK)
+    axes.set_xlabel(f"memory of {trend.place} held between jobs, in MiB, by job: suspected leak", color=_TEXT)
+    _colour(axes)
+    axes.grid(color=_LINES, linewidth=0.5)
+
+
+def _colour(axes: Any) -> None:
     axes.set_facecolor(_PANEL)
     axes.tick_params(colors=_TEXT)
-    axes.grid(axis="x", color=_LINES, linewidth=0.5)
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_color(_LINES)

@@ -10,11 +10,15 @@ from .admission import Room
 from .claims import LEASE_SECONDS
 from .order import Rule
 
+MOST_CLIPS = 16
+"""At once, that can be asked for."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """`in_hand`: jobs of a device between the queue and their file; 1 runs them one after another. `attempts`: runs of
-    a job that may fail. `patience_seconds`: how long a stage waits for other programs before it is planned again for
+    a job that may fail. `clips_at_once`: jobs of one shape that are sampled together at most; None: where that is
+    predicted to pay. `patience_seconds`: how long a stage waits for other programs before it is planned again for
     less. `work` is the folder of what jobs go on from; None: beside the queue's file. `waits_for_more`: the engine goes
     on when the queue is empty, until it is stopped.
     """
@@ -23,6 +27,7 @@ class EngineSettings:
     work: Path | None = None
     rule: Rule = Rule.WEIGHT
     in_hand: int = 4
+    clips_at_once: int | None = None
     attempts: int = 3
     retry_seconds: float = 5.0
     patience_seconds: float = 60.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,10 +56,14 @@ class StageRunner:
         assert flight.conditioning is not None
         with self._running(flight, Stage.SAMPLE) as runtime:
             samples, report = stages.sample(
-                model, flight.plan, flight.conditioning, flight.spec.sampler, runtime, self.checkpointing
+                model, flight.plan, flight.conditioning, flight.spec.sampler, runtime, self.checkpointing, flight.state
             )
             flight.reports.append(report)
-        flight.samples, flight.conditioning = samples, None
+        self.keep(flight, samples)
+
+    def keep(self, flight: Flight, samples: torch.Tensor) -> None:
+        """The flight has been sampled; where its samples cannot be kept on disk, it is noted."""
+        flight.samples, flight.conditioning, flight.state = samples, None, None
         try:
             save_latent(flight.latents_file, samples, flight.plan)
         except FileError as error:
@@ -79,11 +83,10 @@ class StageRunner:
     def written(self, flight: Flight) -> None:
         """The file is whole: what it took since the last frame was decoded."""
         began = flight.handed_over
-        self.spanned(
-            Span(
-                job=flight.id, device=self.device.name, stage="write", asked=began, begun=began, ended=time.monotonic()
-            )
-        )
+        self.span(flight, "write", asked=began, begun=began, ended=time.monotonic())
+
+    def span(self, flight: Flight, stage: str, *, asked: float, begun: float, ended: float) -> None:
+        self.spanned(Span(job=flight.id, device=self.device.name, stage=stage, asked=asked, begun=begun, ended=ended))
 
     @contextmanager
     def _running(self, flight: Flight, stage: Stage) -> Generator[stages.Runtime]:
@@ -96,16 +99,7 @@ class StageRunner:
                 yield self._runtime(flight, stage)
         finally:
             alone = self.desk.leave(admission)
-            self.spanned(
-                Span(
-                    job=flight.id,
-                    device=self.device.name,
-                    stage=stage.value,
-                    asked=asked,
-                    begun=begun,
-                    ended=time.monotonic(),
-                )
-            )
+            self.span(flight, stage.value, asked=asked, begun=begun, ended=time.monotonic())
         for report in flight.reports[reports:]:
             self.device.concluded(report, alone=alone)
 
@@ -130,14 +124,18 @@ class StageRunner:
     def _runtime(self, flight: Flight, stage: Stage) -> stages.Runtime:
         def progressed(done: int, total: int, _: object) -> None:
             flight.progress = (stage.value, done, total)
-            flight.sampled_steps += stage is Stage.SAMPLE
+            if stage is Stage.SAMPLE:
+                flight.stepped_at.append(time.monotonic())
 
         flight.progress = (stage.value, 0, 0)
+        return replace(self.runtime(flight.check), on_progress=progressed)
+
+    def runtime(self, check_cancelled: Callable[[], None]) -> stages.Runtime:
+        """The device, lent to a stage."""
         return stages.Runtime(
             device=self.device.torch_device,
             attention=self.device.attention,
-            check_cancelled=flight.check,
-            on_progress=progressed,
+            check_cancelled=check_cancelled,
             make_room=self.device.make_room,
             free_bytes=self.device.free_bytes,
         )

@@ -124,7 +124,7 @@ class JobStore:
                 "UPDATE jobs SET position = ? WHERE id = ?", [(place, job_id) for place, job_id in enumerate(job_ids)]
             )
 
-    def note_predictions(self, predicted: Sequence[tuple[int, float, int]]) -> None:
+    def note_predictions(self, predicted: Sequence[tuple[int, float | None, int]]) -> None:
         """What jobs are expected to take, for those who look at the queue: id, seconds, bytes."""
         if not predicted:
             return

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from statistics import fmean
 from typing import Any
 
+from ..units import format_gib
+from ..words import Words, words
 from .events import Event, EventKind, Span
+from .held import HOST, HeldLevels, HeldTrend, held_now
 from .settings import DeviceStatus
 
 _HEALTHY_OCCUPANCY, _HEALTHY_UTILISATION, _HEALTHY_WAITING = 0.90, 0.70, 0.10
@@ -32,7 +35,7 @@ class Figures:
     """Of a batch so far. `waiting_share` is of the time that stages took, waiting for room included.
 
     `occupancy` is the highest seen of any card, `utilisation` the mean of the card that was idle most; None where
-    nothing is known of any.
+    nothing is known of any. `held` is what stays between jobs, of the host and of each card that jobs ran on.
     """
 
     seconds: float
@@ -44,33 +47,25 @@ class Figures:
     reserved_share: float
     occupancy: float | None = None
     utilisation: float | None = None
+    held: tuple[HeldTrend, ...] = ()
 
     @property
     def jobs_an_hour(self) -> float:
         return 3600 * self.done / self.seconds if self.seconds else 0.0
 
-    def out_of_range(self) -> tuple[str, ...]:
+    def out_of_range(self) -> tuple[Words, ...]:
         """What is not as it should be, each with its likely cause."""
-        found: list[str] = []
+        found = [_leak(trend) for trend in self.held if trend.suspected]
         if self.occupancy is not None and self.occupancy > _HEALTHY_OCCUPANCY:
-            found.append(
-                f"{self.occupancy:.0%} of device memory is in use (healthy: up to {_HEALTHY_OCCUPANCY:.0%}): other "
-                "programs hold memory, or the reserve is too small"
-            )
+            found.append(_share("remarkOccupancy", self.occupancy, _HEALTHY_OCCUPANCY))
         if self.seconds < _TELLING_SECONDS:
             return tuple(found)
         if self.utilisation is not None and self.utilisation < _HEALTHY_UTILISATION:
-            found.append(
-                f"the device computes {self.utilisation:.0%} of the time (healthy: from {_HEALTHY_UTILISATION:.0%}): "
-                "weights stream from host memory, or the processor or the disk cannot keep up"
-            )
+            found.append(_share("remarkUtilisation", self.utilisation, _HEALTHY_UTILISATION))
         if self.waiting_share > _HEALTHY_WAITING:
-            found.append(
-                f"stages wait for room {self.waiting_share:.0%} of their time (healthy: up to {_HEALTHY_WAITING:.0%}): "
-                "jobs are too large to run beside one another"
-            )
+            found.append(_share("remarkWaiting", self.waiting_share, _HEALTHY_WAITING))
         if self.failed > self.done:
-            found.append(f"{self.failed} jobs have failed and {self.done} are done: look at what the first ones say")
+            found.append(words("remarkFailed", failed=self.failed, done=self.done))
         return tuple(found)
 
     def prometheus(self) -> str:
@@ -86,35 +81,77 @@ class Figures:
             "vram_occupancy": ("gauge", self.occupancy),
             "gpu_utilisation": ("gauge", self.utilisation),
         }
-        return "".join(
+        lines = [
             f"# TYPE i2v_batch_{name} {kind}\ni2v_batch_{name} {value}\n"
             for name, (kind, value) in values.items()
             if value is not None
-        )
+        ]
+        return "".join([*lines, *self._held_lines()])
+
+    def _held_lines(self) -> Iterator[str]:
+        """Of memory between jobs, a metric with a line for each place."""
+        metrics: dict[str, Callable[[HeldTrend], float]] = {
+            "held_bytes": lambda it: it.held_bytes,
+            "held_growth_bytes_per_job": lambda it: it.growth_bytes,
+            "leak_suspected": lambda it: int(it.suspected),
+        }
+        for name, value in metrics.items() if self.held else ():
+            yield f"# TYPE i2v_batch_{name} gauge\n"
+            yield from (f'i2v_batch_{name}{{place="{it.place}"}} {value(it)}\n' for it in self.held)
+
+
+def _share(key: str, share: float, healthy: float) -> Words:
+    return words(key, share=f"{share:.0%}", healthy=f"{healthy:.0%}")
+
+
+def _leak(trend: HeldTrend) -> Words:
+    figures = {"amount": format_gib(round(trend.growth_bytes)), "jobs": len(trend.floors)}
+    if trend.place == HOST:
+        return words("remarkHostLeak", **figures)
+    return words("remarkCardLeak", card=trend.place, **figures)
 
 
 class Watch:
-    """Hears an engine's events and spans, from its threads, and sums them up."""
+    """Hears an engine's events and spans, from its threads, and sums them up.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    Args:
+        kind_of: what a job is compared by, from its id: jobs of a kind take alike.
+        held: bytes held now, by place.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        kind_of: Callable[[int], Hashable] = lambda _: None,
+        held: Callable[[], Mapping[str, int]] = held_now,
+    ) -> None:
         self._clock, self._began = clock, clock()
+        self._kind_of, self._held = kind_of, held
+        self._levels = HeldLevels()
         self._turn = threading.Lock()
         self._counts = dict.fromkeys(EventKind, 0)
         self._busy_seconds = self._waited_seconds = 0.0
         self._readings: dict[int, list[CardReading]] = {}
 
     def hear(self, event: Event) -> None:
+        if event.kind is EventKind.DONE and event.job is not None:
+            self._finished(event.device, event.job)
         with self._turn:
             self._counts[event.kind] += 1
 
     def ended(self, span: Span) -> None:
+        held = self._held()
         with self._turn:
+            self._levels.read(held)
             self._busy_seconds += span.seconds
             self._waited_seconds += span.waited_seconds
 
     def sample(self, cards: Mapping[int, CardReading]) -> None:
         """What `read_cards` gives now; to be called from time to time."""
+        held = self._held()
         with self._turn:
+            self._levels.read(held)
             for index, reading in cards.items():
                 self._readings.setdefault(index, []).append(reading)
 
@@ -135,7 +172,14 @@ class Watch:
                 reserved_share=sum(it.reserved_bytes for it in devices) / ours_bytes if ours_bytes else 0.0,
                 occupancy=max(occupancies, default=None),
                 utilisation=min(utilisations, default=None),
+                held=self._levels.trends(),
             )
+
+    def _finished(self, device: str, job: int) -> None:
+        kind, held = self._kind_of(job), self._held()
+        with self._turn:
+            self._levels.read(held)
+            self._levels.finished(device, kind)
 
 
 def read_cards() -> dict[int, CardReading]:

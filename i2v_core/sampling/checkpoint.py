@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -61,11 +61,14 @@ def checkpoint_key(parts: Mapping[str, str | int | float | bool | None], tensors
     return digest.hexdigest()[:32]
 
 
-def weights_identity(folder: Path) -> str:
-    """What tells a model's weights from others without reading them: each file's place, size and time."""
-    files = sorted(folder.glob("**/*.safetensors"))
-    stats = [(str(file.relative_to(folder)), file.stat()) for file in files]
-    found = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+def weights_identity(folder: Path, files: Sequence[Path] = ()) -> str:
+    """What tells a model's weights from others without reading them: the place, size and time of each file in its
+    folder, and of those outside.
+    """
+    inside = sorted(file for suffix in ("safetensors", "gguf") for file in folder.glob(f"**/*.{suffix}"))
+    names = [*(str(file.relative_to(folder)) for file in inside), *(str(file.resolve()) for file in files)]
+    stats = [file.stat() for file in (*inside, *files)]
+    found = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats, strict=True)]
     return hashlib.sha256(repr((str(folder.resolve()), found)).encode()).hexdigest()[:16]
 
 
@@ -91,8 +94,12 @@ class CheckpointFile:
             logger.warning("the checkpoint in %s cannot be used and is set aside: %s", self.path, error)
             set_aside(self.path)
             return None
-        self._first_step = state.steps_done
+        self.goes_on_from(state)
         return state
+
+    def goes_on_from(self, state: LoopState) -> None:
+        """What was done before the run began would not be missed a second time."""
+        self._first_step = state.steps_done
 
     def is_due(self, steps_done: int) -> bool:
         """Whether the state after this step is worth writing."""

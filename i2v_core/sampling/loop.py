@@ -1,11 +1,12 @@
 """The sampling loop and guidance.
 
-Shape legend: B guidance branches, C latent channels, T latent frames, H/W latent size.
+Shape legend: B guidance branches of each clip, N clips that are denoised together, C latent channels, T latent frames,
+H/W latent size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,16 +42,24 @@ class SampleLoop:
         timesteps: Tensor = self._scheduler.timesteps
         return timesteps[self.steps_done] if self.steps_done < len(timesteps) else None
 
-    def run(
-        self, predict: Callable[[Tensor, Tensor], Tensor], goes_on: Callable[[Tensor], bool] = lambda _: True
-    ) -> Tensor:
-        """The steps that are left, as long as `goes_on` says so of the next timestep; the latents then."""
-        while (timestep := self.next_timestep) is not None and goes_on(timestep):
-            scaled_BCTHW = scaled_input(self._scheduler, self.latents_BCTHW, timestep)
-            clean_BCTHW = self._step(predict(scaled_BCTHW, timestep), timestep)
-            self.steps_done += 1
-            self._on_step(self.steps_done, clean_BCTHW)
+    def run(self, predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The steps that are left; the latents then."""
+        while self.next_timestep is not None:
+            step_together([self], predict)
         return self.latents_BCTHW
+
+    @property
+    def scaled(self) -> Tensor:
+        """What the denoiser is given (1, C, T, H, W) in the next step, of which there must be one."""
+        assert self.next_timestep is not None
+        return scaled_input(self._scheduler, self.latents_BCTHW, self.next_timestep)
+
+    def step(self, prediction_BCTHW: Tensor) -> None:
+        """The next step, of which there must be one, by the denoiser's prediction."""
+        assert self.next_timestep is not None
+        clean_BCTHW = self._step(prediction_BCTHW, self.next_timestep)
+        self.steps_done += 1
+        self._on_step(self.steps_done, clean_BCTHW)
 
     @property
     def state(self) -> LoopState:
@@ -79,10 +88,23 @@ class SampleLoop:
         return getattr(result, "pred_original_sample", self.latents_BCTHW)
 
 
+def step_together(loops: Sequence[SampleLoop], predict: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """One step of loops that are at the same timestep, by one prediction (N, C, T, H, W) of what all are given.
+
+    Where that fails, none has stepped. Where one cannot step, those before it have.
+    """
+    timestep = loops[0].next_timestep
+    assert timestep is not None
+    predictions_NCTHW = predict(_joined([loop.scaled for loop in loops]), timestep)
+    for loop, prediction_BCTHW in zip(loops, torch.split(predictions_NCTHW, 1), strict=True):
+        loop.step(prediction_BCTHW)
+
+
 class Guidance:
     """Classifier-free guidance (Ho and Salimans, 2022): negative + scale · (positive − negative).
 
-    The scale is one number, or one for each frame (1, 1, T, 1, 1). Batched takes both branches in one pass of the
+    Of N clips at once: their inputs lie in a branch's tensors one after another, (N, …). The scale is one number, or
+    one for each clip, each frame, or both (N or 1, 1, T or 1, 1, 1). Batched takes both branches in one pass of the
     denoiser; sequential takes two passes of half the memory. Without a negative branch, or at a scale of 1, there is
     one branch only.
     """
@@ -99,22 +121,35 @@ class Guidance:
         self._scale = scale
         one = bool((torch.as_tensor(scale) == 1).all())
         branches = [positive] if negative is None or one else [negative, positive]
-        self._passes = [_concatenate(branches)] if batched else branches
+        self._passes = [joined(branches)] if batched else branches
         self._branches = len(branches)
 
-    def __call__(self, latents_BCTHW: Tensor, timestep: Tensor, dtype: torch.dtype) -> Tensor:
-        """The guided prediction (1, C, T, H, W) in the latents' dtype; the denoiser itself runs in `dtype`."""
-        model_input = latents_BCTHW.to(dtype)
+    def __call__(self, latents_NCTHW: Tensor, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        """The guided prediction (N, C, T, H, W) in the latents' dtype; the denoiser itself runs in `dtype`."""
+        clips = len(latents_NCTHW)
+        model_input = latents_NCTHW.to(dtype)
         predictions: list[Tensor] = []
         for inputs in self._passes:
             copies = self._branches // len(self._passes)
-            prediction = self._denoise(model_input.expand(copies, -1, -1, -1, -1), timestep, inputs)
-            predictions += [branch[None] for branch in prediction.to(latents_BCTHW.dtype)]
+            prediction = self._denoise(_copied(model_input, copies), timestep, inputs)
+            predictions += torch.split(prediction.to(latents_NCTHW.dtype), clips)
         if len(predictions) == 1:
             return predictions[0]
         negative, positive = predictions
         return negative + self._scale * (positive - negative)
 
 
-def _concatenate(branches: list[TensorMap]) -> TensorMap:
-    return {name: torch.cat([branch[name] for branch in branches]) for name in branches[0]}
+def joined(inputs: Sequence[TensorMap]) -> TensorMap:
+    """Inputs of branches, or of clips, for one pass of the denoiser: one after another in the first dimension."""
+    return {name: _joined([one[name] for one in inputs]) for name in inputs[0]}
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def _copied(latents_NCTHW: Tensor, copies: int) -> Tensor:
+    """All clips, and all again: views as long as there is one clip, or one copy."""
+    if len(latents_NCTHW) == 1:
+        return latents_NCTHW.expand(copies, -1, -1, -1, -1)
+    return _joined([latents_NCTHW] * copies)

@@ -6,7 +6,7 @@ Shape legend: C latent channels, T latent frames, H/W latent size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, cast
 
 import torch
@@ -24,6 +24,12 @@ class LoopState:
     steps_done: int
     latents_BCTHW: Tensor
     scheduler: Mapping[str, Remembered]
+
+    def on_host(self) -> LoopState:
+        """The same, with nothing on a device."""
+        host = torch.device("cpu")
+        scheduler = {name: cast("Remembered", _on(value, host)) for name, value in self.scheduler.items()}
+        return replace(self, latents_BCTHW=self.latents_BCTHW.to(host), scheduler=scheduler)
 
 
 class SchedulerState:

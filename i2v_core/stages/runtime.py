@@ -19,16 +19,16 @@ from ..units import format_gib
 from .status import StageStatus
 
 
-def _nothing() -> None:
-    pass
+def nothing() -> None:
+    """What a callback does that nobody has given."""
 
 
 def _unknown() -> None:
     return None
 
 
-def _no_progress(done: int, total: int, latents_BCTHW: Tensor | None) -> None:
-    pass
+def no_progress(done: int, total: int, latents_BCTHW: Tensor | None) -> None:
+    """As `nothing`, of `on_progress`."""
 
 
 def _no_status(status: StageStatus) -> None:
@@ -52,11 +52,11 @@ class Runtime:
 
     device: torch.device
     attention: AttentionBackend = AttentionBackend.SDPA
-    check_cancelled: Callable[[], None] = _nothing
-    on_progress: Callable[[int, int, Tensor | None], None] = _no_progress
+    check_cancelled: Callable[[], None] = nothing
+    on_progress: Callable[[int, int, Tensor | None], None] = no_progress
     on_status: Callable[[StageStatus], None] = _no_status
     on_frames: Callable[[Tensor], None] = _no_frames
-    make_room: Callable[[], None] = _nothing
+    make_room: Callable[[], None] = nothing
     free_bytes: Callable[[], int | None] = _unknown
 
 

@@ -95,6 +95,8 @@ def test_what_failed_is_tried_again_when_that_is_asked_for(
         (("--vram", "much"), "not an amount of memory"),
         (("--device", "abacus"), "'abacus' cannot be used"),
         (("--attempts", "0"), "0 attempts"),
+        (("--clips-at-once", "0"), "0 clips at once"),
+        (("--clips-at-once", "many"), "many clips at once"),
         (("--ray", "local"), "does not go with --ray"),
     ],
 )

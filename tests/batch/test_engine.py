@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -18,12 +17,9 @@ from PIL import ExifTags, Image
 from i2v_core import stages
 from i2v_core.batch.claims import Claims
 from i2v_core.batch.devices import DeviceLostError
-from i2v_core.batch.engine import Engine
-from i2v_core.batch.events import Event, EventKind, Span
+from i2v_core.batch.events import EventKind
 from i2v_core.batch.job import JobSpec, JobState
-from i2v_core.batch.settings import EngineSettings
 from i2v_core.batch.stage_runs import StageRunner
-from i2v_core.batch.store import JobStore
 from i2v_core.batch.twins import twin
 from i2v_core.errors import FileError
 from i2v_core.families import I2VModel, VideoSize
@@ -33,75 +29,23 @@ from i2v_core.sampling.checkpoint import CheckpointWhen
 from i2v_core.units import MIB
 
 from .conftest import EmulatedDevice, MakeJob, SharedCard
+from .engines import ROOMY, Batch, MakeBatch, batches, pixels, when
 
 pytestmark = pytest.mark.usefixtures("one_thread", "emulated")
-
-ROOMY = 64 * MIB
-
-
-class Batch:
-    """A queue and an engine on it, which notes all that happens."""
-
-    def __init__(self, folder: Path, model: I2VModel, *devices: EmulatedDevice, **settings: object) -> None:
-        self.store = JobStore(folder / "jobs.queue")
-        self.output = folder / "out"
-        self.events: list[Event] = []
-        self.spans: list[Span] = []
-        self.on_event: Callable[[Event], None] = self.events.append
-        chosen = EngineSettings(output=self.output, retry_seconds=0.0, renew_seconds=0.05)
-        self.engine = Engine(
-            self.store,
-            devices,
-            replace(chosen, **settings),  # pyright: ignore[reportArgumentType]
-            load=lambda _: model,
-            on_event=self._hear,
-            on_span=self.spans.append,
-        )
-
-    def _hear(self, event: Event) -> None:
-        self.on_event(event)
-
-    def run(self, *specs: JobSpec) -> tuple[int, ...]:
-        ids = self.store.add(specs)
-        self.engine.start()
-        assert self.engine.join(120), "the engine does not end"
-        return ids
-
-    def of(self, kind: EventKind) -> list[Event]:
-        return [event for event in self.events if event.kind is kind]
-
-    def states(self) -> Counter[JobState]:
-        return Counter(job.state for job in self.store.jobs())
-
-
-MakeBatch = Callable[..., Batch]
 
 
 @pytest.fixture
 def make_batch(tmp_path: Path, tiny_model: I2VModel) -> Iterator[MakeBatch]:
-    made: list[Batch] = []
-
-    def make(*devices: EmulatedDevice, **settings: object) -> Batch:
-        made.append(Batch(tmp_path, tiny_model, *devices or (EmulatedDevice(card=SharedCard(ROOMY)),), **settings))
-        return made[-1]
-
-    yield make
-    for batch in made:
-        batch.engine.stop()
-        assert batch.engine.join(60)
-        batch.store.close()
-
-
-def pixels(path: Path) -> np.ndarray:
-    return np.stack([iio.imread(file) for file in sorted(path.iterdir())])
+    with batches(tmp_path, tiny_model) as make:
+        yield make
 
 
 def test_videos_are_those_that_one_run_alone_makes(
     make_batch: MakeBatch, make_job: MakeJob, tiny_model: I2VModel, tmp_path: Path
 ) -> None:
-    """Overlapped or one after another, frame by frame, each with its report and its thumbnail."""
+    """Overlapped or one after another, frame by frame and to the bit, each with its report and its thumbnail."""
     specs = [make_job(seed, format="png", steps=2 + seed % 2) for seed in range(5)]
-    batch = make_batch()
+    batch = make_batch(clips_at_once=1)
     ids = batch.run(*specs)
     assert batch.states() == {JobState.DONE: 5}
     alone = Batch(tmp_path / "alone", tiny_model, EmulatedDevice(card=SharedCard(ROOMY)), in_hand=1)
@@ -239,20 +183,6 @@ def test_out_of_memory_goes_down_the_ladder(make_batch: MakeBatch, make_job: Mak
     assert batch.states() == {JobState.DONE: 6}
     assert card.injected
     survived["out of memory in a batch"] += card.injected
-
-
-def when(batch: Batch, stage: str, act: Callable[[int], object]) -> None:
-    """Once, when a job enters a stage."""
-    done = threading.Event()
-
-    def on_event(event: Event) -> None:
-        batch.events.append(event)
-        if event.kind is EventKind.STAGE and event.words == stage and not done.is_set():
-            done.set()
-            assert event.job is not None
-            act(event.job)
-
-    batch.on_event = on_event
 
 
 @pytest.mark.parametrize("stage", ["encode", "sample", "decode"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,14 @@ import pytest
 from PIL import Image
 
 from i2v_core.batch.events import Span
+from i2v_core.batch.held import Floor, trend
 from i2v_core.batch.picture import draw_batch
 from i2v_core.batch.watch import Figures
 from i2v_core.errors import FileError, MissingPackageError
+from i2v_core.units import GIB, MIB
 
 FIGURES = Figures(seconds=9.0, done=2, failed=1, retries=1, devices_lost=0, waiting_share=0.2, reserved_share=0.5)
+LEAK_COLOUR = (0xE0, 0x80, 0x6F)
 SAMPLE_COLOUR, DECODE_COLOUR, WAITED_COLOUR = (0x8F, 0x8B, 0xF5), (0x62, 0xC3, 0x8A), (0x4A, 0x4F, 0x5C)
 
 
@@ -45,6 +49,19 @@ def test_every_device_has_its_lines(tmp_path: Path) -> None:
     draw_batch([*spans, span("sample", 0, 0, 3, device="cuda:1")], FIGURES, two)
     assert Image.open(two).height > Image.open(one).height
     assert count(two, SAMPLE_COLOUR) > 1.5 * count(one, SAMPLE_COLOUR)
+
+
+def test_a_suspected_leak_has_its_curve(tmp_path: Path) -> None:
+    plain, leaking = tmp_path / "plain.png", tmp_path / "leaking.png"
+    spans = [span("sample", 0, 0, 3)]
+    steady, growing = (
+        trend("cuda:0", tuple(Floor(job=job, kind="", held_bytes=GIB + job * leak_bytes) for job in range(20)))
+        for leak_bytes in (0, 12 * MIB)
+    )
+    draw_batch(spans, replace(FIGURES, held=(steady,)), plain)
+    draw_batch(spans, replace(FIGURES, held=(steady, growing)), leaking)
+    assert count(plain, LEAK_COLOUR) == 0 < count(leaking, LEAK_COLOUR)
+    assert Image.open(leaking).height > Image.open(plain).height
 
 
 def test_what_stands_in_its_way_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
