@@ -9,8 +9,7 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..i2v_core import stages
-from ..i2v_core.batch.job import MAX_PRIORITY, MAX_SEED, JobSpec
+from ..i2v_core.batch.job import MAX_PRIORITY, JobSpec
 from ..i2v_core.batch.order import Rule
 from ..i2v_core.batch.part import QueuePart
 from ..i2v_core.batch.picture import draw_batch
@@ -19,15 +18,25 @@ from ..i2v_core.errors import BadInputError, I2VError
 from ..i2v_core.families import I2VModel, family_of
 from ..i2v_core.planning.plan import Plan
 from ..i2v_core.sampling.checkpoint import weights_identity
-from ..i2v_core.sampling.schedulers import SCHEDULERS
-from ..i2v_core.video import FORMATS
 from . import batch_run, host, host_files
+from .batch_device import host_devices
 from .batch_jobs import check_sources, forget_pictures, jobs_of
 from .checked import checked
 from .host_progress import words_on_the_node
 from .sockets import CATEGORY, model_input, plan_input
+from .widgets import (
+    cfg_input,
+    format_input,
+    fps_input,
+    negative_prompt_input,
+    scheduler_input,
+    seed_input,
+    steps_input,
+)
 
 _ABSENT: Any = object()
+OWN_DEVICE, ALL_CARDS = "ComfyUI's own", "all cards"
+_OF_ROWS = "For rows that do not say it."
 _PICTURE = "batch.png"
 
 
@@ -46,94 +55,19 @@ class Batch(io.ComfyNode):
             inputs=[
                 model_input(),
                 plan_input(),
-                io.String.Input(
-                    "jobs",
-                    default="",
-                    tooltip="A list (.csv or .jsonl) or a folder of pictures, by its name in ComfyUI's input folder. "
-                    "Columns of a list: image, prompt, and where wanted negative, seed, size, frames, steps, cfg, fps, "
-                    "priority and others. Empty for images from the graph. Default: empty.",
-                ),
-                io.String.Input(
-                    "prompts",
-                    multiline=True,
-                    default="",
-                    tooltip="For a folder or images: one line for all, one for each, or several for the only picture. "
-                    "A text file of a picture's name in the folder goes before. Default: empty.",
-                ),
-                io.String.Input(
-                    "negative_prompt",
-                    multiline=True,
-                    default="",
-                    tooltip="What to keep out, in words, where a row does not say it. Default: empty.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=30,
-                    min=1,
-                    max=stages.MAX_STEPS,
-                    tooltip="Denoising steps, where a row does not say it. Default 30.",
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=9.0,
-                    min=1.0,
-                    max=100.0,
-                    step=0.05,
-                    tooltip="Strength of guidance, where a row does not say it; 1 turns it off. Default 9.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=MAX_SEED,
-                    control_after_generate=False,  # another seed with each run would make every video anew
-                    tooltip="Number that the starting noise is made from, where a row does not say it. Default 0.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=list(SCHEDULERS),
-                    default=SCHEDULERS[0],
-                    tooltip=f"How a step is taken, where a row does not say it. Default {SCHEDULERS[0]}.",
-                ),
-                io.Float.Input(
-                    "fps",
-                    default=8.0,
-                    min=1.0,
-                    max=120.0,
-                    step=0.01,
-                    tooltip="Frames per second of the video and of the motion that the model is told to imagine, where "
-                    "a row does not say it. Default 8.",
-                ),
-                io.Combo.Input(
-                    "format",
-                    options=list(FORMATS),
-                    default="mp4",
-                    tooltip="Kind of file, where a row does not say it; as in I2V Save Video. Default mp4.",
-                ),
-                io.Float.Input(
-                    "priority",
-                    default=1.0,
-                    min=0.01,
-                    max=MAX_PRIORITY,
-                    step=0.01,
-                    tooltip="Weight of a job against others, where a row does not say it: twice as much counts as "
-                    "twice as long. Default 1.",
-                ),
-                io.Combo.Input(
-                    "rule",
-                    options=[rule.value for rule in Rule],
-                    default=Rule.WEIGHT.value,
-                    tooltip="Which job comes next: weight takes the largest of predicted seconds ÷ predicted VRAM × "
-                    "priority, which grows while a job waits; first-come goes by the list. Default weight.",
-                ),
-                io.String.Input(
-                    "output_folder",
-                    default="video/batch",
-                    tooltip="Folder in ComfyUI's output folder for the videos. Default video/batch.",
-                ),
+                *_source_inputs(),
+                negative_prompt_input(_OF_ROWS, dynamic_prompts=False),
+                steps_input(_OF_ROWS),
+                cfg_input(_OF_ROWS),
+                seed_input(_OF_ROWS, another_each_run=False),  # which would make every video anew
+                scheduler_input(_OF_ROWS),
+                fps_input(f"The model is told to imagine motion at as many. {_OF_ROWS}"),
+                format_input(_OF_ROWS),
+                *_queue_inputs(),
                 io.Image.Input(
                     "images", optional=True, tooltip="Pictures from the graph, a video for each, in place of jobs."
                 ),
+                _devices_input(),
             ],
             outputs=[
                 io.String.Output("table", tooltip="What each job was predicted to take and took, and what went wrong."),
@@ -176,6 +110,7 @@ class Batch(io.ComfyNode):
         rule: str,
         output_folder: str,
         images: Tensor | None = None,
+        devices: str = OWN_DEVICE,
     ) -> io.NodeOutput:
         plan.check_made_for(model.architecture)
         facts = family_of(model.architecture).facts
@@ -183,7 +118,7 @@ class Batch(io.ComfyNode):
         folder = host_files.output_folder(output_folder)
         defaults = JobSpec(
             model=model.folder,
-            model_identity=weights_identity(model.folder),
+            model_identity=weights_identity(model.folder, model.files),
             image=Path(),
             prompt="",
             negative=negative_prompt,
@@ -201,13 +136,69 @@ class Batch(io.ComfyNode):
         found = jobs_of(jobs, images, prompts, defaults, facts)
         with closing(QueuePart(host.queue_file())) as part:
             batch_run.asked_again(part, (job.spec for job in found.jobs))
-            outcome = batch_run.run(part, model, plan.budget, Rule(rule), folder, words_on_the_node())
+            cards = host_devices(plan.budget, all_cards=devices == ALL_CARDS)
+            outcome = batch_run.run(part, model, cards, Rule(rule), folder, words_on_the_node())
             words = summary(part.counts(), found.bad)
         forget_pictures(outcome.records)
         rows = table(outcome.records, found.bad, folder)
         picture, remarks = _picture(outcome, folder / _PICTURE)
-        text = "\n".join([words, *outcome.figures.out_of_range(), *remarks, rows])
+        text = "\n".join([words, *map(str, outcome.figures.out_of_range()), *remarks, rows])
         return io.NodeOutput(rows, str(folder), ui={"text": [text], **picture})
+
+
+def _source_inputs() -> tuple[io.Input, ...]:
+    return (
+        io.String.Input(
+            "jobs",
+            default="",
+            tooltip="A list (.csv or .jsonl) or a folder of pictures, by its name in ComfyUI's input folder. "
+            "Columns of a list: image, prompt, and where wanted negative, seed, size, frames, steps, cfg, fps, "
+            "priority and others. Empty for images from the graph. Default: empty.",
+        ),
+        io.String.Input(
+            "prompts",
+            multiline=True,
+            default="",
+            tooltip="For a folder or images: one line for all, one for each, or several for the only picture. "
+            "A text file of a picture's name in the folder goes before. Default: empty.",
+        ),
+    )
+
+
+def _queue_inputs() -> tuple[io.Input, ...]:
+    return (
+        io.Float.Input(
+            "priority",
+            default=1.0,
+            min=0.01,
+            max=MAX_PRIORITY,
+            step=0.01,
+            tooltip=f"Weight of a job against others: twice as much counts as twice as long. {_OF_ROWS} Default 1.",
+        ),
+        io.Combo.Input(
+            "rule",
+            options=[rule.value for rule in Rule],
+            default=Rule.WEIGHT.value,
+            tooltip="Which job comes next: weight takes the largest of predicted seconds ÷ predicted VRAM × "
+            "priority, which grows while a job waits; first-come goes by the list. Default weight.",
+        ),
+        io.String.Input(
+            "output_folder",
+            default="video/batch",
+            tooltip="Folder in ComfyUI's output folder for the videos. Default video/batch.",
+        ),
+    )
+
+
+def _devices_input() -> io.Input:
+    return io.Combo.Input(
+        "devices",
+        options=[OWN_DEVICE, ALL_CARDS],
+        default=OWN_DEVICE,
+        optional=True,
+        tooltip="Where jobs run: on the card that ComfyUI uses, or on every card of this machine, each within the "
+        f"plan's budget. Default {OWN_DEVICE}.",
+    )
 
 
 def _picture(outcome: batch_run.Outcome, path: Path) -> tuple[dict[str, Any], list[str]]:

@@ -1,4 +1,4 @@
-"""The host's device as the engine of I2V Batch uses it."""
+"""The host's device, and the machine's other cards, as the engine of I2V Batch uses them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class HostDevice(LocalDevice):
     """For one batch, which has the device to itself: the host's own models are unloaded before it."""
 
     def facts(self, architecture: Architecture) -> DeviceFacts:
-        return host.plan_device(architecture)
+        return host.plan_device(architecture, self.torch_device)
 
     @contextmanager
     def stage(self, stage: Stage, plan: Plan) -> Generator[None]:
@@ -32,12 +32,20 @@ class HostDevice(LocalDevice):
         management.soft_empty_cache()
 
 
-def host_device(budget: Budget) -> HostDevice:
-    """Within what a plan's budget names; what is merely free is read anew for each stage."""
-    return HostDevice(
-        torch_device=host.unload_everything(),
-        limit_bytes=budget.limit_bytes,
-        reserve_bytes=budget.reserve_bytes,
-        attention=host.attention_backend(),
-        calibration=host.calibration_store(),
-    )
+def host_devices(budget: Budget, *, all_cards: bool) -> list[HostDevice]:
+    """The host's own device, or every card beside it, each within what a plan's budget names; what is merely free is
+    read anew for each stage.
+    """
+    own = host.unload_everything()
+    cards = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] if own.type == "cuda" else []
+    others = [card for card in cards if card != own] if all_cards else []
+    return [
+        HostDevice(
+            torch_device=device,
+            limit_bytes=budget.limit_bytes,
+            reserve_bytes=budget.reserve_bytes,
+            attention=host.attention_backend(),
+            calibration=host.calibration_store(),
+        )
+        for device in (own, *others)
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ import comfy.model_management as management
 import comfy.utils
 
 from ..i2v_core.batch.engine import Engine
+from ..i2v_core.batch.estimate import plan_name
 from ..i2v_core.batch.events import Span
 from ..i2v_core.batch.job import JobSpec, JobState
 from ..i2v_core.batch.order import Rule
@@ -19,10 +20,9 @@ from ..i2v_core.batch.records import JobRecord
 from ..i2v_core.batch.settings import EngineSettings
 from ..i2v_core.batch.table import summary
 from ..i2v_core.batch.watch import Figures, Watch, read_cards
-from ..i2v_core.families import I2VModel, load_model
+from ..i2v_core.families import I2VModel, load_model, read_architecture
 from ..i2v_core.planning.plan import Stage
-from ..i2v_core.planning.request import Budget
-from .batch_device import host_device
+from .batch_device import HostDevice
 
 _LOOK_EVERY_SECONDS = 0.5
 _PARTS = 100  # of a job, for the progress bar
@@ -82,13 +82,18 @@ def asked_again(part: QueuePart, specs: Iterable[JobSpec]) -> None:
 
 
 def run(
-    part: QueuePart, model: I2VModel, budget: Budget, rule: Rule, output: Path, say: Callable[[str], None]
+    part: QueuePart,
+    model: I2VModel,
+    devices: Sequence[HostDevice],
+    rule: Rule,
+    output: Path,
+    say: Callable[[str], None],
 ) -> Outcome:
     """The chosen jobs, until none of them waits or runs.
 
     When the user interrupts, those in hand keep their checkpoints and wait again.
     """
-    watch, spans = Watch(), list[Span]()
+    watch, spans = Watch(kind_of=lambda job: plan_name(part.job(job).spec)), list[Span]()
 
     def ended(span: Span) -> None:
         watch.ended(span)
@@ -96,11 +101,13 @@ def run(
 
     engine = Engine(
         part,
-        [host_device(budget)],
+        devices,
         EngineSettings(output=output, rule=rule),
         load=lambda folder: model if folder == model.folder else load_model(folder),
         on_event=watch.hear,
         on_span=ended,
+        # Where a file has some of the model's weights, its folder does not say so.
+        architecture=lambda folder: model.architecture if folder == model.folder else read_architecture(folder),
     )
     progress = _Progress(part, say)
     with board.listing(engine, watch):

@@ -13,6 +13,7 @@ from ..i2v_core.planning.plan import Plan, Stage
 from . import host
 from .checked import checked
 from .sockets import CATEGORY, I2VConditioningSocket, model_input, plan_input
+from .widgets import negative_prompt_input
 
 
 class Encode(io.ComfyNode):
@@ -40,13 +41,7 @@ class Encode(io.ComfyNode):
                     default="",
                     tooltip="What happens in the video, in words. Stable Video Diffusion takes none. Default: empty.",
                 ),
-                io.String.Input(
-                    "negative_prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
-                    tooltip="What to keep out, in words; used with guidance. Default: empty.",
-                ),
+                negative_prompt_input(dynamic_prompts=True),
                 io.Int.Input(
                     "fps",
                     default=16,

@@ -12,6 +12,7 @@ from ..i2v_core.planning.plan import Plan
 from . import host_files
 from .checked import checked
 from .sockets import CATEGORY, plan_input
+from .widgets import filename_prefix_input
 
 
 class SaveLatent(io.ComfyNode):
@@ -29,11 +30,7 @@ class SaveLatent(io.ComfyNode):
             inputs=[
                 io.Latent.Input("latent", tooltip="The latent from Chunked Sampler."),
                 plan_input(),
-                io.String.Input(
-                    "filename_prefix",
-                    default="latents/i2v",
-                    tooltip=f"{host_files.PREFIX_TOOLTIP} Default latents/i2v.",
-                ),
+                filename_prefix_input("latents/i2v"),
             ],
             outputs=[
                 io.Latent.Output("latent", tooltip="The same latent, for the nodes that follow."),

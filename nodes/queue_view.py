@@ -12,6 +12,7 @@ from ..i2v_core.batch.order import Rule
 from ..i2v_core.batch.records import JobRecord
 from ..i2v_core.batch.store import JobStore
 from ..i2v_core.batch.table import seconds_of
+from ..i2v_core.words import Words
 from . import host_files
 from .batch_run import board
 
@@ -35,7 +36,8 @@ def empty_queue() -> JSON:
 
 def shown_queue(store: JobStore, most: int) -> JSON:
     """At most so many jobs of each state. `rule` is that of the batch that runs, `waits` what its stages wait for,
-    `remarks` what of its figures is not as it should be.
+    `remarks` what of its figures is not as it should be; these and the `why` of a job have a `key` and `values` for
+    the page's own language beside their `text`.
     """
     now = time.time()
     engine, figures = board.engine, board.figures()
@@ -45,13 +47,18 @@ def shown_queue(store: JobStore, most: int) -> JSON:
         "paused": store.paused,
         "rule": rule.value,
         "waits": [] if engine is None else [words for device in engine.status() for words in device.waits],
-        "remarks": [] if figures is None else list(figures.out_of_range()),
+        "remarks": [] if figures is None else [it.as_dict() for it in figures.out_of_range()],
         "counts": {state.value: count for state, count in found.counts.items()},
         "seconds_left": found.seconds_left,
         "jobs": [
-            {**_facts(job), "seconds_left": job.seconds_left(now), "why": found.why.get(job.id)} for job in found.jobs
+            {**_facts(job), "seconds_left": job.seconds_left(now), "why": _said(found.why.get(job.id))}
+            for job in found.jobs
         ],
     }
+
+
+def _said(sentence: Words | None) -> JSON | None:
+    return None if sentence is None else sentence.as_dict()
 
 
 def metrics(store: JobStore | None) -> str:

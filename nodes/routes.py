@@ -1,8 +1,8 @@
 """`POST /i2v_budget/plan`: the plan for the values on a VRAM Budget node, without queueing.
 
-The body is a JSON object of the node's widgets by name, with the name of a model in place of its link; optional ones
-may be missing. `fixes`: false leaves out the search for what would fit instead. Bad input is answered with status 400
-and {"error": {"problem", "remedy"}}.
+The body is a JSON object of the node's widgets by name, with those of I2V Loader in place of the link to a model;
+optional ones may be missing. `fixes`: false leaves out the search for what would fit instead. Bad input gets
+status 400 and {"error": {"problem", "remedy"}}.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from ..i2v_core.planning.trace import interruptible
 from .budget import VRAMBudget
 from .checked import check_values
 from .json_answers import json_object, refusal, refusing
-from .live import live_plan
+from .live import LOADER_FILES, live_plan
+from .loader import Loader
 
 PATH = "/i2v_budget/plan"
 _REMEDY = "send the node's widgets by name"
@@ -60,7 +61,8 @@ async def answer(request: web.Request) -> web.Response:
 
 def _checked(values: dict[str, Any]) -> dict[str, Any]:
     """The values by name, each as its widget allows."""
-    widgets = [spec for spec in VRAMBudget.define_schema().inputs if spec.id != _MODEL]
+    loader = [spec for spec in Loader.define_schema().inputs if spec.id in LOADER_FILES]
+    widgets = [*(spec for spec in VRAMBudget.define_schema().inputs if spec.id != _MODEL), *loader]
     strangers = values.keys() - {spec.id for spec in widgets} - {_MODEL, _FIXES}
     if strangers:
         raise BadInputError(f"'{min(strangers)}' is no input of VRAM Budget", _REMEDY)

@@ -6,13 +6,12 @@ from comfy_api.latest import io
 
 from ..i2v_core import stages
 from ..i2v_core.families import Conditioning, I2VModel
-from ..i2v_core.families.facts import AUTO_SCHEDULER
 from ..i2v_core.planning.plan import Plan, Stage
 from ..i2v_core.sampling.checkpoint import Checkpointing, CheckpointWhen
-from ..i2v_core.sampling.schedulers import SCHEDULERS
 from . import host
 from .checked import checked
 from .sockets import CATEGORY, REPORTS, I2VConditioningSocket, model_input, plan_input
+from .widgets import cfg_input, scheduler_input, seed_input, steps_input
 
 
 class ChunkedSampler(io.ComfyNode):
@@ -28,39 +27,10 @@ class ChunkedSampler(io.ComfyNode):
                 model_input(),
                 plan_input(),
                 I2VConditioningSocket.Input("conditioning", tooltip="From I2V Encode, made with the same plan."),
-                io.Int.Input(
-                    "steps",
-                    default=30,
-                    min=1,
-                    max=stages.MAX_STEPS,
-                    tooltip="Number of denoising steps; more take longer. Default 30.",
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=9.0,
-                    min=1.0,
-                    max=100.0,
-                    step=0.05,
-                    tooltip="Strength of guidance towards the prompt, without unit; 1 turns it off. I2VGen-XL: about "
-                    "9. Stable Video Diffusion: about 3, towards the picture, rising from 1 in the first frame. "
-                    "Default 9.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Number that the starting noise is made from. The same seed gives the same video on any "
-                    "device. Default 0.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=list(SCHEDULERS),
-                    default=AUTO_SCHEDULER,
-                    tooltip="How a step is taken. auto is the model's own: ddim for I2VGen-XL, euler for Stable Video "
-                    "Diffusion, which takes no other. Default auto.",
-                ),
+                steps_input(),
+                cfg_input(),
+                seed_input(another_each_run=True),
+                scheduler_input(),
                 io.Combo.Input(
                     "checkpoint",
                     options=[when.value for when in CheckpointWhen],

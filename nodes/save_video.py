@@ -12,10 +12,11 @@ from ..i2v_core.errors import BadInputError
 from ..i2v_core.families import I2VModel
 from ..i2v_core.planning.plan import Plan, Stage
 from ..i2v_core.run_report import RunReport, write_run_report
-from ..i2v_core.video import FORMATS, VideoSettings, VideoSink, open_video
+from ..i2v_core.video import VideoSettings, VideoSink, open_video
 from . import host, host_files
 from .checked import checked
 from .sockets import CATEGORY, I2VModelSocket, I2VPlanSocket, report_output, reports_of
+from .widgets import filename_prefix_input, format_input, fps_input
 
 _DECODED = ("model", "plan", "latent")
 _ABSENT: Any = object()
@@ -34,26 +35,9 @@ class SaveVideo(io.ComfyNode):
             is_output_node=True,
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             inputs=[
-                io.String.Input(
-                    "filename_prefix",
-                    default="video/i2v",
-                    tooltip=f"{host_files.PREFIX_TOOLTIP} Default video/i2v.",
-                ),
-                io.Combo.Input(
-                    "format",
-                    options=list(FORMATS),
-                    default="mp4",
-                    tooltip="mp4 is H.264, which plays everywhere; webm is VP9; gif has 256 colours a frame; png is a "
-                    "folder of pictures. All but gif hold the workflow. Default mp4.",
-                ),
-                io.Float.Input(
-                    "fps",
-                    default=8.0,
-                    min=1.0,
-                    max=120.0,
-                    step=0.01,
-                    tooltip="Frames per second at which the video plays; a gif goes up to 50. Default 8.",
-                ),
+                filename_prefix_input("video/i2v"),
+                format_input("All but gif hold the workflow."),
+                fps_input(),
                 io.Int.Input(
                     "quality",
                     default=19,

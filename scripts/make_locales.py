@@ -16,19 +16,23 @@ from comfy_host import setup
 from comfy_host.client import Client
 from comfy_host.server import PACK_FOLDER, Server
 
+sys.path.append(str(setup.PACK))
+
+from i2v_core.words import ENGLISH
+
 Locale = dict[str, dict[str, Any]]
 """The content of a language's files, by file name without `.json`."""
 
 LOCALES = setup.PACK / "locales"
 PANEL = "i2vBudget"
-"""The section of `main` with the texts of the pack's own scripts, written by hand in English too."""
+"""The section of `main` with the texts of the pack's own scripts; beside those in `ENGLISH` written by hand."""
 
 
 def english(object_info: dict[str, dict[str, Any]]) -> Locale:
     """The files of this pack's nodes in the form that ComfyUI's page reads, from the host's `/object_info`."""
     own = {name: node for name, node in object_info.items() if node["python_module"] == f"custom_nodes.{PACK_FOLDER}"}
     categories = {part: part for node in own.values() for part in node["category"].split("/")}
-    main = {"nodeCategories": categories, PANEL: read("en")["main"][PANEL]}
+    main = {"nodeCategories": categories, PANEL: {**read("en")["main"][PANEL], **ENGLISH}}
     return {"main": main, "nodeDefs": {name: _texts(node) for name, node in own.items()}}
 
 

@@ -228,7 +228,7 @@ def test_the_table_in_the_docs_has_every_input_and_no_other(object_info: dict[st
         node["display_name"]: {name for section in ("required", "optional") for name in node["input"].get(section, {})}
         for node in own
     }
-    expected["POST /i2v_budget/plan"] = expected["VRAM Budget"] | {"fixes"}
+    expected["POST /i2v_budget/plan"] = expected["VRAM Budget"] | {"fixes", "transformer_file", "low_noise_file"}
     assert inputs_in_the_table() == expected
 
 

@@ -14,6 +14,7 @@ from urllib.parse import urlencode
 
 import imageio.v3 as iio
 import pytest
+import torch
 from comfy_host.client import Client, Event, ExecutionError, InterruptedRunError, PromptRefusedError
 from comfy_host.errors import HostError
 from comfy_host.server import Server
@@ -199,6 +200,18 @@ def test_other_lists_in_the_queue_are_left_alone(
     write_list(clips, "two.png,a circle,1,,")
     client.run(batch_prompt())
     assert store.job(other).state is JobState.WAITING
+
+
+@pytest.mark.parametrize("devices", ["ComfyUI's own", "all cards"])
+def test_jobs_run_on_the_devices_that_are_asked_for(
+    client: Client, server: Server, clips: Path, store: JobStore, batch_prompt: Callable[..., Prompt], devices: str
+) -> None:
+    write_list(clips, "one.png,a circle,1,,", "two.png,a square,2,,")
+    assert text_of(client.run(batch_prompt(devices=devices))).startswith("2 done\n")
+    assert len(videos(server)) == 2
+    cards = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+    used = {job.device for job in store.jobs()}
+    assert used <= set(cards if devices == "all cards" else cards[:1])
 
 
 def test_a_folder_of_pictures_has_its_prompts_beside_them(

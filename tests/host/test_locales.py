@@ -16,6 +16,7 @@ from make_locales import PANEL, english, read
 from i2v_core.batch.job import JobState
 from i2v_core.batch.records import Wish
 from i2v_core.planning.plan import Stage
+from i2v_core.words import ENGLISH
 
 LANGUAGES = ("en", "zh")
 SCRIPTS = setup.PACK / "web" / "js"
@@ -97,7 +98,7 @@ def panel_texts() -> set[str]:
     named = {"weights", "activations", "margin", *(stage.value for stage in Stage), "whole", "pieces", "streamed"}
     named |= {f"{word}Job" for word in (*(state.value for state in JobState), "pause", "resume", "cancel", "retry")}
     named |= {*(f"{wish.value}Wish" for wish in Wish), "weightRule", "firstComeRule"}
-    return named | set(literal) | {key for pair in either for key in pair}
+    return named | ENGLISH.keys() | set(literal) | {key for pair in either for key in pair}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

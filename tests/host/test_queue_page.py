@@ -24,6 +24,11 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 OPEN = "app.extensionManager.sidebarTab.toggleSidebarTab('i2v_budget.queue')"
 
+REMARKS = [
+    {"key": "remarkWaiting", "values": {"share": "40%", "healthy": "10%"}, "text": "stages wait for room"},
+    {"key": "remarkOfANewerServer", "values": {}, "text": "something costs $5"},
+]
+
 OpenPage = Callable[..., Any]
 
 
@@ -207,6 +212,29 @@ def test_it_is_chinese_on_a_chinese_page_and_its_text_stands_out(
     card(page, ids[0]).get_by_role("button", name="取消").click()
     card(page, ids[0]).locator(".state", has_text="已取消").wait_for()
     assert store.job(ids[0]).state is JobState.CANCELLED
+
+
+def test_why_a_job_waits_is_said_in_the_pages_language(open_page: OpenPage, ids: list[int]) -> None:
+    page = open_page(Comfy_Locale="zh")
+    waiting = card(page, ids[0])
+    waiting.get_by_text("为何在此位置").click()
+    waiting.get_by_text("得分 ").wait_for()
+    assert "（400.0 秒 ÷ 3.00 GiB × 优先级 1）" in waiting.inner_text()
+
+
+def test_remarks_are_in_the_pages_language_and_unknown_ones_as_they_come(open_page: OpenPage, ids: list[int]) -> None:
+    page = open_page(Comfy_Locale="zh")
+
+    def with_remarks(route: Any) -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, json={**answer.json(), "remarks": REMARKS})
+
+    page.route("**/i2v_budget/queue", with_remarks)
+    page.locator(".i2v-queue .waits li").nth(1).wait_for()
+    known, unknown = page.locator(".i2v-queue .waits li").all_text_contents()
+    assert known == "各阶段有 40% 的时间在等待显存（正常：不超过 10%）：任务太大，无法同时运行"
+    assert unknown == REMARKS[1]["text"]
+    assert card(page, ids[0]).is_visible()
 
 
 def test_it_asks_only_while_it_is_open(open_page: OpenPage, ids: list[int]) -> None:

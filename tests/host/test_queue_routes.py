@@ -132,8 +132,10 @@ def test_a_job_says_what_it_is_and_where_it_stands(
     assert (waiting["name"], waiting["prompt"], waiting["size"]) == (PICTURE, spec.prompt, "64×64×4")
     assert (waiting["predicted_bytes"], waiting["seed"], waiting["output"]) == (3 << 30, "3", None)
     assert (answer["rule"], answer["waits"], answer["remarks"]) == ("weight", [], [])
-    assert waiting["why"].startswith("score ")
-    assert "100.0 s ÷ 3.00 GiB × priority 1" in waiting["why"]
+    assert waiting["why"]["text"].startswith("score ")
+    assert "100.0 s ÷ 3.00 GiB × priority 1" in waiting["why"]["text"]
+    assert waiting["why"]["key"] == "whyScoreLoaded"
+    assert waiting["why"]["values"]["amount"] == "3.00 GiB"
     assert running["why"] is None
     assert (failed["problem"], failed["attempts"]) == ("it did not work", 1)
     assert done["measured_bytes"] == 2 << 30

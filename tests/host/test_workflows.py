@@ -12,18 +12,21 @@ from typing import Any
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 from comfy_host.client import Client, Run
 from comfy_host.server import Server
 from comfy_host.setup import PACK
 from comfy_host.workflow import NOTES, to_prompt, widgets
 from PIL import Image
 
-from i2v_core.families import VideoSize, bundled_architecture
+from i2v_core.families import VideoSize, bundled_architecture, with_weights
 from i2v_core.memory.cards import CARDS
-from i2v_core.planning.plan import Plan
+from i2v_core.planning.plan import Plan, Stage
 from i2v_core.planning.planner import make_plan
 from i2v_core.planning.request import Budget, Request
+from i2v_core.planning.trace import loaded_bytes
 from i2v_core.units import GIB
+from tests.wan_files import save_wan_of_blocks, write_gguf
 
 CARDS_FILES = {6: "i2vgen_xl_6gb", 12: "i2vgen_xl_12gb", 24: "i2vgen_xl_24gb"}
 REAL_MODEL = "i2vgen-xl"
@@ -45,10 +48,15 @@ def real_model(
     tiny_models["svd"](svd_folder)
     wan_folder = server.models_folder / "diffusers" / "wan2.2-ti2v-5b"
     save_wan(wan_folder, layout="wan2.2-ti2v")
+    quantised_folder = server.models_folder / "diffusers" / "wan2.1-i2v-14b-480p"
+    transformer = save_wan_of_blocks(save_wan, quantised_folder)["transformer"]
+    (server.models_folder / "diffusion_models").mkdir(exist_ok=True)
+    file = server.models_folder / "diffusion_models" / "wan2.1-i2v-14b-480p-Q4_K_M.gguf"
+    write_gguf(file, transformer.state_dict())
     yield
-    shutil.rmtree(folder)
-    shutil.rmtree(svd_folder)
-    shutil.rmtree(wan_folder)
+    for it in (folder, svd_folder, wan_folder, quantised_folder):
+        shutil.rmtree(it)
+    file.unlink()
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -171,7 +179,7 @@ def test_little_memory_gives_the_video_that_much_memory_gives(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*CARDS_FILES.values(), "i2v_svd", "i2v_wan_5b"])
+@pytest.mark.parametrize("name", [*CARDS_FILES.values(), "i2v_svd", "i2v_wan_5b", "i2v_wan_14b"])
 def test_a_workflow_for_real_weights_runs_with_a_small_model(
     name: str, client: Client, server: Server, object_info: dict[str, Any], real_model: None
 ) -> None:
@@ -195,6 +203,21 @@ def test_the_workflow_of_wan_fits_its_card_as_its_note_says() -> None:
     assert plan.sample.streamed
 
 
+def test_the_workflow_of_a_quantised_wan_fits_its_card_as_its_note_says() -> None:
+    nodes = {node["type"]: node for node in read(PACK / "workflows" / "i2v_wan_14b.json")["nodes"]}
+    width, height, frames, guidance, *_ = nodes["I2VVRAMBudget"]["widgets_values"]
+    plan = plan_for_card(8, width, height, frames, guidance, model="wan2.1-i2v-14b", weights="Q4_K_M")
+    note, (_, file) = nodes["MarkdownNote"]["widgets_values"][0], nodes["I2VLoader"]["widgets_values"]
+    assert plan.binding_stage.stage is Stage.SAMPLE
+    assert f"a peak of {plan.peak_bytes / GIB:.2f} GiB in sampling" in note
+    assert f"`{file}`" in note
+    model_bytes = loaded_bytes(plan.request.architecture, torch.float16)
+    beside_bytes = max(stage.host_bytes for stage in plan.stages)
+    assert f"take {model_bytes / GIB:.0f} GiB of RAM" in note
+    assert f"and {beside_bytes / GIB:.0f} GiB more" in note
+    assert plan.sample.streamed
+
+
 @pytest.mark.parametrize(("gigabytes", "name"), CARDS_FILES.items())
 def test_a_workflow_for_a_card_fits_it_as_its_note_says(gigabytes: int, name: str) -> None:
     """By what such a card has free, not by what its box says."""
@@ -214,9 +237,11 @@ def test_a_workflow_for_a_card_fits_it_as_its_note_says(gigabytes: int, name: st
 
 
 def plan_for_card(
-    gigabytes: int, width: int, height: int, frames: int, guidance: bool, model: str = REAL_MODEL
+    gigabytes: int, width: int, height: int, frames: int, guidance: bool, model: str = REAL_MODEL, weights: str = ""
 ) -> Plan:
     card = CARDS[f"{gigabytes} GB"]
     size = VideoSize(width_pixels=width, height_pixels=height, frames=frames)
-    request = Request(architecture=bundled_architecture(model), size=size, guidance=guidance, precision="fp16")
+    architecture = bundled_architecture(model)
+    architecture = with_weights(architecture, weights) if weights else architecture
+    request = Request(architecture=architecture, size=size, guidance=guidance, precision="fp16")
     return make_plan(request, Budget(free_bytes=card.free_bytes, limit_bytes=card.free_bytes), card.facts)

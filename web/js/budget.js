@@ -18,6 +18,8 @@ const WIDGETS = [
   "allow_approximate",
   "plan_for",
 ];
+// Of the loader: where a Wan's weights come from. A loader of an older page has none.
+const FILES = ["transformer_file", "low_noise_file"];
 // Values are looked at so often: of all ways to set one (typing, undo, a link, a loaded file) some tell nobody.
 const LOOK_EVERY_MS = 25;
 const SETTLED_AFTER_MS = 50;
@@ -29,25 +31,26 @@ const modelsRead = new Set();
 const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
 const isLinked = (node, name) => node.inputs?.some((input) => input.widget?.name === name && input.link != null);
 
-// The name of the model that will be loaded, or why it is not known.
+// The name of the model that will be loaded and the files of its weights, or why they are not known.
 function modelOf(node) {
   const slot = node.inputs?.findIndex((input) => input.name === "model") ?? -1;
   if (slot < 0 || node.inputs[slot].link == null) return { hint: t("connect") };
   let source = node.getInputNode(slot);
   while (source?.type === "Reroute") source = source.getInputNode(0);
-  if (source?.type !== LOADER || isLinked(source, "model")) {
+  if (source?.type !== LOADER || ["model", ...FILES].some((name) => isLinked(source, name))) {
     return { hint: t("modelUnknown") };
   }
-  return { model: widgetOf(source, "model").value };
+  const files = FILES.map((name) => [name, widgetOf(source, name)?.value]);
+  return { loader: { model: widgetOf(source, "model").value, ...Object.fromEntries(files) } };
 }
 
 // What to ask the server, or a hint where that cannot be known before a run.
 function questionOf(node) {
   const linked = WIDGETS.filter((name) => isLinked(node, name));
   if (linked.length) return { hint: t("linked", { names: linked.join(", ") }) };
-  const { model, hint } = modelOf(node);
+  const { loader, hint } = modelOf(node);
   if (hint) return { hint };
-  return { values: { model, ...Object.fromEntries(WIDGETS.map((name) => [name, widgetOf(node, name)?.value])) } };
+  return { values: { ...loader, ...Object.fromEntries(WIDGETS.map((name) => [name, widgetOf(node, name)?.value])) } };
 }
 
 async function fetchPlan(values, fixes, signal) {

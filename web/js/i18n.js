@@ -13,7 +13,10 @@ export const textsRead = fetched.then((locales) => (texts = locales), () => {});
 export const language = () => app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
 
 // The text named `key`, with each $name in it filled in from `values`.
-export function t(key, values = {}) {
-  const text = texts[language()]?.[SECTION]?.[key] ?? texts.en?.[SECTION]?.[key] ?? key;
-  return text.replace(/\$(\w+)/g, (_, name) => values[name]);
+export function t(key, values = {}, otherwise = key) {
+  const text = texts[language()]?.[SECTION]?.[key] ?? texts.en?.[SECTION]?.[key] ?? otherwise;
+  return text.replace(/\$(\w+)/g, (whole, name) => values[name] ?? whole);
 }
+
+// What the server says: its name and values, and the English for a page that has no text of that name.
+export const said = ({ key, values, text }) => t(key, values, text);

@@ -1,23 +1,12 @@
 // The live plan as it is drawn: an element below a node's widgets, the same on the canvas and in Nodes 2.0. Whatever it
 // shows is text or has a text beside it, and whatever can be pressed is a button.
-import { t } from "./i18n.js";
+import { amount, element, useStyle } from "./elements.js";
+import { said, t } from "./i18n.js";
 
 const WIDGET = "i2v_live_plan";
-const GIB = 2 ** 30;
-const MIB = 2 ** 20;
 const PARTS = ["weights", "activations", "margin"];
 
-document.head.append(
-  element("link", { rel: "stylesheet", href: new URL("budget.css", import.meta.url).href }),
-);
-
-function element(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
-}
-
-const amount = (bytes) => (bytes < 0.1 * GIB ? `${(bytes / MIB).toFixed(1)} MiB` : `${(bytes / GIB).toFixed(2)} GiB`);
+useStyle("budget.css");
 
 export class LivePlan {
   #node;
@@ -56,12 +45,12 @@ export class LivePlan {
   }
 
   showPlan(plan) {
-    const { error, fits, ways, stages, usable_bytes } = plan;
+    const { error, fits, ways, given_up, stages, usable_bytes } = plan;
     if (error) {
       this.#show({ state: "refused", verdict: `${error.problem}: ${error.remedy}.` });
       return;
     }
-    const details = (ways ?? []).map((way) => t(way)).join(t("comma"));
+    const details = [...ways.map((way) => t(way)), ...given_up.map(said)].join(t("comma"));
     this.#show({ state: fits ? "fits" : "refused", verdict: verdictOf(plan), details });
     const largest = Math.max(usable_bytes, ...stages.map((stage) => Math.max(stage.needed_bytes, stage.peak_bytes)));
     this.#bars.append(...stages.flatMap((stage) => bar(stage, usable_bytes, largest)));

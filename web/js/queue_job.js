@@ -1,9 +1,8 @@
 // One job of the queue as it is drawn. Whatever it shows is text or has a text beside it.
 import { api } from "../../../scripts/api.js";
-import { language, t } from "./i18n.js";
+import { amount, element } from "./elements.js";
+import { language, said, t } from "./i18n.js";
 
-const GIB = 2 ** 30;
-const MIB = 2 ** 20;
 // What can be done with a job in each state.
 const ALLOWED = {
   waiting: ["pause", "cancel"],
@@ -14,16 +13,6 @@ const ALLOWED = {
   done: [],
 };
 const ACTIONS = ["pause", "resume", "cancel", "retry"];
-
-export function element(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
-}
-
-// With a space that does not break.
-const amount = (bytes) =>
-  bytes < 0.1 * GIB ? `${(bytes / MIB).toFixed(1)}\u00a0MiB` : `${(bytes / GIB).toFixed(2)}\u00a0GiB`;
 
 // A duration in its two largest units, as in "3 hr 20 min".
 export function duration(seconds) {
@@ -92,7 +81,7 @@ export class JobCard {
     ].filter(Boolean).join(" · ");
     this.#problem.textContent = job.state === "done" ? "" : (job.problem ?? "");
     this.#why.hidden = !job.why;
-    this.#reason.textContent = job.why ?? "";
+    this.#reason.textContent = job.why ? said(job.why) : "";
     this.#showControls(job, first, last);
   }
 

@@ -1,8 +1,9 @@
 // The queue of I2V Batch in the page's sidebar: its jobs, and what can be done with them.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { t, textsRead } from "./i18n.js";
-import { JobCard, duration, element } from "./queue_job.js";
+import { element, useStyle } from "./elements.js";
+import { said, t, textsRead } from "./i18n.js";
+import { JobCard, duration } from "./queue_job.js";
 
 const ROUTE = "/i2v_budget/queue";
 const ASK_EVERY_MS = 1000;
@@ -89,7 +90,8 @@ class QueueTab {
     setText(this.#summary, this.#summaryOf(queue));
     const waits = queue.jobs.some(({ state }) => state === "waiting");
     setText(this.#rule, waits ? t(RULES[queue.rule]) : "");
-    this.#waits.replaceChildren(...[...queue.waits, ...queue.remarks].map((textContent) => element("li", { textContent })));
+    const lines = [...queue.waits, ...queue.remarks.map(said)];
+    this.#waits.replaceChildren(...lines.map((textContent) => element("li", { textContent })));
     this.#showJobs(queue.jobs);
     const all = Object.values(queue.counts).reduce((sum, count) => sum + count, 0);
     this.#more.textContent = all > queue.jobs.length ? t("queueMore", { count: all - queue.jobs.length }) : "";
@@ -133,9 +135,7 @@ function keepFocus(focused) {
   if (document.activeElement !== usable) usable?.focus({ preventScroll: true });
 }
 
-document.head.append(
-  element("link", { rel: "stylesheet", href: new URL("queue_tab.css", import.meta.url).href }),
-);
+useStyle("queue_tab.css");
 
 app.registerExtension({
   name: "i2v_budget.queue",

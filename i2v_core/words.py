@@ -1,0 +1,67 @@
+"""Sentences that are shown both in English and, on a page, in the page's own language."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from string import Template
+from typing import Any
+
+ENGLISH: Mapping[str, str] = {
+    "approximateWeights": "approximate: $formats weights",
+    "approximateWindows": "approximate: context windows of $frames frames",
+    "whyByHand": "put at place $place by hand",
+    "whyFirstCome": "first come, first served: waiting for $waited s",
+    "whyScore": (
+        "score $score = weight $weight ($seconds s ÷ $amount × priority $priority) × $ageing for $waited s of "
+        "waiting × $loaded since another plan ran last"
+    ),
+    "whyScoreLoaded": (
+        "score $score = weight $weight ($seconds s ÷ $amount × priority $priority) × $ageing for $waited s of "
+        "waiting × $loaded since its plan ran last"
+    ),
+    "remarkHostLeak": (
+        "host memory is not given back: $amount more are held after each job (of the last $jobs): something in "
+        "this process keeps what jobs have made, likely an extension; start the process anew before memory runs "
+        "out, the batch goes on where it was"
+    ),
+    "remarkCardLeak": (
+        "memory of $card is not given back: $amount more are held after each job (of the last $jobs): something "
+        "in this process keeps tensors of jobs that are over, likely an extension; start the process anew before "
+        "memory runs out, the batch goes on where it was"
+    ),
+    "remarkOccupancy": (
+        "$share of device memory is in use (healthy: up to $healthy): other programs hold memory, or the reserve "
+        "is too small"
+    ),
+    "remarkUtilisation": (
+        "the device computes $share of the time (healthy: from $healthy): weights stream from host memory, or the"
+        " processor or the disk cannot keep up"
+    ),
+    "remarkWaiting": (
+        "stages wait for room $share of their time (healthy: up to $healthy): jobs are too large to run beside "
+        "one another"
+    ),
+    "remarkFailed": "$failed jobs have failed and $done are done: look at what the first ones say",
+}
+"""By key; a value's name is a word of small letters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Words:
+    """A sentence of `ENGLISH`, filled with values; as text it is English."""
+
+    key: str
+    values: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return Template(ENGLISH[self.key]).substitute(self.values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: what a page needs to say it in its own language, and the English for who has none."""
+        return {"key": self.key, "values": dict(self.values), "text": str(self)}
+
+
+def words(key: str, **values: object) -> Words:
+    """Values in the form in which they are shown."""
+    return Words(key=key, values={name: str(value) for name, value in values.items()})
