@@ -208,7 +208,8 @@ class Wan:
         shared: dict[str, Tensor] = {}
         if _sees_picture(model.architecture):
             with place("image_encoder") as encoder:
-                pixels_13HW = wan_folder.vision_pixels(model.architecture, fitted)
+                with host_memory():
+                    pixels_13HW = wan_folder.vision_pixels(model.architecture, fitted)
                 shared["encoder_hidden_states_image"] = _seen(encoder, pixels_13HW)
         with place("vae", by_layer=pieces.by_layer) as vae:
             mode_1CThw = _run_of(vae, pieces, on_chunk).encode_mode(picture_13HW, self._encoded_frames(size))

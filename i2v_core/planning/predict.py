@@ -119,6 +119,8 @@ def _predict_denoiser(request: Request, settings: SampleSettings, component: str
     latent_bytes = request.clips * prod(latent.shape_bcthw) * torch.float32.itemsize
     multistep = any("Multistep" in choice.diffusers_class for choice in facts.schedulers)
     kept_bytes = (_MULTISTEP_COPIES if multistep else _LATENT_COPIES) * latent_bytes
+    if multistep and settings.compute_dtype is torch.float32 and request.clips == windows == 1:
+        kept_bytes -= latent_bytes  # the input that is traced is the state itself
     # Beside a window's own inputs there are those of the clip, and the blended prediction.
     blending_bytes = (request.branches + branches) * latent_bytes if windows > 1 else 0
     passes = request.branches // branches
