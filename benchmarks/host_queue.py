@@ -255,21 +255,14 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1, help="of each operation (default: 1)")
     options = parser.parse_args()
-    try:
-        with process.interruptible():
-            host = setup.prepare()
-            status = process.hand_over(host.python, sys.argv)
-            if status is not None:
-                return status
-            answer = measure(host, options)
-    except HostError as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return process.EXIT_INTERRUPTED
-    print_table(answer)
-    write(answer, options)
-    return 0
+
+    def compare(host: setup.Host) -> int:
+        answer = measure(host, options)
+        print_table(answer)
+        write(answer, options)
+        return 0
+
+    return setup.run(compare)
 
 
 def write(answer: dict[str, Any], options: argparse.Namespace) -> None:

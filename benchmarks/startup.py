@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 
-from comfy_host import console, process, setup
+from comfy_host import console, setup
 from comfy_host.errors import HostError
 from comfy_host.server import PACK_FOLDER, Server
 
@@ -78,32 +78,27 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="starts with the pack and without (default: 5)")
     parser.add_argument("--out", type=Path, help="also write all figures to this file, as JSON")
     options = parser.parse_args()
-    try:
-        with process.interruptible():
-            host = setup.prepare()
-            status = process.hand_over(host.python, sys.argv)
-            if status is not None:
-                return status
-            starts = measure(host, max(options.rounds, 1))
-    except HostError as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return process.EXIT_INTERRUPTED
-    figures = summary(starts)
-    rows = [(kind, *(f"{value:.2f}" for value in values.values())) for kind, values in figures.items()]
-    print("\n" + console.table(("median of the starts", "until it answers", "processor", "import"), rows))
-    within = figures["added"]["import_seconds"] <= LIMIT_SECONDS
-    print(f"\nThe import takes {'at most' if within else 'MORE than'} {LIMIT_SECONDS} s.")
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        machine = {
-            "system": platform.platform(),
-            "python": platform.python_version(),
-            "date": time.strftime("%Y-%m-%d"),
-        }
-        options.out.write_text(json.dumps({"machine": machine, **figures, "starts": starts}, indent=1) + "\n", "utf-8")
-    return 0 if within else 1
+
+    def show(host: setup.Host) -> int:
+        starts = measure(host, max(options.rounds, 1))
+        figures = summary(starts)
+        rows = [(kind, *(f"{value:.2f}" for value in values.values())) for kind, values in figures.items()]
+        print("\n" + console.table(("median of the starts", "until it answers", "processor", "import"), rows))
+        within = figures["added"]["import_seconds"] <= LIMIT_SECONDS
+        print(f"\nThe import takes {'at most' if within else 'MORE than'} {LIMIT_SECONDS} s.")
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            machine = {
+                "system": platform.platform(),
+                "python": platform.python_version(),
+                "date": time.strftime("%Y-%m-%d"),
+            }
+            options.out.write_text(
+                json.dumps({"machine": machine, **figures, "starts": starts}, indent=1) + "\n", "utf-8"
+            )
+        return 0 if within else 1
+
+    return setup.run(show)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from comfy_host import process, setup
-from comfy_host.errors import HostError
+from comfy_host import setup
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -46,30 +45,22 @@ def main() -> int:
     options = arguments().parse_args()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        with process.interruptible():
-            host = setup.prepare()
-            status = process.hand_over(host.python, sys.argv)
-            if status is not None:
-                return status
-            from comfy_host import demo  # it needs what was installed just now
 
-            demo.play(
-                host,
-                image=options.image,
-                prompt=options.prompt,
-                seed=options.seed,
-                budget=options.vram,
-                out=options.out.expanduser().resolve(),
-                serve=options.serve,
-            )
-    except HostError as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return process.EXIT_INTERRUPTED
-    return 0
+    def play(host: setup.Host) -> int:
+        from comfy_host import demo  # it needs what was installed just now
+
+        demo.play(
+            host,
+            image=options.image,
+            prompt=options.prompt,
+            seed=options.seed,
+            budget=options.vram,
+            out=options.out.expanduser().resolve(),
+            serve=options.serve,
+        )
+        return 0
+
+    return setup.run(play)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import frontend, process, source, venv
-from .errors import SetupError
+from .errors import HostError, SetupError
 
 PACK = Path(__file__).resolve().parents[2]
 SCRIPTS = PACK / "scripts"
@@ -45,6 +47,24 @@ def prepare(*, tests: bool = False) -> Host:
     if tests:
         frontend.ensure(CACHE, python)
     return find(python)
+
+
+def run(job: Callable[[Host], int]) -> int:
+    """The course of a script that needs a host: makes it ready, goes on in its interpreter, and does the job there.
+
+    Returns the script's exit status; of a `HostError`, or an interrupt, the user is told.
+    """
+    try:
+        with process.interruptible():
+            host = prepare()
+            status = process.hand_over(host.python, sys.argv)
+            return job(host) if status is None else status
+    except HostError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return process.EXIT_INTERRUPTED
 
 
 def find(python: Path) -> Host:
