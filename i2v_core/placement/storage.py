@@ -99,6 +99,10 @@ class StoredWeights:
         self._scales[tensor].copy_(scales)
         return values
 
+    def computes_with(self, tensor: Tensor) -> bool:
+        """Whether layers compute with what a tensor of the module lies as."""
+        return tensor not in self._quantized and tensor not in self._scales
+
     def restored(self, tensor: Tensor, lying: Tensor) -> Tensor:
         """The precision of computation of `lying`, which is on the device what `tensor` of the module lies as."""
         if tensor in self._quantized:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..chunking import LayerCall, LayerRunner
+from .parcels import Parcel, packed
 from .staging import staged
 from .storage import StoredWeights, WeightStorage
 from .swap import all_tensors, own_tensors, swapped
@@ -56,13 +57,20 @@ class WeightStream(LayerRunner):
     """
 
     def __init__(
-        self, device: torch.device, weights: StoredWeights, tensors_of: Callable[[nn.Module], list[Tensor]]
+        self,
+        module: nn.Module,
+        device: torch.device,
+        weights: StoredWeights,
+        tensors_of: Callable[[nn.Module], list[Tensor]],
     ) -> None:
         self.loaded_bytes = 0
+        # What lies on the host: a layer that follows itself is fetched while the module has it from the device.
+        self._on_host = {tensor: tensor.data for tensor in all_tensors(module)}
         self._device = device
         self._weights = weights
         self._tensors_of = tensors_of
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._packed: dict[Modules, tuple[list[Tensor], list[Parcel]]] = {}
         self._following: dict[Modules, Modules] = {}
         self._fetched: dict[Modules, _Arrival] = {}
         self._previous: Modules | None = None
@@ -93,19 +101,33 @@ class WeightStream(LayerRunner):
         self._fetched.clear()
 
     def _fetch(self, modules: Modules) -> _Arrival:
-        tensors = [tensor for module in modules for tensor in self._tensors_of(module)]
-        self.loaded_bytes += sum(tensor.nbytes for tensor in tensors)
+        if modules not in self._packed:
+            self._packed[modules] = self._pack(modules)
+        tensors, parcels = self._packed[modules]
+        self.loaded_bytes += sum(self._on_host[tensor].nbytes for tensor in tensors)
         # Allocated on the current stream, which frees them too; so the copy must wait for the memory's last use there.
-        copies = [torch.empty_like(tensor.data, device=self._device) for tensor in tensors]
+        on_device = [torch.empty_like(parcel.on_host, device=self._device) for parcel in parcels]
+        copies = dict(it for parcel, copy in zip(parcels, on_device, strict=True) for it in parcel.unpacked(copy))
+        event = self._copy(parcels, on_device)
+        return _Arrival(tensors, [copies[place] for place in range(len(tensors))], self._weights, event)
+
+    def _pack(self, modules: Modules) -> tuple[list[Tensor], list[Parcel]]:
+        tensors = [tensor for module in modules for tensor in self._tensors_of(module)]
+        # What layers do not compute with as it lies is given up one by one, when it has been restored.
+        alone = [not self._weights.computes_with(tensor) for tensor in tensors]
+        return tensors, packed([self._on_host[tensor] for tensor in tensors], alone)
+
+    def _copy(self, parcels: list[Parcel], on_device: list[Tensor]) -> Any:
+        """The event of the copies' end; None where they have ended already."""
         if self._copy_stream is None:
-            for tensor, on_device in zip(tensors, copies, strict=True):
-                on_device.copy_(tensor.data)
-            return _Arrival(tensors, copies, self._weights, None)
+            for parcel, copy in zip(parcels, on_device, strict=True):
+                copy.copy_(parcel.on_host)
+            return None
         self._copy_stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copy_stream):
-            for tensor, on_device in zip(tensors, copies, strict=True):
-                on_device.copy_(tensor.data, non_blocking=True)
-            return _Arrival(tensors, copies, self._weights, self._copy_stream.record_event())
+            for parcel, copy in zip(parcels, on_device, strict=True):
+                copy.copy_(parcel.on_host, non_blocking=True)
+            return self._copy_stream.record_event()
 
 
 @contextmanager
@@ -118,7 +140,7 @@ def streamed(
     """For a module whose forward runs layer by layer through a `LayerRunner`: the runner that brings weights in."""
     weights = StoredWeights(module, device, dtype, storage)
     with staged(module, weights, pinned=device.type == "cuda"):
-        stream = WeightStream(device, weights, all_tensors)
+        stream = WeightStream(module, device, weights, all_tensors)
         try:
             yield stream
         finally:
@@ -130,7 +152,7 @@ def streamed_leaves(module: nn.Module, device: torch.device, dtype: torch.dtype)
     """For a module that runs as it is: hooks bring in every submodule's own weights around its call."""
     weights = StoredWeights(module, device, dtype, WeightStorage.AS_COMPUTED)
     with staged(module, weights, pinned=device.type == "cuda"):
-        stream = WeightStream(device, weights, own_tensors)
+        stream = WeightStream(module, device, weights, own_tensors)
         inside: dict[nn.Module, ExitStack] = {}
 
         def bring_in(owner: nn.Module, _: object) -> None:
