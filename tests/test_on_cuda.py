@@ -80,7 +80,7 @@ def model(subject_folder: Path) -> I2VModel:
 
 @pytest.fixture
 def card() -> Iterator[EmulatedCard]:
-    """It must be left empty, by way of nothing that the host had to be lucky with."""
+    """It must be left empty, and nothing on it may have been used without a wait."""
     gc.collect()
     with emulated_cuda() as card:
         yield card
@@ -154,7 +154,7 @@ def test_the_host_waits_for_the_card_a_few_times_a_step_and_not_for_each_layer(
     assert (waits(6) - waits(3)) / 3 <= 15 < layer_calls
 
 
-def test_a_card_that_is_too_small_is_stepped_down_to(model: I2VModel, subject: Subject) -> None:
+def test_sampling_steps_down_on_a_card_that_is_too_small(model: I2VModel, subject: Subject) -> None:
     plan = plan_of(model, subject, WAYS["whole"], CARD)
     expected, _ = made(model, plan_of(model, subject, WAYS["whole"], CPU))
     runtime = stages.Runtime(device=CARD)

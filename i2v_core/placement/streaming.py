@@ -64,7 +64,7 @@ class WeightStream(LayerRunner):
         tensors_of: Callable[[nn.Module], list[Tensor]],
     ) -> None:
         self.loaded_bytes = 0
-        # What lies on the host: a layer that follows itself is fetched while the module has it from the device.
+        # Kept, since a layer that follows itself is fetched while the module holds its copies on the device.
         self._on_host = {tensor: tensor.data for tensor in all_tensors(module)}
         self._device = device
         self._weights = weights
