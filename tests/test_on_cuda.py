@@ -80,12 +80,12 @@ def model(subject_folder: Path) -> I2VModel:
 
 @pytest.fixture
 def card() -> Iterator[EmulatedCard]:
-    """It must be left empty, and nothing on it may have been used without a wait."""
+    """It must be left empty, with nothing pinned for it, and nothing on it may have been used without a wait."""
     gc.collect()
     with emulated_cuda() as card:
         yield card
         gc.collect()
-        assert card.used_bytes == 0
+        assert card.used_bytes == card.pinned_bytes == 0
     assert not card.races, card.races[0]
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..chunking import ChunkSettings, LayerRunner
 from ..chunking.execution import Execution
-from ..memory.parking import empty_parked
+from ..memory.parking import empty_on_host
 from .causal_bands import CausalBands
 from .feature_map import FeatureMap, FeatureMaps
 from .pieces import FramePieces
@@ -54,7 +54,7 @@ class WanPass:
             self.on_chunk()
             start, end = end, end + (times if index else 1)
             latent_1C1hw = latents_1CThw[:, :, index : index + 1].to(self.device, self.dtype)
-            frames_FHW3 = empty_parked((end - start, height, width, 3), torch.float32, self.device)
+            frames_FHW3 = empty_on_host((end - start, height, width, 3), torch.float32, self.device)
             decode(latent_1C1hw, frames_FHW3)
             del latent_1C1hw
             if end > first_frame:
@@ -69,7 +69,7 @@ class WanPass:
         encode = _BandedEncoder(self) if self.pieces.by_layer else _PlainEncoder(self.vae)
         count = (frames - 1) // times + 1
         shape = (1, self.vae.config.z_dim, count, height // factor, width // factor)
-        latents_1CThw = empty_parked(shape, torch.float32, self.device)
+        latents_1CThw = empty_on_host(shape, torch.float32, self.device)
         for index in range(count):
             self.on_chunk()
             frames_13FHW = torch.zeros(1, 3, times if index else 1, height, width, device=self.device, dtype=self.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import decoding
 from ..decoding import FramePieces
 from ..memory.meter import host_memory
-from ..memory.parking import empty_parked
+from ..memory.parking import empty_on_host
 from .base import Placed
 
 
@@ -62,7 +62,7 @@ def decode(vae: Placed, samples_FChw: Tensor, pieces: FramePieces, on_chunk: Cal
         chunk_fChw = samples_FChw[start : start + pieces.chunk_size]
         on_device_fChw = chunk_fChw.to(vae.device, vae.dtype)
         height, width = (side * compression for side in chunk_fChw.shape[2:])
-        frames_fHW3 = empty_parked((len(chunk_fChw), height, width, 3), torch.float32, vae.device)
+        frames_fHW3 = empty_on_host((len(chunk_fChw), height, width, 3), torch.float32, vae.device)
         if pieces.by_layer:
             decoding.decode_into(vae.module, on_device_fChw, frames_fHW3, pieces, runner=vae.runner, on_chunk=on_chunk)
         else:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..chunking import ChunkSettings, LayerRunner, chunked
 from ..decoding import FramePieces
 from ..memory.meter import host_memory
-from ..memory.parking import empty_parked
+from ..memory.parking import empty_on_host
 from . import autoencoder_kl, clip
 from .base import Conditioning, Place, Placed, Prompt, TensorMap, Workload
 from .facts import FamilyFacts, SchedulerChoice, VideoSize
@@ -122,7 +122,7 @@ class I2VGenXL(UNetFamily):
             return encoder.module(torch.empty(shape, device=encoder.device, dtype=encoder.dtype)).image_embeds
 
         def latents(vae: Placed) -> Tensor:
-            picture_13HW = empty_parked((1, 3, size.height_pixels, size.width_pixels), torch.float32, vae.device)
+            picture_13HW = empty_on_host((1, 3, size.height_pixels, size.width_pixels), torch.float32, vae.device)
             return self._image_latents(vae, picture_13HW, pieces, on_chunk=lambda: None)
 
         return (
@@ -159,7 +159,7 @@ class I2VGenXL(UNetFamily):
 
         def decode(vae: Placed) -> Tensor:
             shape = (frames, latent.channels, latent.latent_height, latent.latent_width)
-            samples = empty_parked(shape, torch.float32, vae.device)
+            samples = empty_on_host(shape, torch.float32, vae.device)
             return next(self.decode(vae, samples, 0, pieces, on_chunk=lambda: None))
 
         passes = -(-size.frames // frames)

@@ -19,7 +19,7 @@ from ..chunking import ChunkSettings, LayerRunner
 from ..chunking.spatio_temporal_unet import chunked
 from ..decoding import FramePieces, decode_clip_into
 from ..memory.meter import host_memory
-from ..memory.parking import empty_parked
+from ..memory.parking import empty_on_host
 from . import autoencoder_kl, clip
 from .base import Conditioning, Place, Placed, Prompt, TensorMap, Workload
 from .facts import FamilyFacts, SchedulerChoice, VideoSize
@@ -110,7 +110,7 @@ class StableVideoDiffusion(UNetFamily):
             return encoder.module(torch.empty(shape, device=encoder.device, dtype=encoder.dtype)).image_embeds
 
         def latents(vae: Placed) -> Tensor:
-            picture_13HW = empty_parked((1, 3, size.height_pixels, size.width_pixels), torch.float32, vae.device)
+            picture_13HW = empty_on_host((1, 3, size.height_pixels, size.width_pixels), torch.float32, vae.device)
             return autoencoder_kl.encode_mode(vae, picture_13HW, pieces, on_chunk=lambda: None)
 
         return (
@@ -141,7 +141,7 @@ class StableVideoDiffusion(UNetFamily):
 
         def decode(vae: Placed) -> Tensor:
             shape = (size.frames, latent.channels, latent.latent_height, latent.latent_width)
-            samples = empty_parked(shape, torch.float32, vae.device)
+            samples = empty_on_host(shape, torch.float32, vae.device)
             return next(self.decode(vae, samples, 0, pieces, on_chunk=lambda: None))
 
         return Workload(name="decode", component=self.decoder, run=decode, by_layer=pieces.by_layer)
@@ -224,7 +224,7 @@ class StableVideoDiffusion(UNetFamily):
         on_device_FChw = samples.to(decoder.device, decoder.dtype)
         compression = self.facts.spatial_compression
         height, width = (side * compression for side in samples.shape[2:])
-        frames_FHW3 = empty_parked((len(samples), height, width, 3), torch.float32, decoder.device)
+        frames_FHW3 = empty_on_host((len(samples), height, width, 3), torch.float32, decoder.device)
         if pieces.by_layer:
             decode_clip_into(vae, on_device_FChw, frames_FHW3, pieces, runner=decoder.runner, on_chunk=on_chunk)
         else:

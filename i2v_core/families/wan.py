@@ -23,7 +23,7 @@ from ..decoding import FramePieces
 from ..decoding.wan import WanPass
 from ..errors import ModelFolderError
 from ..memory.meter import host_memory
-from ..memory.parking import empty_parked, kept_on_host
+from ..memory.parking import empty_on_host, kept_on_host
 from . import umt5, wan_folder, wan_latents
 from .autoencoder_kl import centred
 from .base import Conditioning, Denoiser, Place, Placed, Prompt, TensorMap, Workload
@@ -125,7 +125,7 @@ class Wan:
             return encoder.module(pixels_13HW, output_hidden_states=True).hidden_states[-2]
 
         def latents(vae: Placed) -> Tensor:
-            picture_13HW = empty_parked((1, 3, size.height_pixels, size.width_pixels), torch.float32, vae.device)
+            picture_13HW = empty_on_host((1, 3, size.height_pixels, size.width_pixels), torch.float32, vae.device)
             frames = min(self._encoded_frames(size), self.facts.pixel_frames(_STEADY_FRAMES))
             return _run_of(vae, pieces, on_chunk=lambda: None).encode_mode(picture_13HW, frames)
 
@@ -175,7 +175,7 @@ class Wan:
 
         def decode(vae: Placed) -> None:
             shape = (1, channels, min(count, _STEADY_FRAMES), height, width)
-            samples_1CThw = empty_parked(shape, torch.float32, vae.device)
+            samples_1CThw = empty_on_host(shape, torch.float32, vae.device)
             for _ in self.decode(vae, samples_1CThw, 0, pieces, on_chunk=lambda: None):
                 pass
 

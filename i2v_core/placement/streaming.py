@@ -90,15 +90,21 @@ class WeightStream(LayerRunner):
             if following is not None:
                 # Only one layer ahead: what was fetched for a layer that did not come is dropped.
                 ahead = self._fetched.pop(following, None)
-                self.drop_fetched()
+                self._drop_fetched()
                 self._fetched[following] = ahead or self._fetch(following)
             yield
 
-    def drop_fetched(self) -> None:
+    def _drop_fetched(self) -> None:
         """Give up what was fetched ahead. Its memory may go to others only after the copy that still writes to it."""
         for arrival in self._fetched.values():
             arrival.wait()
         self._fetched.clear()
+
+    def close(self) -> None:
+        """Let go of all memory, on the device and on the host."""
+        self._drop_fetched()
+        self._packed.clear()
+        self._on_host.clear()
 
     def _fetch(self, modules: Modules) -> _Arrival:
         if modules not in self._packed:
@@ -144,7 +150,7 @@ def streamed(
         try:
             yield stream
         finally:
-            stream.drop_fetched()
+            stream.close()
 
 
 @contextmanager
@@ -167,5 +173,5 @@ def streamed_leaves(module: nn.Module, device: torch.device, dtype: torch.dtype)
                 if own_tensors(owner):
                     hooks.callback(owner.register_forward_pre_hook(bring_in).remove)
                     hooks.callback(owner.register_forward_hook(take_out, always_call=True).remove)
-            hooks.callback(stream.drop_fetched)
+            hooks.callback(stream.close)
             yield stream

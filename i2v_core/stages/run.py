@@ -15,6 +15,7 @@ from ..chunking import LayerRunner
 from ..errors import RanOutError
 from ..families import I2VModel, Placed
 from ..memory.device import is_out_of_memory
+from ..memory.parking import give_pinned_back
 from ..memory.stage_meter import StageMeter, stage_meter
 from ..placement.placed import placed
 from ..placement.storage import WeightStorage, resident
@@ -183,9 +184,19 @@ def _give_back(device: torch.device) -> None:
 
 
 @contextmanager
+def _pinned_given_back(device: torch.device) -> Generator[None]:
+    """What a stage has pinned would be missing to others, and to the next plan, which goes by the free host memory."""
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            give_pinned_back()
+
+
+@contextmanager
 def running(stage: Stage, model: I2VModel, plan: Plan, runtime: Runtime) -> Generator[StageRun]:
     plan.check_made_for(model.architecture)
-    with torch.no_grad(), stage_meter(runtime.device) as meter:
+    with torch.no_grad(), _pinned_given_back(runtime.device), stage_meter(runtime.device) as meter:
 
         def check_cancelled() -> None:
             meter.sample()

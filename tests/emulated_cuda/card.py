@@ -50,10 +50,13 @@ _VALUES = {
 
 
 class EmulatedCard:
-    """`used_bytes` are in use now, `peak_bytes` have been; over `limit_bytes` there is a `torch.OutOfMemoryError`."""
+    """`used_bytes` are in use now, `peak_bytes` have been; over `limit_bytes` there is a `torch.OutOfMemoryError`.
+    `pinned_bytes` of the host are in use, or kept for the next who asks.
+    """
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes, self.used_bytes, self.peak_bytes = limit_bytes, 0, 0
+        self.pinned_bytes, self._idle_pinned_bytes = 0, 0
         self.streams = Streams()
         self._on_card: dict[int, weakref.ref[Any]] = {}
         self._pinned: dict[int, weakref.ref[Any]] = {}
@@ -78,26 +81,42 @@ class EmulatedCard:
                 f"CUDA out of memory (emulated). Tried to allocate {size_bytes} bytes: {self.used_bytes} of "
                 f"{self.limit_bytes} bytes are in use."
             )
-        self._watch(tensor, self._on_card, size_bytes)
+
+        def freed() -> None:
+            self.used_bytes -= size_bytes
+
+        self._watch(tensor, self._on_card, freed)
+        self.used_bytes += size_bytes
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
     def pin(self, tensor: Tensor) -> None:
-        self._watch(tensor, self._pinned, 0)
+        if self.has_pinned(tensor):
+            return
+        size_bytes = tensor.untyped_storage().nbytes()
+
+        def freed() -> None:
+            self._idle_pinned_bytes += size_bytes
+
+        self._watch(tensor, self._pinned, freed)
+        self.pinned_bytes += size_bytes
+
+    def give_idle_pinned_back(self) -> None:
+        self.pinned_bytes -= self._idle_pinned_bytes
+        self._idle_pinned_bytes = 0
 
     def reset_peak(self) -> None:
         self.peak_bytes = self.used_bytes
 
-    def _watch(self, tensor: Tensor, among: dict[int, weakref.ref[Any]], size_bytes: int) -> None:
+    def _watch(self, tensor: Tensor, among: dict[int, weakref.ref[Any]], freed: Callable[[], None]) -> None:
         key = storage_key(tensor)
 
         def forget(_: object) -> None:
             del among[key]
             self.streams.died(key)
-            self.used_bytes -= size_bytes
+            freed()
 
         among[key] = weakref.ref(tensor.untyped_storage(), forget)
         self.streams.born(key)
-        self.used_bytes += size_bytes
-        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
 
 class _Births(TorchDispatchMode):
@@ -289,6 +308,7 @@ def emulated_cuda(limit_bytes: int = 8 * GIB) -> Generator[EmulatedCard]:
     with ExitStack() as stack:
         for name, value in there.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        stack.enter_context(mock.patch.object(torch._C, "_host_emptyCache", card.give_idle_pinned_back))
         stack.enter_context(births)
         stack.enter_context(_Calls(card, births))
         yield card

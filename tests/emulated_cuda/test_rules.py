@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from i2v_core.memory.meter import ALLOCATION_BYTES
+from i2v_core.memory.parking import give_pinned_back
 from i2v_core.units import KIB
 
 from . import CARD, emulated_cuda
@@ -58,6 +59,19 @@ def test_its_memory_has_a_limit() -> None:
         assert torch.cuda.max_memory_allocated() == 6 * ALLOCATION_BYTES
         del kept
         assert card.used_bytes == 0
+
+
+def test_pinned_memory_is_kept_until_it_is_asked_back() -> None:
+    with emulated_cuda() as card:
+        pinned = torch.empty(1000, pin_memory=True)
+        assert pinned.is_pinned()
+        assert not torch.empty(1000).is_pinned()
+        give_pinned_back()
+        assert card.pinned_bytes == pinned.nbytes
+        del pinned
+        assert card.pinned_bytes
+        give_pinned_back()
+        assert not card.pinned_bytes
 
 
 def test_a_copy_of_what_does_not_lie_alike_takes_memory_for_its_contiguous_form() -> None:
