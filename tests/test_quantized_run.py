@@ -30,6 +30,7 @@ from i2v_core.planning.report import report
 from i2v_core.planning.request import Budget, Request
 from i2v_core.planning.trace import trace_denoiser
 from i2v_core.units import GIB, KIB
+from tests.emulated_cuda import CARD, emulated_cuda
 from tests.wan_files import (
     QuantizationType,
     read_by_diffusers,
@@ -254,3 +255,16 @@ def test_layers_say_where_their_weights_are(wan: Quantised) -> None:
     trace = trace_denoiser(wan.model.architecture, SIZE, 1, torch.bfloat16, ChunkSettings(workspace_bytes=64 * KIB))
     met = {weight for call in trace.calls for module in call.modules for weight in quantized_weights(module)}
     assert met == set(quantized_weights(trace.module))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_on_a_card_the_result_is_the_cpus(wan: Quantised, streamed: bool) -> None:
+    """Restored on the card: nothing is on two devices, and no copy is used before its end."""
+    plan = changed(planned(wan, "bf16"), streamed=streamed, workspace_bytes=50_000)
+    conditioning, _ = stages.encode(wan.model, plan, PROMPT, RUNTIME)
+    expected, counted = stages.sample(wan.model, plan, conditioning, SAMPLER, RUNTIME)
+    with emulated_cuda() as card:
+        found, report = stages.sample(wan.model, plan, conditioning, SAMPLER, stages.Runtime(device=CARD))
+    assert torch.equal(found, expected)
+    assert report.measured_peak_bytes == pytest.approx(counted.measured_peak_bytes, rel=0.02)
+    assert not card.races, card.races[0]

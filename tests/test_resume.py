@@ -25,6 +25,7 @@ from i2v_core.planning.request import Budget, Request
 from i2v_core.sampling import checkpoint
 from i2v_core.sampling.checkpoint import Checkpointing, CheckpointWhen
 from i2v_core.units import GIB
+from tests.emulated_cuda import CARD, emulated_cuda
 
 CPU = torch.device("cpu")
 RUNTIME = stages.Runtime(device=CPU)
@@ -96,6 +97,28 @@ def cancelled(
     with pytest.raises(StopError):
         stages.sample(model, plan, told, settings, stop_after(at), chosen)
     return next(iter(chosen.folder.glob("*")), None)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("goes_on", [CARD, CPU], ids=["on the card", "on the CPU"])
+def test_a_run_that_was_cancelled_on_a_card_goes_on(
+    model: I2VModel,
+    plan: Plan,
+    conditioning: Conditioning,
+    every_step: Checkpointing,
+    scheduler: str,
+    goes_on: torch.device,
+) -> None:
+    settings = replace(SETTINGS, scheduler=scheduler)
+    expected, _ = stages.sample(model, plan, conditioning, settings, RUNTIME)
+    with emulated_cuda() as card:
+        with pytest.raises(StopError):
+            stages.sample(model, plan, conditioning, settings, replace(stop_after(3), device=CARD), every_step)
+        runtime = replace(RUNTIME, device=goes_on)
+        found, report = stages.sample(model, plan, conditioning, settings, runtime, every_step)
+    assert torch.equal(found, expected)
+    assert "went on" in " ".join(report.notes)
+    assert not card.races, card.races[0]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
