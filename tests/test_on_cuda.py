@@ -110,11 +110,14 @@ def settings_of(model: I2VModel, steps: int = STEPS) -> stages.SamplerSettings:
 
 
 def made(model: I2VModel, plan: Plan) -> tuple[tuple[Tensor, Tensor], list[stages.StageReport]]:
-    """Latents and frames, and what the stages report."""
+    """Latents and frames, and what the stages report. What a stage leaves to be collected would count for the next."""
     runtime = stages.Runtime(device=plan.device.torch_device)
+    gc.collect()
     text = "a red circle" if "text" in family_of(model.architecture).facts.takes else ""
     conditioning, encoded = stages.encode(model, plan, Prompt(image_FHWC=IMAGE, text=text), runtime)
+    gc.collect()
     samples, sampled = stages.sample(model, plan, conditioning, settings_of(model), runtime)
+    gc.collect()
     frames, decoded = stages.decode(model, plan, samples, runtime)
     return (samples, frames), [encoded, sampled, decoded]
 
