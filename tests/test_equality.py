@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from i2v_core import stages
-from i2v_core.families import Conditioning, I2VModel, Prompt, TensorMap, family_of, load_model
+from i2v_core.families import Conditioning, I2VModel, Prompt, TensorMap, family_of
 from i2v_core.memory.device import device_facts
 from i2v_core.placement.placed import placed
 from i2v_core.placement.precision import PRECISIONS
@@ -27,7 +27,7 @@ from i2v_core.sampling.noise import initial_noise
 from i2v_core.sampling.schedulers import make_scheduler
 from i2v_core.units import GIB
 from tests.measures import relative_rms
-from tests.subjects import SUBJECTS, Subject, make_every_parameter_matter
+from tests.subjects import SUBJECTS, Subject, load_with_every_parameter
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -66,10 +66,7 @@ def settings_for(model: I2VModel) -> stages.SamplerSettings:
 
 @pytest.fixture(scope="module")
 def model(subject_folder: Path) -> I2VModel:
-    model = load_model(subject_folder)
-    for denoiser in family_of(model.architecture).denoisers(model.architecture):
-        make_every_parameter_matter(model.modules[denoiser.component])
-    return model
+    return load_with_every_parameter(subject_folder)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from i2v_core import stages
 from i2v_core.decoding import FramePieces
-from i2v_core.families import I2VModel, Prompt, family_of, load_model
+from i2v_core.families import I2VModel, Prompt, family_of
 from i2v_core.memory.device import DeviceFacts
 from i2v_core.placement.storage import WeightStorage
 from i2v_core.placement.swap import all_tensors
@@ -28,7 +28,7 @@ from i2v_core.planning.request import Budget, Request
 from i2v_core.units import GIB, KIB
 from tests.emulated_cuda import CARD, EmulatedCard, emulated_cuda
 from tests.measures import relative_rms
-from tests.subjects import Subject, make_every_parameter_matter
+from tests.subjects import Subject, load_with_every_parameter
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -72,10 +72,7 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def model(subject_folder: Path) -> I2VModel:
-    model = load_model(subject_folder)
-    for denoiser in family_of(model.architecture).denoisers(model.architecture):
-        make_every_parameter_matter(model.modules[denoiser.component])
-    return model
+    return load_with_every_parameter(subject_folder)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from i2v_core import stages
-from i2v_core.families import I2VModel, Prompt, family_of, load_model
+from i2v_core.families import I2VModel, Prompt, family_of
 from i2v_core.memory.device import device_facts
 from i2v_core.memory.stage_meter import stage_meter
 from i2v_core.planning.margin import needed_bytes
@@ -27,7 +27,7 @@ from i2v_core.planning.request import Budget, Request
 from i2v_core.sampling.checkpoint import Checkpointing, CheckpointWhen
 from i2v_core.sampling.context import ContextWindows
 from i2v_core.units import GIB, KIB
-from tests.subjects import SUBJECTS, Subject, make_every_parameter_matter
+from tests.subjects import SUBJECTS, Subject, load_with_every_parameter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,18 +56,12 @@ class StoppedError(Exception):
 
 @pytest.fixture(scope="module")
 def model(subject_folder: Path) -> I2VModel:
-    return _with_every_parameter(load_model(subject_folder))
+    return load_with_every_parameter(subject_folder)
 
 
 @pytest.fixture(scope="module")
 def i2vgen_xl(tiny_folder: Path) -> I2VModel:
-    return _with_every_parameter(load_model(tiny_folder))
-
-
-def _with_every_parameter(model: I2VModel) -> I2VModel:
-    for denoiser in family_of(model.architecture).denoisers(model.architecture):
-        make_every_parameter_matter(model.modules[denoiser.component])
-    return model
+    return load_with_every_parameter(tiny_folder)
 
 
 def plan_of(model: I2VModel, subject: Subject, way: SampleSettings, clips: int = 1, frames: int = 3) -> Plan:

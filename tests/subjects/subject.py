@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from i2v_core.families import Architecture, I2VModel, Prompt, VideoSize, bundled_architecture, family_of
+from i2v_core.families import Architecture, I2VModel, Prompt, VideoSize, bundled_architecture, family_of, load_model
 from i2v_core.families.base import Family
 
 Inputs = dict[str, Any]
@@ -165,6 +166,14 @@ class Subject:
         config = self.architecture().config(self.component)
         inputs = self.denoiser.make_inputs(LatentShape(batch, frames, height, width), config, empty)
         return {name: tensor.to("meta") for name, tensor in inputs.items()}
+
+
+def load_with_every_parameter(folder: Path) -> I2VModel:
+    """The model in the folder, with denoisers of which every parameter matters."""
+    model = load_model(folder)
+    for denoiser in family_of(model.architecture).denoisers(model.architecture):
+        make_every_parameter_matter(model.modules[denoiser.component])
+    return model
 
 
 def make_every_parameter_matter(module: nn.Module) -> None:
