@@ -29,12 +29,12 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from i2v_core.batch.devices import local_devices  # noqa: E402
-from i2v_core.batch.engine import Engine  # noqa: E402
-from i2v_core.batch.events import Span  # noqa: E402
-from i2v_core.batch.job import JobSpec, JobState  # noqa: E402
-from i2v_core.batch.settings import EngineSettings  # noqa: E402
-from i2v_core.batch.store import JobStore  # noqa: E402
+from i2v_core.batch.devices.device import local_devices  # noqa: E402
+from i2v_core.batch.engines.local import Engine  # noqa: E402
+from i2v_core.batch.engines.settings import EngineSettings  # noqa: E402
+from i2v_core.batch.jobs.job import JobSpec, JobState  # noqa: E402
+from i2v_core.batch.jobs.store import JobStore  # noqa: E402
+from i2v_core.batch.monitoring.events import Span  # noqa: E402
 from i2v_core.families import I2VModel, VideoSize, load_model  # noqa: E402
 from i2v_core.memory.calibration import CalibrationStore  # noqa: E402
 from i2v_core.memory.device import device_facts  # noqa: E402
@@ -68,12 +68,12 @@ def run(
     folder: Path, jobs: list[JobSpec], model: I2VModel, way: tuple[int, int], limit_bytes: int | None
 ) -> tuple[float, float, list[Span]]:
     """Seconds that the batch took, those of processors, and its stages."""
-    in_hand, clips = way
+    max_in_flight, clips = way
     store = JobStore(folder / "jobs.queue")
     store.add(jobs)
     spans: list[Span] = []
     devices = local_devices(limit_bytes, 0, CalibrationStore(folder / "calibration.json"))[:1]
-    settings = EngineSettings(output=folder / "out", in_hand=in_hand, clips_at_once=clips)
+    settings = EngineSettings(output=folder / "out", max_in_flight=max_in_flight, clips_at_once=clips)
     engine = Engine(store, devices, settings, load=lambda _: model, on_span=spans.append)
     began, worked = time.perf_counter(), time.process_time()
     engine.run()

@@ -29,7 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from i2v_core.chunking import LayerRunner
-from i2v_core.decoding import FramePieces
+from i2v_core.decoding import TilingSettings
 from i2v_core.families import Placed, autoencoder_kl, bundled_architecture, family_of
 from i2v_core.memory.stage_meter import stage_meter
 from i2v_core.units import MIB
@@ -58,7 +58,7 @@ class Subject:
     vae: Any
     samples: Tensor
 
-    def pieces(self, pieces: FramePieces) -> Decode:
+    def pieces(self, pieces: TilingSettings) -> Decode:
         placed = Placed(module=self.vae, device=self.samples.device, dtype=self.samples.dtype, runner=LayerRunner())
         return lambda: next(autoencoder_kl.decode(placed, self.samples, pieces, on_chunk=lambda: None))
 
@@ -98,12 +98,12 @@ def subject(model: str, size: tuple[int, int], device: torch.device, dtype: torc
 
 
 def ways(chosen: Subject, tiles: list[int], comfyui: Path | None) -> Iterator[tuple[str, Decode]]:
-    yield "whole frame", chosen.pieces(FramePieces(chunk_size=1))
+    yield "whole frame", chosen.pieces(TilingSettings(chunk_size=1))
     for tile in tiles:
-        yield f"tiles of {tile}", chosen.pieces(FramePieces(chunk_size=1, tile_pixels=tile))
+        yield f"tiles of {tile}", chosen.pieces(TilingSettings(chunk_size=1, tile_pixels=tile))
     yield (
         f"tiles of {tiles[-1]}, maps parked",
-        chosen.pieces(FramePieces(chunk_size=1, tile_pixels=tiles[-1], maps_bytes=0)),
+        chosen.pieces(TilingSettings(chunk_size=1, tile_pixels=tiles[-1], maps_bytes=0)),
     )
     for tile in tiles:
         yield f"diffusers, blended tiles of {tile}", chosen.blended(tile)
@@ -182,7 +182,7 @@ def main() -> None:
     width, height = (int(side) for side in given.size.split("x"))
     with torch.no_grad():
         chosen = subject(given.model, (width, height), device, dtype)
-        measured(chosen.pieces(FramePieces(chunk_size=1)), device)  # warms up
+        measured(chosen.pieces(TilingSettings(chunk_size=1)), device)  # warms up
         rows: list[Row] = []
         whole: tuple[Tensor, float] | None = None
         for way, decode in tqdm(list(ways(chosen, given.tile or [256, 128], given.comfyui)), unit="way"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from i2v_core import stages
-from i2v_core.decoding import FramePieces
+from i2v_core.decoding import TilingSettings
 from i2v_core.families import I2VModel, Prompt, VideoSize, family_of, load_model
 from i2v_core.memory.device import device_facts
 from i2v_core.placement.storage import WeightStorage
@@ -61,7 +61,7 @@ class Maker:
             make_plan(request, Budget(free_bytes=GIB), device_facts(CPU)),
             encode=EncodeSettings(),
             sample=SampleSettings(compute_dtype=torch.float32, batched_guidance=True),
-            decode=DecodeSettings(frames=FramePieces(chunk_size=self._size.frames)),
+            decode=DecodeSettings(frames=TilingSettings(chunk_size=self._size.frames)),
         )
         return _predicted(way(plain))
 
@@ -84,7 +84,7 @@ def _predicted(plan: Plan) -> Plan:
         predict_sample(plan.request, plan.sample),
         predict_decode(plan.request, plan.decode, dtype),
     )
-    return replace(plan, stages=predictions)
+    return replace(plan, predictions=predictions)
 
 
 def plain(plan: Plan) -> Plan:
@@ -93,8 +93,8 @@ def plain(plan: Plan) -> Plan:
 
 def chunked(plan: Plan) -> Plan:
     """Layers in pieces, one guidance branch at a time, skip connections parked, one frame decoded at a time."""
-    sample = replace(plan.sample, workspace_bytes=WORKSPACE_BYTES, batched_guidance=False, park_skips=True)
-    return replace(plan, sample=sample, decode=replace(plan.decode, frames=FramePieces(chunk_size=1)))
+    sample = replace(plan.sample, workspace_bytes=WORKSPACE_BYTES, batched_guidance=False, offload_skips=True)
+    return replace(plan, sample=sample, decode=replace(plan.decode, frames=TilingSettings(chunk_size=1)))
 
 
 def streamed(plan: Plan) -> Plan:
@@ -108,7 +108,7 @@ def streamed(plan: Plan) -> Plan:
 
 def tiled(plan: Plan) -> Plan:
     """Frames decoded layer by layer in bands of rows, of which none waits on the device."""
-    return replace(plan, decode=replace(plan.decode, frames=FramePieces(chunk_size=1, tile_pixels=32, maps_bytes=0)))
+    return replace(plan, decode=replace(plan.decode, frames=TilingSettings(chunk_size=1, tile_pixels=32, maps_bytes=0)))
 
 
 def precision(dtype: torch.dtype) -> Callable[[Plan], Plan]:

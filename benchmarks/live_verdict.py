@@ -32,11 +32,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from i2v_core.families import bundled_architecture, bundled_models, family_of
-from i2v_core.memory.cards import CARDS
 from i2v_core.memory.device import DeviceFacts
-from i2v_core.planning.nearest import NothingFitsError
-from i2v_core.planning.planner import find_plan, least_stages, make_plan
+from i2v_core.planning.cards import CARDS
+from i2v_core.planning.planner import find_plan, lowest_memory_stages, make_plan
 from i2v_core.planning.request import Budget, Request
+from i2v_core.planning.suggestions import NothingFitsError
 from i2v_core.units import MIB
 
 LIMIT_SECONDS = 0.3
@@ -96,7 +96,7 @@ def verdict_seconds(request: Request, budget: Budget, device: DeviceFacts, *, fi
     started = time.process_time()
     found = find_plan(request, budget, device) is not None
     if not found:
-        least_stages(request, device, budget.host_free_bytes)  # what the page shows then
+        lowest_memory_stages(request, device, budget.host_free_bytes)  # what the page shows then
     seconds = time.process_time() - started
     assert found is fits, f"{request.size} fits {budget.usable_bytes} bytes: {found}"
     return seconds

@@ -161,7 +161,7 @@ def measured_stage(plan: Plan, stage: Stage, run: Callable[[], int]) -> StageRow
     """`run` runs the stage and gives the peak that it measured."""
     empty_caches()
     measured_bytes = run()
-    predicted = plan.stage(stage)
+    predicted = plan.prediction(stage)
     return StageRow(
         stage=stage.value,
         predicted_bytes=predicted.peak_bytes,
@@ -211,7 +211,7 @@ def relative_rms(result: Tensor, reference: Tensor) -> float:
 
 
 def choices(plan: Plan) -> dict[str, Any]:
-    sampling = ("batched_guidance", "workspace_bytes", "streamed", "park_skips", "weight_storage", "chunk_size")
+    sampling = ("batched_guidance", "workspace_bytes", "streamed", "offload_skips", "weight_storage", "chunk_size")
     frames = ("encode_tile_size", "decode_chunk_size", "tile_size", "maps_bytes")
     return {name: value for name, value in plan.as_dict().items() if name in (*sampling, *frames)}
 
@@ -219,7 +219,7 @@ def choices(plan: Plan) -> dict[str, Any]:
 def traced_row(plan: Plan, cap_gib: float) -> Row:
     rows = tuple(
         StageRow(stage=it.stage.value, predicted_bytes=it.peak_bytes, with_margin_bytes=needed_bytes(it, plan.device))
-        for it in plan.stages
+        for it in plan.predictions
     )
     return Row(size=str(plan.request.size), cap_gib=cap_gib, settings=choices(plan), stages=rows)
 

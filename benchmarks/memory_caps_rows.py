@@ -102,7 +102,7 @@ def traced_lines(row: Row) -> str:
             "one pass" if chosen["batched_guidance"] else "two passes",
             _shown(chosen["workspace_bytes"], format_gib),
             ", ".join(chosen["streamed"]) or "–",
-            "in host memory" if chosen["park_skips"] else "on the device",
+            "in host memory" if chosen["offload_skips"] else "on the device",
             f"{chosen['decode_chunk_size']}" + (f", tiles of {chosen['tile_size']}" if chosen["tile_size"] else ""),
         )
     )

@@ -28,9 +28,9 @@ from scipy.optimize import linprog
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from i2v_core.batch.admission import Request, Room, what_it_waits_for  # noqa: E402
-from i2v_core.batch.assign import Shares  # noqa: E402
-from i2v_core.batch.order import AGEING_SECONDS, LOADED_FACTOR, Candidate, Rule, Taking, weight  # noqa: E402
+from i2v_core.batch.devices.admission import AdmissionRequest, DeviceMemory, blocking_reason  # noqa: E402
+from i2v_core.batch.scheduling.device_queues import DeviceQueues  # noqa: E402
+from i2v_core.batch.scheduling.policy import AGEING_SECONDS, LOADED_FACTOR, PendingJob, Policy, ResourceEstimate, weight  # noqa: E402
 from i2v_core.planning.plan import Stage  # noqa: E402
 from i2v_core.units import GIB  # noqa: E402
 
@@ -69,13 +69,13 @@ class Shape:
     least_gib: float
     wanted_gib: float
 
-    def on(self, kind: CardKind) -> Taking | None:
+    def on(self, kind: CardKind) -> ResourceEstimate | None:
         usable_gib = kind.gib - 0.75
         if usable_gib < self.least_gib:
             return None
         slower = 1.0 if usable_gib >= self.wanted_gib else 1.25
         peak_gib = min(self.wanted_gib, usable_gib)
-        return Taking(seconds=slower * self.seconds / kind.speed, peak_bytes=int(peak_gib * GIB))
+        return ResourceEstimate(seconds=slower * self.seconds / kind.speed, peak_bytes=int(peak_gib * GIB))
 
 
 SHAPES = tuple(
@@ -94,7 +94,7 @@ class Card:
     kind: CardKind
     loaded_plan: str | None = None
     busy_seconds: float = 0.0
-    running: Candidate | None = None
+    running: PendingJob | None = None
     begun: float = 0.0
 
 
@@ -102,9 +102,9 @@ class Card:
 class World:
     """Everything that changes."""
 
-    rule: Rule
+    rule: Policy
     cards: dict[str, Card]
-    shares: Shares
+    shares: DeviceQueues
     noise: dict[int, float]
     events: list[tuple[float, int, str, object]] = field(default_factory=list)
     started: dict[int, float] = field(default_factory=dict)
@@ -124,12 +124,12 @@ def make_cards(count: int) -> dict[str, Card]:
     return {f"{kind.name} #{index}": Card(f"{kind.name} #{index}", kind) for index, kind in enumerate(kinds)}
 
 
-def make_jobs(count: int, cards: dict[str, Card], rng: random.Random) -> list[Candidate]:
+def make_jobs(count: int, cards: dict[str, Card], rng: random.Random) -> list[PendingJob]:
     shapes = rng.choices(range(len(SHAPES)), SHAPE_SHARES, k=count)
     speed = sum(card.kind.speed for card in cards.values())
     third = sum(SHAPES[shape].seconds for shape in shapes) / speed / 3
     return [
-        Candidate(
+        PendingJob(
             id=index,
             added_at=0.0 if index < count // 2 else rng.uniform(0, third),
             plan=f"shape {shape}",
@@ -142,11 +142,13 @@ def make_jobs(count: int, cards: dict[str, Card], rng: random.Random) -> list[Ca
 
 def start(world: World, card: Card, now: float) -> None:
     """The card takes its next job, if there is one for it."""
-    room = Room(total_bytes=card.kind.gib * GIB, reserve_bytes=int(0.75 * GIB))
+    room = DeviceMemory(total_bytes=card.kind.gib * GIB, reserve_bytes=int(0.75 * GIB))
 
-    def fits(job: Candidate) -> bool:
-        asks = Request(job=job.id, stage=Stage.SAMPLE, needed_bytes=job.on[card.kind.name].peak_bytes, number=1)
-        admitted = what_it_waits_for(asks, (), (), room) is None
+    def fits(job: PendingJob) -> bool:
+        asks = AdmissionRequest(
+            job=job.id, stage=Stage.SAMPLE, needed_bytes=job.on[card.kind.name].peak_bytes, number=1
+        )
+        admitted = blocking_reason(asks, (), (), room) is None
         world.refused_by_admission += not admitted
         return admitted
 
@@ -181,7 +183,7 @@ def run(world: World) -> None:
     while world.events:
         now, _, what, of = heapq.heappop(world.events)
         if what == "came":
-            assert isinstance(of, Candidate)
+            assert isinstance(of, PendingJob)
             assert not world.shares.add([of], now)
         else:
             assert isinstance(of, str)
@@ -191,7 +193,7 @@ def run(world: World) -> None:
                 start(world, card, now)
 
 
-def lower_bound(jobs: list[Candidate], cards: list[Card], noise: dict[int, float], lost: dict[str, float]) -> float:
+def lower_bound(jobs: list[PendingJob], cards: list[Card], noise: dict[int, float], lost: dict[str, float]) -> float:
     """No order ends sooner: not before any single job on the card that is fastest for it, and not before the work that
     comes at r or later, cut up at will and spread over the kinds of cards in the best way, could be done after r.
     """
@@ -234,7 +236,7 @@ def _fractional_seconds(amounts: dict[int, float], staying: Counter[str], before
     return float(found.fun)
 
 
-def starved(jobs: list[Candidate], started: dict[int, float]) -> int:
+def starved(jobs: list[PendingJob], started: dict[int, float]) -> int:
     """Jobs that one overtook which had come later than ageing allows, whatever the two jobs' weights."""
     weights = [weight(it, job.priority) for job in jobs for it in job.on.values()]
     allowed_seconds = AGEING_SECONDS * math.log2(LOADED_FACTOR * max(weights) / min(weights))
@@ -245,13 +247,13 @@ def starved(jobs: list[Candidate], started: dict[int, float]) -> int:
     return count
 
 
-def simulate(job_count: int, card_count: int, rule: Rule, seed: int) -> dict[str, Any]:
+def simulate(job_count: int, card_count: int, rule: Policy, seed: int) -> dict[str, Any]:
     rng = random.Random(seed)
     cards = make_cards(card_count)
     jobs = make_jobs(job_count, cards, rng)
     noise = {job.id: rng.lognormvariate(0, NOISE) for job in jobs}
     all_cards = list(cards.values())
-    world = World(rule, cards, Shares({name: card.kind.name for name, card in cards.items()}, rule), noise)
+    world = World(rule, cards, DeviceQueues({name: card.kind.name for name, card in cards.items()}, rule), noise)
     lost: dict[str, float] = {}
     if card_count > 2:
         halfway = lower_bound(jobs, all_cards, noise, lost) / 2
@@ -299,9 +301,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=10_000)
     parser.add_argument("--cards", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rule", choices=[rule.value for rule in Rule], help="default: both")
+    parser.add_argument("--rule", choices=[rule.value for rule in Policy], help="default: both")
     options = parser.parse_args()
-    rules = [Rule(options.rule)] if options.rule else list(Rule)
+    rules = [Policy(options.rule)] if options.rule else list(Policy)
     rows = [simulate(options.jobs, options.cards, rule, options.seed) for rule in rules]
     for name in rows[0]:
         for key in rows[0]["wait_seconds"] if name == "wait_seconds" else [""]:

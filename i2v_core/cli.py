@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from .batch.arguments import add_batch_command
+from .batch.cli.arguments import add_batch_command
 from .errors import I2VError
 from .families import VideoSize, bundled_architecture, bundled_models, with_weights
 from .memory.device import DeviceFacts
 from .placement.precision import AUTO, PRECISIONS, precision_name
 from .planning.memory_table import memory_table
-from .planning.nearest import NothingFitsError
 from .planning.planner import make_plan
 from .planning.report import report
 from .planning.request import Budget, Request
+from .planning.suggestions import NothingFitsError
 from .planning.trace import loaded_bytes
 from .units import format_gib, parse_bytes
 
@@ -106,7 +106,7 @@ def _plan(options: argparse.Namespace) -> int:
             "peak_bytes": least.peak_bytes,
             "binding_stage": least.stage.value,
             "reasons": [refusal.problem],
-            "nearest": refusal.nearest.as_dict(),
+            "nearest": refusal.suggestions.as_dict(),
         }
         _print(options, answer, str(refusal))
         return REFUSED

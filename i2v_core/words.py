@@ -48,7 +48,7 @@ ENGLISH: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Words:
+class Message:
     """A sentence of `ENGLISH`, filled with values; as text it is English."""
 
     key: str
@@ -62,6 +62,6 @@ class Words:
         return {"key": self.key, "values": dict(self.values), "text": str(self)}
 
 
-def words(key: str, **values: object) -> Words:
+def message(key: str, **values: object) -> Message:
     """Values in the form in which they are shown."""
-    return Words(key=key, values={name: str(value) for name, value in values.items()})
+    return Message(key=key, values={name: str(value) for name, value in values.items()})

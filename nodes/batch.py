@@ -9,11 +9,11 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..i2v_core.batch.job import MAX_PRIORITY, JobSpec
-from ..i2v_core.batch.order import Rule
-from ..i2v_core.batch.part import QueuePart
-from ..i2v_core.batch.picture import draw_batch
-from ..i2v_core.batch.table import summary, table
+from ..i2v_core.batch.jobs.job import MAX_PRIORITY, JobSpec
+from ..i2v_core.batch.jobs.store import FilteredJobStore
+from ..i2v_core.batch.monitoring.report import summary, table
+from ..i2v_core.batch.monitoring.report_picture import draw_batch
+from ..i2v_core.batch.scheduling.policy import Policy
 from ..i2v_core.errors import BadInputError, I2VError
 from ..i2v_core.families import I2VModel, family_of
 from ..i2v_core.planning.plan import Plan
@@ -21,9 +21,9 @@ from ..i2v_core.sampling.checkpoint import weights_identity
 from . import batch_run, host, host_files
 from .batch_device import host_devices
 from .batch_jobs import check_sources, forget_pictures, jobs_of
-from .checked import checked
 from .host_progress import words_on_the_node
 from .sockets import CATEGORY, model_input, plan_input
+from .validation import checked
 from .widgets import (
     cfg_input,
     format_input,
@@ -134,10 +134,10 @@ class Batch(io.ComfyNode):
             priority=priority,
         )
         found = jobs_of(jobs, images, prompts, defaults, facts)
-        with closing(QueuePart(host.queue_file())) as part:
+        with closing(FilteredJobStore(host.queue_file())) as part:
             batch_run.asked_again(part, (job.spec for job in found.jobs))
             cards = host_devices(plan.budget, all_cards=devices == ALL_CARDS)
-            outcome = batch_run.run(part, model, cards, Rule(rule), folder, words_on_the_node())
+            outcome = batch_run.run(part, model, cards, Policy(rule), folder, words_on_the_node())
             words = summary(part.counts(), found.bad)
         forget_pictures(outcome.records)
         rows = table(outcome.records, found.bad, folder)
@@ -177,8 +177,8 @@ def _queue_inputs() -> tuple[io.Input, ...]:
         ),
         io.Combo.Input(
             "rule",
-            options=[rule.value for rule in Rule],
-            default=Rule.WEIGHT.value,
+            options=[rule.value for rule in Policy],
+            default=Policy.WEIGHT.value,
             tooltip="Which job comes next: weight takes the largest of predicted seconds ÷ predicted VRAM × "
             "priority, which grows while a job waits; first-come goes by the list. Default weight.",
         ),
@@ -201,7 +201,7 @@ def _devices_input() -> io.Input:
     )
 
 
-def _picture(outcome: batch_run.Outcome, path: Path) -> tuple[dict[str, Any], list[str]]:
+def _picture(outcome: batch_run.BatchResult, path: Path) -> tuple[dict[str, Any], list[str]]:
     """What ran when, for the node; without one where nothing ran, and what went wrong where it cannot be made."""
     if not outcome.spans:
         return {}, []

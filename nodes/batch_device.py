@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import comfy.model_management as management
 import torch
 
-from ..i2v_core.batch.devices import LocalDevice
+from ..i2v_core.batch.devices.device import LocalDevice
 from ..i2v_core.families import Architecture
 from ..i2v_core.memory.device import DeviceFacts
 from ..i2v_core.planning.plan import Plan, Stage

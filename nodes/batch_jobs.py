@@ -9,9 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..i2v_core.batch.job import JobSpec, JobState
-from ..i2v_core.batch.job_list import BadRow, JobList, ListedJob, picture_digest, read_job_list
-from ..i2v_core.batch.records import JobRecord
+from ..i2v_core.batch.jobs.job import JobRecord, JobSpec, JobState
+from ..i2v_core.batch.jobs.job_file import BadRow, JobList, ListedJob, picture_digest, read_job_list
 from ..i2v_core.errors import BadInputError
 from ..i2v_core.families import FamilyFacts
 from ..i2v_core.families.pictures import first_picture

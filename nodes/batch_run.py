@@ -10,16 +10,15 @@ from pathlib import Path
 import comfy.model_management as management
 import comfy.utils
 
-from ..i2v_core.batch.engine import Engine
-from ..i2v_core.batch.estimate import plan_name
-from ..i2v_core.batch.events import Span
-from ..i2v_core.batch.job import JobSpec, JobState
-from ..i2v_core.batch.order import Rule
-from ..i2v_core.batch.part import QueuePart
-from ..i2v_core.batch.records import JobRecord
-from ..i2v_core.batch.settings import EngineSettings
-from ..i2v_core.batch.table import summary
-from ..i2v_core.batch.watch import Figures, Watch, read_cards
+from ..i2v_core.batch.engines.local import Engine
+from ..i2v_core.batch.engines.settings import EngineSettings
+from ..i2v_core.batch.jobs.job import JobRecord, JobSpec, JobState
+from ..i2v_core.batch.jobs.store import FilteredJobStore
+from ..i2v_core.batch.monitoring.events import Span
+from ..i2v_core.batch.monitoring.metrics import BatchMetrics, MetricsCollector, read_cards
+from ..i2v_core.batch.monitoring.report import summary
+from ..i2v_core.batch.scheduling.estimator import plan_key
+from ..i2v_core.batch.scheduling.policy import Policy
 from ..i2v_core.families import I2VModel, load_model, read_architecture
 from ..i2v_core.planning.plan import Stage
 from .batch_device import HostDevice
@@ -30,16 +29,16 @@ _PARTS = 100  # of a job, for the progress bar
 _SHARES = {Stage.ENCODE.value: (0.0, 0.1), Stage.SAMPLE.value: (0.1, 0.7), Stage.DECODE.value: (0.8, 0.2)}
 
 
-class Board:
+class CurrentBatch:
     """The batch that runs now, or has run last in this host, for who looks at the queue."""
 
     def __init__(self) -> None:
         self.engine: Engine | None = None
-        self._watch: Watch | None = None
-        self._last: Figures | None = None
+        self._watch: MetricsCollector | None = None
+        self._last: BatchMetrics | None = None
 
     @contextmanager
-    def listing(self, engine: Engine, watch: Watch) -> Iterator[None]:
+    def listing(self, engine: Engine, watch: MetricsCollector) -> Iterator[None]:
         """While the batch runs."""
         self.engine, self._watch = engine, watch
         try:
@@ -48,25 +47,25 @@ class Board:
             self._last = watch.figures()
             self.engine = self._watch = None
 
-    def figures(self) -> Figures | None:
+    def figures(self) -> BatchMetrics | None:
         """None where none has run."""
         engine, watch = self.engine, self._watch
         return self._last if engine is None or watch is None else watch.figures(engine.status())
 
 
-board = Board()
+board = CurrentBatch()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class BatchResult:
     """What a batch has come to."""
 
     records: tuple[JobRecord, ...]
-    figures: Figures
+    figures: BatchMetrics
     spans: tuple[Span, ...]
 
 
-def asked_again(part: QueuePart, specs: Iterable[JobSpec]) -> None:
+def asked_again(part: FilteredJobStore, specs: Iterable[JobSpec]) -> None:
     """Adds jobs to the queue and chooses them; those that are there already wait again where they are not done."""
     specs = tuple(specs)
     ids = part.add(specs)
@@ -82,29 +81,29 @@ def asked_again(part: QueuePart, specs: Iterable[JobSpec]) -> None:
 
 
 def run(
-    part: QueuePart,
+    part: FilteredJobStore,
     model: I2VModel,
     devices: Sequence[HostDevice],
-    rule: Rule,
+    rule: Policy,
     output: Path,
     say: Callable[[str], None],
-) -> Outcome:
+) -> BatchResult:
     """The chosen jobs, until none of them waits or runs.
 
     When the user interrupts, those in hand keep their checkpoints and wait again.
     """
-    watch, spans = Watch(kind_of=lambda job: plan_name(part.job(job).spec)), list[Span]()
+    watch, spans = MetricsCollector(kind_of=lambda job: plan_key(part.job(job).spec)), list[Span]()
 
     def ended(span: Span) -> None:
-        watch.ended(span)
+        watch.on_span(span)
         spans.append(span)
 
     engine = Engine(
         part,
         devices,
-        EngineSettings(output=output, rule=rule),
+        EngineSettings(output=output, policy=rule),
         load=lambda folder: model if folder == model.folder else load_model(folder),
-        on_event=watch.hear,
+        on_event=watch.on_event,
         on_span=ended,
         # Where a file has some of the model's weights, its folder does not say so.
         architecture=lambda folder: model.architecture if folder == model.folder else read_architecture(folder),
@@ -122,13 +121,13 @@ def run(
             engine.join()
             management.soft_empty_cache()
     progress.show()
-    return Outcome(records=part.chosen(), figures=watch.figures(), spans=tuple(spans))
+    return BatchResult(records=part.chosen(), figures=watch.figures(), spans=tuple(spans))
 
 
 class _Progress:
     """Of all jobs on the node's bar, and of those in hand in words."""
 
-    def __init__(self, part: QueuePart, say: Callable[[str], None]) -> None:
+    def __init__(self, part: FilteredJobStore, say: Callable[[str], None]) -> None:
         self._part, self._say = part, say
         self._bar = comfy.utils.ProgressBar(_PARTS)
 

@@ -9,18 +9,18 @@ from comfy_api.latest import io
 
 from ..i2v_core.errors import BadInputError
 from ..i2v_core.families import I2VModel
-from ..i2v_core.memory.cards import CARDS, SYSTEM_SHARE_BYTES, THIS_MACHINE
-from ..i2v_core.memory.reading import SteadyReading
 from ..i2v_core.placement.precision import AUTO, PRECISIONS
+from ..i2v_core.planning.cards import CARDS, SYSTEM_SHARE_BYTES, THIS_MACHINE
 from ..i2v_core.planning.planner import make_plan
 from ..i2v_core.planning.report import report
 from ..i2v_core.units import GIB, format_gib, parse_bytes
 from . import host
-from .checked import checked
-from .question import question
+from .hysteresis import HysteresisReading
+from .planner_inputs import planner_inputs
 from .sockets import CATEGORY, I2VPlanSocket, model_input
+from .validation import checked
 
-_reading = SteadyReading()
+_reading = HysteresisReading()
 
 
 class VRAMBudget(io.ComfyNode):
@@ -128,7 +128,7 @@ class VRAMBudget(io.ComfyNode):
         allow_approximate: bool = False,
         plan_for: str = THIS_MACHINE,
     ) -> io.NodeOutput:
-        asked = question(
+        asked = planner_inputs(
             model.architecture,
             width=width,
             height=height,

@@ -12,8 +12,8 @@ from ..i2v_core.planning.adjust import with_tile
 from ..i2v_core.planning.plan import Plan, Stage
 from ..i2v_core.run_report import RunReport
 from . import host
-from .checked import checked
 from .sockets import CATEGORY, model_input, plan_input, report_output, reports_of
+from .validation import checked
 
 
 class VAETiledDecode(io.ComfyNode):

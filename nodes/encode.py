@@ -11,8 +11,8 @@ from ..i2v_core import stages
 from ..i2v_core.families import I2VModel, Prompt
 from ..i2v_core.planning.plan import Plan, Stage
 from . import host
-from .checked import checked
 from .sockets import CATEGORY, I2VConditioningSocket, model_input, plan_input
+from .validation import checked
 from .widgets import negative_prompt_input
 
 

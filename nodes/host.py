@@ -132,7 +132,7 @@ def stage(
         notes.append(f"planned for {plan.device.name}: planned again for {here.device.name}, within that card's memory")
         plan = here
     device = plan.device.torch_device
-    management.free_memory(needed_bytes(plan.stage(name), plan.device) + plan.budget.reserve_bytes, device)
+    management.free_memory(needed_bytes(plan.prediction(name), plan.device) + plan.budget.reserve_bytes, device)
     # What is free in fact: the host may have been unable to unload as much as it was asked to.
     fitting = refit(plan, name, int(management.get_free_memory(device)))
     if fitting is not plan:
@@ -194,7 +194,7 @@ def concluded(report: StageReport, notes: list[str]) -> dict[str, list[Any]]:
     plan = report.plan
     # Of attempts that ran out of memory only those teach that had taken more than was predicted.
     lessons = [(predicted, taken) for predicted, taken in report.failed if taken > predicted]
-    for predicted, taken in (*lessons, (plan.stage(report.stage).peak_bytes, report.measured_peak_bytes)):
+    for predicted, taken in (*lessons, (plan.prediction(report.stage).peak_bytes, report.measured_peak_bytes)):
         calibration_store().record(
             calibration_key(plan.device.name, plan.request.architecture.fingerprint),
             report.stage.value,

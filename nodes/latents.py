@@ -10,8 +10,8 @@ from ..i2v_core.errors import I2VError
 from ..i2v_core.latent_file import SUFFIX, load_latent, save_latent
 from ..i2v_core.planning.plan import Plan
 from . import host_files
-from .checked import checked
 from .sockets import CATEGORY, plan_input
+from .validation import checked
 from .widgets import filename_prefix_input
 
 

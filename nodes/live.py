@@ -13,13 +13,13 @@ from ..i2v_core.placement.precision import AUTO
 from ..i2v_core.placement.storage import WeightStorage
 from ..i2v_core.planning.approximations import Approximation
 from ..i2v_core.planning.margin import needed_bytes
-from ..i2v_core.planning.nearest import Nearest, NothingFitsError
 from ..i2v_core.planning.plan import Plan, StagePrediction
-from ..i2v_core.planning.planner import find_plan, fits, least_stages, make_plan
+from ..i2v_core.planning.planner import find_plan, fits, lowest_memory_stages, make_plan
+from ..i2v_core.planning.suggestions import NothingFitsError, Suggestions
 from ..i2v_core.units import GIB, MIB, format_gib
-from ..i2v_core.words import Words, words
+from ..i2v_core.words import Message, message
 from . import host, host_files
-from .question import Question, question
+from .planner_inputs import PlannerInputs, planner_inputs
 
 JSON = dict[str, Any]
 
@@ -39,12 +39,12 @@ def live_plan(values: Mapping[str, Any], *, with_fixes: bool) -> JSON:
     folder = host.model_folder(values["model"])
     files = host_files.chosen_files(*(values.get(name, host_files.FROM_FOLDER) for name in LOADER_FILES))
     of_budget = {name: value for name, value in values.items() if name not in ("model", *LOADER_FILES)}
-    asked = question(_architecture(folder, tuple(files.items()), _stamp(folder, files)), **of_budget)
+    asked = planner_inputs(_architecture(folder, tuple(files.items()), _stamp(folder, files)), **of_budget)
     plan = find_plan(asked.request, asked.budget, asked.device)
     if plan is not None:
         said = {"verdict": _fitting(plan), "ways": _ways(plan), "given_up": _given_up(plan)}
-        return _shown(asked, plan.stages, fits=True, **said, fixes=[])
-    stages = least_stages(asked.request, asked.device, asked.budget.host_free_bytes)
+        return _shown(asked, plan.predictions, fits=True, **said, fixes=[])
+    stages = lowest_memory_stages(asked.request, asked.device, asked.budget.host_free_bytes)
     return _shown(
         asked,
         stages,
@@ -68,7 +68,7 @@ def _architecture(folder: Path, files: tuple[tuple[str, Path], ...], stamp: obje
     return read_architecture(folder, dict(files))
 
 
-def _shown(asked: Question, stages: Iterable[StagePrediction], **answer: Any) -> JSON:
+def _shown(asked: PlannerInputs, stages: Iterable[StagePrediction], **answer: Any) -> JSON:
     return {
         **answer,
         "device": asked.device.name,
@@ -96,7 +96,7 @@ def _fitting(plan: Plan) -> str:
     return f"Fits: {format_gib(needed)} of {format_gib(plan.budget.usable_bytes)} on {plan.device.name}"
 
 
-def _refusing(asked: Question, stages: Iterable[StagePrediction]) -> str:
+def _refusing(asked: PlannerInputs, stages: Iterable[StagePrediction]) -> str:
     least = _binding(stages)
     return (
         f"Does not fit: {least.stage.value} needs {format_gib(needed_bytes(least, asked.device))} at least, and "
@@ -112,29 +112,29 @@ def _ways(plan: Plan) -> list[str]:
 
 def _given_up(plan: Plan) -> list[JSON]:
     """What is approximate, in words."""
-    approximation, found = Approximation.of(plan.sample), list[Words]()
+    approximation, found = Approximation.of(plan.sample), list[Message]()
     formats = [*plan.request.architecture.stored_formats]
     if approximation.weight_storage is not WeightStorage.AS_COMPUTED:
         formats.append(approximation.weight_storage.value)
     if formats:
-        found.append(words("approximateWeights", formats=", ".join(formats)))
+        found.append(message("approximateWeights", formats=", ".join(formats)))
     if approximation.context is not None:
-        found.append(words("approximateWindows", frames=approximation.context.context_length))
+        found.append(message("approximateWindows", frames=approximation.context.context_length))
     return [it.as_dict() for it in found]
 
 
-def _fixes(asked: Question) -> list[JSON]:
+def _fixes(asked: PlannerInputs) -> list[JSON]:
     try:
         make_plan(asked.request, asked.budget, asked.device)
     except NothingFitsError as refusal:
-        near = refusal.nearest
+        near = refusal.suggestions
     else:
         return []
     ways = [*_size_fixes(near), *_other_fixes(asked, near)]
     return [{"label": label, "changes": changes} for label, changes in ways]
 
 
-def _size_fixes(near: Nearest) -> Iterable[tuple[str, JSON]]:
+def _size_fixes(near: Suggestions) -> Iterable[tuple[str, JSON]]:
     if near.shorter:
         frames = near.shorter.frames
         yield f"{frames} frame{'s' if frames > 1 else ''}", {"frames": frames}
@@ -143,7 +143,7 @@ def _size_fixes(near: Nearest) -> Iterable[tuple[str, JSON]]:
         yield f"{width}×{height}", {"width": width, "height": height}
 
 
-def _other_fixes(asked: Question, near: Nearest) -> Iterable[tuple[str, JSON]]:
+def _other_fixes(asked: PlannerInputs, near: Suggestions) -> Iterable[tuple[str, JSON]]:
     if near.approximation:
         yield f"allow {near.approximation}", {"allow_approximate": True}
     automatic = replace(asked.request, precision=AUTO)

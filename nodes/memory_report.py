@@ -12,8 +12,8 @@ from ..i2v_core.families import family_of
 from ..i2v_core.memory_picture import draw_memory
 from ..i2v_core.planning.plan import Plan
 from ..i2v_core.run_report import RunReport, table_text
-from .checked import checked
 from .sockets import CATEGORY, I2VReportSocket, reports_of
+from .validation import checked
 
 _ABSENT: Any = object()
 

@@ -27,10 +27,10 @@ from aiohttp import web
 from PIL import Image
 from server import PromptServer
 
-from ..i2v_core.batch.store import JobStore
+from ..i2v_core.batch.jobs.store import JobStore
 from ..i2v_core.errors import BadInputError
 from . import host
-from .json_answers import json_object, refusing
+from .json_errors import json_errors, json_object
 from .queue_view import PATH, empty_queue, metrics, picture_of, shown_queue
 
 T = TypeVar("T")
@@ -52,26 +52,26 @@ def register() -> None:
     routes.post(PATH)(steer)
 
 
-@refusing("the queue could not be read")
+@json_errors("the queue could not be read")
 async def show(request: web.Request) -> web.Response:
     most = _most(request.query.get("most", str(_USUAL_MOST)))
     return web.json_response(await _with_store(lambda store: shown_queue(store, most) if store else empty_queue()))
 
 
-@refusing("the figures could not be read")
+@json_errors("the figures could not be read")
 async def watch(_: web.Request) -> web.Response:
     text = await _with_store(metrics)
     return web.Response(text=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
-@refusing("the picture could not be read")
+@json_errors("the picture could not be read")
 async def thumbnail(request: web.Request) -> web.Response:
     job_id = _id(_whole(request.match_info["job"]))
     content = await _with_store(lambda store: _thumbnail(_needed(store), job_id))
     return web.Response(body=content, content_type="image/webp", headers={"Cache-Control": "private, max-age=86400"})
 
 
-@refusing("the queue could not be steered")
+@json_errors("the queue could not be steered")
 async def steer(request: web.Request) -> web.Response:
     action, values = _asked(await json_object(request, _REMEDY))
 

@@ -6,13 +6,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..i2v_core.batch.job import JobState
-from ..i2v_core.batch.listing import listing
-from ..i2v_core.batch.order import Rule
-from ..i2v_core.batch.records import JobRecord
-from ..i2v_core.batch.store import JobStore
-from ..i2v_core.batch.table import seconds_of
-from ..i2v_core.words import Words
+from ..i2v_core.batch.jobs.job import JobRecord, JobState
+from ..i2v_core.batch.jobs.store import JobStore
+from ..i2v_core.batch.monitoring.report import seconds_of
+from ..i2v_core.batch.scheduling.policy import Policy
+from ..i2v_core.batch.scheduling.queue_view import listing
+from ..i2v_core.words import Message
 from . import host_files
 from .batch_run import board
 
@@ -25,7 +24,7 @@ def empty_queue() -> JSON:
     """What is said while there is no queue."""
     return {
         "paused": False,
-        "rule": Rule.WEIGHT.value,
+        "rule": Policy.WEIGHT.value,
         "waits": [],
         "remarks": [],
         "counts": {state.value: 0 for state in JobState},
@@ -41,7 +40,7 @@ def shown_queue(store: JobStore, most: int) -> JSON:
     """
     now = time.time()
     engine, figures = board.engine, board.figures()
-    rule = Rule.WEIGHT if engine is None else engine.settings.rule
+    rule = Policy.WEIGHT if engine is None else engine.settings.policy
     found = listing(store, rule, most, now)
     return {
         "paused": store.paused,
@@ -57,7 +56,7 @@ def shown_queue(store: JobStore, most: int) -> JSON:
     }
 
 
-def _said(sentence: Words | None) -> JSON | None:
+def _said(sentence: Message | None) -> JSON | None:
     return None if sentence is None else sentence.as_dict()
 
 
@@ -74,7 +73,7 @@ def _facts(record: JobRecord) -> JSON:
     return {
         "id": record.id,
         "state": record.state.value,
-        "wish": record.wish.value if record.wish else None,
+        "wish": record.stop_request.value if record.stop_request else None,
         "name": spec.image.name,
         "prompt": spec.prompt,
         "size": str(spec.size),

@@ -18,10 +18,10 @@ from server import PromptServer
 from ..i2v_core.errors import BadInputError
 from ..i2v_core.planning.trace import interruptible
 from .budget import VRAMBudget
-from .checked import check_values
-from .json_answers import json_object, refusal, refusing
+from .json_errors import json_errors, json_object, refusal
 from .live import LOADER_FILES, live_plan
 from .loader import Loader
+from .validation import check_values
 
 PATH = "/i2v_budget/plan"
 _REMEDY = "send the node's widgets by name"
@@ -39,7 +39,7 @@ def register() -> None:
     PromptServer.instance.routes.post(PATH)(answer)
 
 
-@refusing("no plan could be made")
+@json_errors("no plan could be made")
 async def answer(request: web.Request) -> web.Response:
     def check_awaited() -> None:
         if request.transport is None or request.transport.is_closing():

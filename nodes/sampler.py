@@ -9,8 +9,8 @@ from ..i2v_core.families import Conditioning, I2VModel
 from ..i2v_core.planning.plan import Plan, Stage
 from ..i2v_core.sampling.checkpoint import Checkpointing, CheckpointWhen
 from . import host
-from .checked import checked
 from .sockets import CATEGORY, REPORTS, I2VConditioningSocket, model_input, plan_input
+from .validation import checked
 from .widgets import cfg_input, scheduler_input, seed_input, steps_input
 
 

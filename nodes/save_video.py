@@ -14,8 +14,8 @@ from ..i2v_core.planning.plan import Plan, Stage
 from ..i2v_core.run_report import RunReport, write_run_report
 from ..i2v_core.video import VideoSettings, VideoSink, open_video
 from . import host, host_files
-from .checked import checked
 from .sockets import CATEGORY, I2VModelSocket, I2VPlanSocket, report_output, reports_of
+from .validation import checked
 from .widgets import filename_prefix_input, format_input, fps_input
 
 _DECODED = ("model", "plan", "latent")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..i2v_core import stages
-from ..i2v_core.batch.job import MAX_SEED
+from ..i2v_core.batch.jobs.job import MAX_SEED
 from ..i2v_core.families.facts import AUTO_SCHEDULER
 from ..i2v_core.sampling.schedulers import SCHEDULERS
 from ..i2v_core.video import FORMATS

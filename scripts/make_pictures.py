@@ -272,7 +272,7 @@ def write_header(name: str, file: Path) -> None:
     hole_bytes = 0
     for weight, tensor in transformer.state_dict(keep_vars=True).items():
         kind = gguf.GGMLQuantizationType.Q4_K if tensor in quantised else gguf.GGMLQuantizationType.F16
-        size_bytes = quantised[tensor].lying_bytes if tensor in quantised else 2 * tensor.numel()
+        size_bytes = quantised[tensor].stored_bytes if tensor in quantised else 2 * tensor.numel()
         writer.add_tensor_info(weight, tensor.shape, np.dtype(np.float16), size_bytes, raw_dtype=kind)
         hole_bytes += size_bytes + writer.data_alignment
     file.parent.mkdir(exist_ok=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from i2v_core import stages
-from i2v_core.decoding import FramePieces
+from i2v_core.decoding import TilingSettings
 from i2v_core.errors import DoesNotFitError
 from i2v_core.families import I2VModel, VideoSize, load_model
 from i2v_core.memory.device import device_facts
@@ -38,7 +38,7 @@ def model(tiny_folder: Path) -> I2VModel:
 def plan(model: I2VModel) -> Plan:
     size = VideoSize(width_pixels=72, height_pixels=64, frames=FRAMES)
     request = Request(architecture=model.architecture, size=size, precision="fp32")
-    return with_decode(make_plan(request, Budget(free_bytes=GIB), device_facts(DEVICE)), FramePieces(chunk_size=2))
+    return with_decode(make_plan(request, Budget(free_bytes=GIB), device_facts(DEVICE)), TilingSettings(chunk_size=2))
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +51,10 @@ def expected(model: I2VModel, plan: Plan, samples: Tensor) -> Tensor:
     return stages.decode(model, plan, samples, RUNTIME)[0]
 
 
-def with_decode(plan: Plan, frames: FramePieces, *, streamed: bool = False) -> Plan:
+def with_decode(plan: Plan, frames: TilingSettings, *, streamed: bool = False) -> Plan:
     settings = DecodeSettings(frames=frames, streamed=streamed)
     prediction = predict_decode(plan.request, settings, plan.sample.compute_dtype)
-    return replace(plan, decode=settings, stages=(*plan.stages[:2], prediction))
+    return replace(plan, decode=settings, predictions=(*plan.predictions[:2], prediction))
 
 
 def weights(model: I2VModel) -> list[int]:
@@ -98,7 +98,7 @@ def test_what_is_done_with_frames_is_not_counted(model: I2VModel, plan: Plan, sa
 def test_a_stream_that_is_left_early_leaves_nothing(
     model: I2VModel, plan: Plan, samples: Tensor, expected: Tensor, streamed: bool
 ) -> None:
-    tiled, before = with_decode(plan, FramePieces(chunk_size=1, tile_pixels=32), streamed=streamed), weights(model)
+    tiled, before = with_decode(plan, TilingSettings(chunk_size=1, tile_pixels=32), streamed=streamed), weights(model)
     with stages.decode_stream(model, tiled, samples, RUNTIME) as stream:
         first = next(iter(stream))
     assert torch.allclose(first, expected[:1], atol=1e-5)
@@ -127,15 +127,15 @@ def test_after_an_out_of_memory_it_goes_on_from_the_same_frame(
     assert sum(len(chunk) for chunk in shown) == FRAMES
     assert torch.allclose(frames, expected, atol=1e-5)
     assert len(report.notes) == len(at)
-    assert report.plan.stage(Stage.DECODE).peak_bytes < plan.stage(Stage.DECODE).peak_bytes
+    assert report.plan.prediction(Stage.DECODE).peak_bytes < plan.prediction(Stage.DECODE).peak_bytes
     assert weights(model) == before
 
 
 def test_on_a_card_smaller_than_planned_it_finds_pieces_that_fit(
     model: I2VModel, plan: Plan, samples: Tensor, expected: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = with_decode(plan, FramePieces(chunk_size=1, tile_pixels=64)).stage(Stage.DECODE).peak_bytes
-    assert small < 0.9 * plan.stage(Stage.DECODE).peak_bytes
+    small = with_decode(plan, TilingSettings(chunk_size=1, tile_pixels=64)).prediction(Stage.DECODE).peak_bytes
+    assert small < 0.9 * plan.prediction(Stage.DECODE).peak_bytes
     monkeypatch.setattr(stage_run, "stage_meter", partial(stage_meter, limit_bytes=int(small * 1.05)))
     frames, report = stages.decode(model, plan, samples, RUNTIME)
     assert torch.allclose(frames, expected, atol=1e-5)

@@ -46,13 +46,13 @@ WAYS = {
     "chunked": SampleSettings(compute_dtype=torch.float32, batched_guidance=True, workspace_bytes=WORKSPACE_BYTES),
     "sequential": SampleSettings(compute_dtype=torch.float32, batched_guidance=False),
     "streamed": SampleSettings(compute_dtype=torch.float32, batched_guidance=True, streamed=True),
-    "parked": SampleSettings(compute_dtype=torch.float32, batched_guidance=True, park_skips=True),
+    "parked": SampleSettings(compute_dtype=torch.float32, batched_guidance=True, offload_skips=True),
     "together": SampleSettings(
         compute_dtype=torch.float32,
         batched_guidance=False,
         workspace_bytes=WORKSPACE_BYTES,
         streamed=True,
-        park_skips=True,
+        offload_skips=True,
     ),
 }
 TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}

@@ -8,11 +8,11 @@ import pytest
 from comfy_host.setup import PACK
 
 from i2v_core.families import VideoSize, bundled_architecture
-from i2v_core.memory.cards import SYSTEM_SHARE_BYTES, Card
-from i2v_core.planning.nearest import NothingFitsError
+from i2v_core.planning.cards import SYSTEM_SHARE_BYTES, Card
 from i2v_core.planning.plan import Plan
 from i2v_core.planning.planner import make_plan
 from i2v_core.planning.request import Budget, Request
+from i2v_core.planning.suggestions import NothingFitsError
 from i2v_core.units import GIB
 
 GUIDE = (PACK / "docs" / "guide.md").read_text("utf-8")
@@ -29,7 +29,7 @@ def table() -> list[tuple[int, str, str]]:
 
 def said_of(plan: Plan) -> str:
     """A cell of the table."""
-    if plan.sample.park_skips:
+    if plan.sample.offload_skips:
         way = "parked"
     elif plan.sample.streamed:
         way = "streamed"
@@ -49,7 +49,7 @@ def test_a_cell_is_what_the_planner_says(gigabytes: int, video: str, said: str) 
         plan = make_plan(request, Budget(free_bytes=free_bytes, limit_bytes=free_bytes), Card(gigabytes).facts)
     except NothingFitsError as refusal:
         assert said.startswith("refused: ")
-        near = refusal.nearest
+        near = refusal.suggestions
         assert near.shorter is not None
         assert near.smaller is not None
         assert f"{near.shorter.frames} frames" in said

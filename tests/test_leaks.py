@@ -20,7 +20,7 @@ from i2v_core import stages
 from i2v_core.errors import RanOutError
 from i2v_core.families import I2VModel, Prompt, VideoSize, load_model
 from i2v_core.memory.device import device_facts
-from i2v_core.memory.leaks import Alive, Survivors, live_tensors, traced
+from i2v_core.memory.leaks import Alive, LiveTensorReport, live_tensors, traced
 from i2v_core.planning.plan import Plan
 from i2v_core.planning.planner import make_plan
 from i2v_core.planning.request import Budget, Request
@@ -69,7 +69,9 @@ def plans(model: I2VModel, device: torch.device) -> list[Plan]:
         size = VideoSize(width_pixels=width, height_pixels=height, frames=frames)
         request = Request(architecture=model.architecture, size=size, precision="fp32")
         plan = make_plan(request, Budget(free_bytes=GIB), device_facts(device))
-        sample = replace(plan.sample, streamed=True, park_skips=True, workspace_bytes=MIB // 8, batched_guidance=False)
+        sample = replace(
+            plan.sample, streamed=True, offload_skips=True, workspace_bytes=MIB // 8, batched_guidance=False
+        )
         streamed = replace(
             plan,
             encode=replace(plan.encode, streamed=True),
@@ -124,7 +126,7 @@ def resident_bytes() -> int:
 def nothing_stays(device: torch.device) -> Iterator[Callable[[int], None]]:
     """Gives what is to be told of each run that is done. When the context ends, memory is as after the warm-up."""
     told: list[tuple[Alive, int, int]] = []
-    survivors = Survivors()
+    survivors = LiveTensorReport()
 
     def done(number: int) -> None:
         if number in (WARM_UP, RUNS - 1):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from i2v_core import stages
-from i2v_core.decoding import FramePieces
+from i2v_core.decoding import TilingSettings
 from i2v_core.families import I2VModel, Prompt, family_of
 from i2v_core.memory.device import DeviceFacts
 from i2v_core.placement.storage import WeightStorage
@@ -48,9 +48,11 @@ class Way:
 
 IN_PLACE = SampleSettings(compute_dtype=torch.float32, batched_guidance=True)
 WORKSPACE_BYTES = 50_000
-THRIFTIEST = replace(IN_PLACE, batched_guidance=False, workspace_bytes=WORKSPACE_BYTES, streamed=True, park_skips=True)
-WHOLE = FramePieces(chunk_size=2)
-TILES = FramePieces(chunk_size=2, tile_pixels=32, maps_bytes=0)
+THRIFTIEST = replace(
+    IN_PLACE, batched_guidance=False, workspace_bytes=WORKSPACE_BYTES, streamed=True, offload_skips=True
+)
+WHOLE = TilingSettings(chunk_size=2)
+TILES = TilingSettings(chunk_size=2, tile_pixels=32, maps_bytes=0)
 WAYS = {
     "whole": Way(
         sample=IN_PLACE,
@@ -92,7 +94,9 @@ def plan_of(model: I2VModel, subject: Subject, way: Way, device: torch.device, p
     plan = make_plan(
         request, Budget(free_bytes=4 * GIB), DeviceFacts(device=str(device), name="small", precisions=(dtype,))
     )
-    sample = replace(way.sample, compute_dtype=dtype, park_skips=way.sample.park_skips and subject.denoiser.has_skips)
+    sample = replace(
+        way.sample, compute_dtype=dtype, offload_skips=way.sample.offload_skips and subject.denoiser.has_skips
+    )
     for prediction in (
         predict_encode(request, way.encode, dtype),
         predict_sample(request, sample),
@@ -110,7 +114,7 @@ def made(model: I2VModel, plan: Plan) -> tuple[tuple[Tensor, Tensor], list[stage
     """Latents and frames, and what the stages report. What a stage leaves to be collected would count for the next."""
     runtime = stages.Runtime(device=plan.device.torch_device)
     gc.collect()
-    text = "a red circle" if "text" in family_of(model.architecture).facts.takes else ""
+    text = "a red circle" if "text" in family_of(model.architecture).facts.optional_inputs else ""
     conditioning, encoded = stages.encode(model, plan, Prompt(image_FHWC=IMAGE, text=text), runtime)
     gc.collect()
     samples, sampled = stages.sample(model, plan, conditioning, settings_of(model), runtime)
@@ -161,7 +165,7 @@ def test_sampling_steps_down_on_a_card_that_is_too_small(model: I2VModel, subjec
     with emulated_cuda() as card:
         conditioning, _ = stages.encode(model, plan, Prompt(image_FHWC=IMAGE, text="a red circle"), runtime)
         gc.collect()
-        card.limit_bytes = card.used_bytes + int(0.8 * plan.stage(Stage.SAMPLE).peak_bytes)
+        card.limit_bytes = card.used_bytes + int(0.8 * plan.prediction(Stage.SAMPLE).peak_bytes)
         samples, report = stages.sample(model, plan, conditioning, settings_of(model), runtime)
     assert report.failed
     assert not card.races
@@ -173,8 +177,11 @@ def test_clips_are_sampled_together(model: I2VModel, subject: Subject, card: Emu
     both = replace(plan, request=replace(plan.request, clips=2))
     runtime = stages.Runtime(device=CARD)
     conditioning, _ = stages.encode(model, plan, Prompt(image_FHWC=IMAGE, text=""), runtime)
-    clips = [stages.Clip(conditioning=conditioning, settings=replace(settings_of(model), seed=seed)) for seed in (4, 5)]
-    together = stages.sample_together(model, both, clips, runtime, None, lambda _: True, lambda *_: None)
+    clips = [
+        stages.SampleRequest(conditioning=conditioning, settings=replace(settings_of(model), seed=seed))
+        for seed in (4, 5)
+    ]
+    together = stages.sample_batched(model, both, clips, runtime, None, lambda _: True, lambda *_: None)
     assert together.problem is None
     for index, clip in enumerate(clips):
         alone, _ = stages.sample(model, plan, conditioning, clip.settings, runtime)

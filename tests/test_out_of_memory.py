@@ -18,11 +18,11 @@ from torch import Tensor
 
 from i2v_core import stages
 from i2v_core.chunking import LayerCall, LayerRunner
-from i2v_core.decoding import FramePieces
+from i2v_core.decoding import TilingSettings
 from i2v_core.errors import RanOutError
 from i2v_core.families import Conditioning, I2VModel, Placed, Prompt, VideoSize, load_model
 from i2v_core.memory.device import device_facts
-from i2v_core.planning.ladder import next_rung
+from i2v_core.planning.fallback import next_fallback
 from i2v_core.planning.plan import DecodeSettings, Plan, Stage
 from i2v_core.planning.planner import make_plan
 from i2v_core.planning.predict import predict_decode, predict_sample
@@ -143,7 +143,7 @@ def test_a_failure_at_every_kind_of_layer_in_the_first_a_middle_and_the_last_ste
 ) -> None:
     settings = replace(plan.sample, streamed=streamed)
     prediction = predict_sample(plan.request, settings)
-    chosen = replace(plan, sample=settings, stages=(plan.stages[0], prediction, plan.stages[2]))
+    chosen = replace(plan, sample=settings, predictions=(plan.predictions[0], prediction, plan.predictions[2]))
     kinds = kinds_of_calls(model, chosen, conditioning, fail)
     before = weights(model)
     for kind in dict.fromkeys(kinds):
@@ -156,7 +156,7 @@ def test_a_failure_at_every_kind_of_layer_in_the_first_a_middle_and_the_last_ste
             assert torch.allclose(samples, expected, atol=2e-5), (kind, step)
             assert shown == [1, 2, 3, 4, 5]  # no step was taken twice
             assert f"at step {step - 1} of 5" in report.notes[0]
-            assert report.plan.stage(Stage.SAMPLE).peak_bytes < prediction.peak_bytes
+            assert report.plan.prediction(Stage.SAMPLE).peak_bytes < prediction.peak_bytes
             assert weights(model) == before
             survived["out of memory in a layer"] += 1
 
@@ -205,7 +205,7 @@ def test_when_no_rung_is_left_the_host_makes_room_and_then_all_is_said(
 ) -> None:
     rooms: list[int] = []
     rung, rungs = plan, 0
-    while (lower := next_rung(rung, Stage.SAMPLE)) is not None:
+    while (lower := next_fallback(rung, Stage.SAMPLE)) is not None:
         rung, rungs = lower, rungs + 1
     fail(at("conv_in", *range(3, 10_000)))
     before = weights(model)
@@ -222,27 +222,27 @@ def test_when_no_rung_is_left_the_host_makes_room_and_then_all_is_said(
 
 def test_each_rung_takes_less_and_none_comes_twice(plan: Plan) -> None:
     for stage in Stage:
-        rung, seen = plan, [plan.stage(stage).peak_bytes]
-        while (lower := next_rung(rung, stage)) is not None:
+        rung, seen = plan, [plan.prediction(stage).peak_bytes]
+        while (lower := next_fallback(rung, stage)) is not None:
             rung = lower
-            seen.append(rung.stage(stage).peak_bytes)
+            seen.append(rung.prediction(stage).peak_bytes)
         assert seen == sorted(set(seen), reverse=True)
         assert len(seen) > 3
 
 
 def test_approximate_rungs_only_where_they_are_allowed(plan: Plan) -> None:
     """Without host memory to stream from, weights in 8 bits are what is left."""
-    plan = replace(plan, budget=replace(plan.budget, host_free_bytes=plan.stage(Stage.SAMPLE).host_bytes))
+    plan = replace(plan, budget=replace(plan.budget, host_free_bytes=plan.prediction(Stage.SAMPLE).host_bytes))
     allowed = replace(plan, request=replace(plan.request, allow_approximate=True))
 
     def last(rung: Plan) -> Plan:
-        while (lower := next_rung(rung, Stage.SAMPLE)) is not None:
+        while (lower := next_fallback(rung, Stage.SAMPLE)) is not None:
             rung = lower
         return rung
 
     assert last(plan).sample.weight_storage is plan.sample.weight_storage
     assert last(allowed).sample.weight_storage is not plan.sample.weight_storage
-    assert last(allowed).stage(Stage.SAMPLE).peak_bytes < last(plan).stage(Stage.SAMPLE).peak_bytes
+    assert last(allowed).prediction(Stage.SAMPLE).peak_bytes < last(plan).prediction(Stage.SAMPLE).peak_bytes
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -256,11 +256,11 @@ def test_encode_and_decode_go_on_too(
     survived: Counter[str],
 ) -> None:
     """At each of their layer calls, once."""
-    tiles = FramePieces(chunk_size=1, tile_pixels=64)
+    tiles = TilingSettings(chunk_size=1, tile_pixels=64)
     encode = replace(plan.encode, picture=tiles, streamed=streamed)
     decode = DecodeSettings(frames=tiles, streamed=streamed)
     prediction = predict_decode(plan.request, decode, torch.float32)
-    chosen = replace(plan, encode=encode, decode=decode, stages=(*plan.stages[:2], prediction))
+    chosen = replace(plan, encode=encode, decode=decode, predictions=(*plan.predictions[:2], prediction))
     samples = torch.randn(4, 4, 8, 9, generator=torch.Generator().manual_seed(5))
     frames = stages.decode(model, chosen, samples, RUNTIME)[0]
     for occurrence in range(1, 40, 3):
@@ -296,4 +296,4 @@ def test_a_spill_into_host_memory_costs_a_rung_and_no_step(
     assert shown == [1, 2, 3, 4, 5]
     assert "step 4 took" in report.notes[0]
     assert "at step 4 of 5" in report.notes[1]
-    assert report.plan.stage(Stage.SAMPLE).peak_bytes < plan.stage(Stage.SAMPLE).peak_bytes
+    assert report.plan.prediction(Stage.SAMPLE).peak_bytes < plan.prediction(Stage.SAMPLE).peak_bytes

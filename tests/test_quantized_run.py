@@ -24,7 +24,7 @@ from i2v_core.placement.quantized import quantized_weights
 from i2v_core.planning.approximations import approximations
 from i2v_core.planning.margin import needed_bytes
 from i2v_core.planning.plan import Plan, Stage
-from i2v_core.planning.planner import least_peak, make_plan
+from i2v_core.planning.planner import make_plan, min_peak
 from i2v_core.planning.predict import predict_sample
 from i2v_core.planning.report import report
 from i2v_core.planning.request import Budget, Request
@@ -86,7 +86,7 @@ def plain_transformer(wan: Quantised, dtype: torch.dtype) -> Any:
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             mine = ours.get_parameter(name)
-            parameter.copy_(forms[mine].restored(mine.data, dtype) if mine in forms else mine)
+            parameter.copy_(forms[mine].dequantized(mine.data, dtype) if mine in forms else mine)
     return plain
 
 
@@ -162,7 +162,7 @@ def test_sampling_takes_what_is_predicted(wan: Quantised, streamed: bool, worksp
     plan = changed(planned(wan, "bf16"), streamed=streamed, workspace_bytes=workspace_bytes)
     conditioning, _ = stages.encode(wan.model, plan, PROMPT, RUNTIME)
     _, sampled = stages.sample(wan.model, plan, conditioning, SAMPLER, RUNTIME)
-    predicted_bytes = plan.stage(Stage.SAMPLE).peak_bytes
+    predicted_bytes = plan.prediction(Stage.SAMPLE).peak_bytes
     measured_bytes = sampled.measured_peak_bytes
     assert measured_bytes - VECTORS_BYTES <= predicted_bytes <= 1.08 * measured_bytes
 
@@ -181,9 +181,9 @@ def test_what_restoring_takes_is_foreseen(save_wan: Callable[..., None], tmp_pat
     plan = changed(plan, streamed=streamed, workspace_bytes=1)
     conditioning, _ = stages.encode(model, plan, PROMPT, RUNTIME)
     _, sampled = stages.sample(model, plan, conditioning, replace(SAMPLER, cfg=1.0), RUNTIME)
-    predicted, measured_bytes = plan.stage(Stage.SAMPLE), sampled.measured_peak_bytes
+    predicted, measured_bytes = plan.prediction(Stage.SAMPLE), sampled.measured_peak_bytes
     assert measured_bytes - VECTORS_BYTES <= predicted.peak_bytes <= 1.02 * measured_bytes
-    scratch_bytes = max(form.restoring_bytes for form in quantized_weights(model.modules["transformer"]).values())
+    scratch_bytes = max(form.dequantizing_bytes for form in quantized_weights(model.modules["transformer"]).values())
     assert scratch_bytes > 0.2 * predicted.peak_bytes
 
 
@@ -203,7 +203,7 @@ def test_experts_from_two_files_take_turns_within_what_is_predicted(
     conditioning, _ = stages.encode(model, plan, PROMPT, RUNTIME)
     samples, sampled = stages.sample(model, plan, conditioning, SAMPLER, RUNTIME)
     assert torch.isfinite(samples).all()
-    predicted_bytes = plan.stage(Stage.SAMPLE).peak_bytes
+    predicted_bytes = plan.prediction(Stage.SAMPLE).peak_bytes
     assert sampled.measured_peak_bytes - VECTORS_BYTES <= predicted_bytes <= 1.08 * sampled.measured_peak_bytes
     only_low = model.architecture.with_stored({**model.architecture.stored, "transformer": {}})
     as_floats = replace(request, architecture=only_low)
@@ -212,7 +212,7 @@ def test_experts_from_two_files_take_turns_within_what_is_predicted(
 
 def test_the_least_plan_runs_on_a_card_of_its_size(wan: Quantised, monkeypatch: pytest.MonkeyPatch) -> None:
     request = Request(architecture=wan.model.architecture, size=SIZE, precision="bf16")
-    usable_bytes = needed_bytes(least_peak(request, CPU), CPU)
+    usable_bytes = needed_bytes(min_peak(request, CPU), CPU)
     plan = make_plan(request, Budget(free_bytes=usable_bytes), CPU)
     monkeypatch.setattr("i2v_core.stages.run.stage_meter", partial(stage_meter, limit_bytes=usable_bytes))
     conditioning, encoded = stages.encode(wan.model, plan, PROMPT, RUNTIME)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from i2v_core import stages
-from i2v_core.decoding import FramePieces
+from i2v_core.decoding import TilingSettings
 from i2v_core.errors import BadInputError, PlanMismatchError
 from i2v_core.families import FAMILIES, Architecture, Conditioning, I2VModel, Prompt, VideoSize, load_model
 from i2v_core.memory.device import device_facts
@@ -104,7 +104,9 @@ def test_progress_shows_every_step_and_every_chunk(
     stages.sample(model, plan, conditioning, SETTINGS, runtime)
     assert seen == [(1, 3, True), (2, 3, True), (3, 3, True)]
     seen.clear()
-    stages.decode(model, replace(plan, decode=replace(plan.decode, frames=FramePieces(chunk_size=3))), samples, runtime)
+    stages.decode(
+        model, replace(plan, decode=replace(plan.decode, frames=TilingSettings(chunk_size=3))), samples, runtime
+    )
     assert seen == [(3, 4, False), (4, 4, False)]
 
 

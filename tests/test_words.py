@@ -8,13 +8,13 @@ from string import Template
 
 import pytest
 
-from i2v_core.words import ENGLISH, words
+from i2v_core.words import ENGLISH, message
 
 
 @pytest.mark.parametrize("key", ENGLISH)
 def test_a_sentence_is_filled_with_its_values_and_says_them_apart(key: str) -> None:
     names = set(re.findall(r"\$([a-z]+)", ENGLISH[key]))
-    sentence = words(key, **{name: f"<{name}>" for name in names})
+    sentence = message(key, **{name: f"<{name}>" for name in names})
     assert "$" not in str(sentence)
     assert set(re.findall(r"<([a-z]+)>", str(sentence))) == names
     sent = json.loads(json.dumps(sentence.as_dict()))
@@ -23,4 +23,4 @@ def test_a_sentence_is_filled_with_its_values_and_says_them_apart(key: str) -> N
 
 def test_a_value_that_is_missing_is_a_mistake() -> None:
     with pytest.raises(KeyError, match="place"):
-        str(words("whyByHand"))
+        str(message("whyByHand"))

@@ -1,1 +1,5 @@
-"""Many videos unattended: a list of jobs, a queue on disk, and an engine that runs it by what memory allows."""
+"""Many videos unattended: a queue of jobs on disk, and engines that run it as far as memory allows.
+
+Packages, each importing only those before it: `jobs`, `devices`, `scheduling`, `monitoring`, `execution`, `engines`,
+`cli`.
+"""

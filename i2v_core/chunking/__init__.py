@@ -1,7 +1,8 @@
 """Exact execution of a denoiser in pieces: the plain forward's result, in a fraction of its activation memory."""
 
-from .execution import DistinctPieces, LayerCall, LayerKind, LayerRunner, Outline, Unit
-from .inject import forward_replaced
+from ..placement.layer_calls import LayerCall, LayerKind, LayerRunner, Unit
+from .execution import DistinctPieces, ShapeOnlyRunner
+from .inject import replace_forward
 from .settings import ChunkSettings
 from .unet3d import chunked
 
@@ -11,8 +12,8 @@ __all__ = [
     "LayerCall",
     "LayerKind",
     "LayerRunner",
-    "Outline",
+    "ShapeOnlyRunner",
     "Unit",
     "chunked",
-    "forward_replaced",
+    "replace_forward",
 ]

@@ -1,22 +1,17 @@
-"""The seam between a chunked forward and whoever places weights, traces memory or cancels."""
+"""How one layer call is cut into chunks, and what the layers of a chunked forward share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..placement.layer_calls import LayerCall, LayerKind, LayerRunner, Unit
 from .settings import ChunkSettings
-
-LayerKind: TypeAlias = str
-"""A name for reports."""
-
-Unit = Literal["frame", "pixel", "row", "part"]
-"""What a layer is cut into: frames (batch × frames); pixels of its resolution, over all frames; rows; or others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,34 +31,6 @@ class Pieces:
         fitting = max(self.smallest, limit_bytes // self.unit_bytes)
         count = -(-self.total // min(fitting, self.largest or self.total, self.total))
         return -(-self.total // count)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerCall:
-    """One call of one layer.
-
-    `modules` hold all the weights that the call needs. `total` and `chunk_size` count `unit`s. `workspace_bytes` is the
-    estimate of what one chunk takes beside the layer's input and output; `whole` says that the layer's own forward
-    runs, in one call. `result_apart` says that the workspace of a layer in chunks never counts the result, nor a
-    scratch tensor beside it, even if there is one chunk only. `cut` makes the same call for another workspace than this
-    one's, of `limit_bytes`.
-    """
-
-    kind: LayerKind
-    unit: Unit
-    modules: tuple[nn.Module, ...]
-    total: int
-    chunk_size: int
-    whole: bool
-    workspace_bytes: int
-    result_apart: bool
-    limit_bytes: int
-    cut: Callable[[int], LayerCall]
-
-    @property
-    def workspace_holds_result(self) -> bool:
-        """Whether `workspace_bytes` counts the result too: that of a layer that runs in one go."""
-        return self.whole or (self.chunk_size == self.total and not self.result_apart)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,28 +73,6 @@ class Layer:
         )
 
 
-class LayerRunner:
-    """Every layer call of a chunked forward goes through here; this one adds nothing.
-
-    Subclasses bring weights in and out in `enter` (all chunks of a layer, and both guidance branches of a batched
-    pass, run inside it), look at memory there, or leave chunks out in `pieces`.
-
-    `outlines`: layers compute nothing and only allocate what stays when they are done, so that all sizes of a forward
-    are known in milliseconds. The values that come out are void.
-    """
-
-    outlines = False
-
-    def enter(self, call: LayerCall) -> AbstractContextManager[None]:  # noqa: ARG002
-        """The context in which the call runs."""
-        return nullcontext()
-
-    def pieces(self, total: int, size: int) -> Iterator[slice]:
-        """The slices of 0…total, each `size` long but for the last."""
-        for start in range(0, total, size):
-            yield slice(start, min(start + size, total))
-
-
 class DistinctPieces(LayerRunner):
     """Leaves out chunks that need the same memory as others: for tracing. The values that come out are void.
 
@@ -141,7 +86,7 @@ class DistinctPieces(LayerRunner):
             yield pieces[-1]
 
 
-class Outline(LayerRunner):
+class ShapeOnlyRunner(LayerRunner):
     """Goes through a forward for its sizes alone: what is live is real, what layers take is `workspace_bytes`."""
 
     outlines = True
@@ -215,7 +160,7 @@ class Execution:
 
         The results go into `target`, which `run` may read from; into a new tensor if None.
         """
-        if self.runner.outlines:
+        if self.runner.shape_only:
             return source.new_empty(call.total, *shape) if target is None else target
         for frames in self.chunks(call):
             result = run(frames)
@@ -229,7 +174,7 @@ class Execution:
         return target
 
 
-class ReplacedForward:
+class ChunkedForwardBase:
     """What stands in for a model's forward: the model, and what each of its runs is executed with."""
 
     def __init__(self, model: Any, settings: ChunkSettings, on_chunk: Callable[[], None], runner: LayerRunner) -> None:

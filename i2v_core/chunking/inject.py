@@ -30,7 +30,7 @@ def forward_replaced(denoiser: nn.Module, forward: Callable[..., Any]) -> Genera
 
 
 @contextmanager
-def in_pieces(
+def replace_forward(
     denoiser: nn.Module,
     cls: type[nn.Module],
     forward: Callable[[nn.Module, ChunkSettings, Callable[[], None], LayerRunner], Callable[..., Any]],

@@ -13,12 +13,12 @@ class ChunkSettings:
         connections. A layer whose whole call needs no more runs whole; others run in the largest chunks that fit.
         A layer of which even the smallest chunk (one frame, or one row of pixels over all frames) needs more runs
         with the smallest chunk: `workspace_bytes` is then exceeded.
-    park_skips: keep skip connections in host memory (pinned, for a CUDA device) from where they are made to where
+    offload_skips: keep skip connections in host memory (pinned, for a CUDA device) from where they are made to where
         they are used.
     """
 
     workspace_bytes: int
-    park_skips: bool = False
+    offload_skips: bool = False
 
     def __post_init__(self) -> None:
         if self.workspace_bytes < 1:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..memory.parking import empty_parked, fetch
+from ..placement.offload import empty_offloaded, fetch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,11 +14,11 @@ class Skip:
     """A skip connection (N, C, H, W); `parked`: its tensor lies in host memory."""
 
     tensor: torch.Tensor
-    parked: bool
+    offloaded: bool
 
     def chunk(self, frames: slice, device: torch.device) -> torch.Tensor:
         """Some of its frames, on the device: a view, or a copy of what is parked."""
-        if not self.parked:
+        if not self.offloaded:
             return self.tensor[frames]
         return fetch(self.tensor[frames], device)
 
@@ -31,7 +31,7 @@ class Skips:
         self._stack: list[Skip] = []
 
     def push(self, hidden: torch.Tensor) -> None:
-        self._stack.append(Skip(tensor=_parked(hidden) if self._park else hidden, parked=self._park))
+        self._stack.append(Skip(tensor=_parked(hidden) if self._park else hidden, offloaded=self._park))
 
     def pop(self) -> Skip:
         return self._stack.pop()
@@ -43,5 +43,5 @@ class Skips:
 
 def _parked(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in host memory. From CUDA it is asynchronous, in order with the other work of the stream."""
-    parked = empty_parked(tuple(tensor.shape), tensor.dtype, tensor.device)
+    parked = empty_offloaded(tuple(tensor.shape), tensor.dtype, tensor.device)
     return parked.copy_(tensor, non_blocking=tensor.device.type == "cuda")

@@ -16,7 +16,7 @@ import torch
 from . import workspace
 from .execution import Execution
 from .group_norm import over_all_frames, statistics
-from .strips import LARGEST_ATTENTION_BATCH, by_pixel, convolve_normalised
+from .temporal_layers import LARGEST_ATTENTION_BATCH, by_pixel, convolve_normalised
 from .transformer_block import apply_block, apply_temporal_block
 
 
@@ -41,7 +41,7 @@ def temporal_resnet(execution: Execution, block: Any, hidden: torch.Tensor, embe
         beforehand=statistics(pixels_BFCP),
         smallest=hidden.shape[-1],
     ) as call:
-        if execution.runner.outlines:
+        if execution.runner.shape_only:
             return hidden
         of_clip = embedding[:: execution.num_frames]
         told_B1C1 = layer.time_emb_proj(layer.nonlinearity(of_clip))[:, None, :, None]
@@ -94,7 +94,7 @@ def _over_space(
     )
     ends = () if hidden is None else (model.norm, model.proj_in)
     with execution.layer("transformer", *ends, block, unit="frame", total=frames, unit_bytes=unit_bytes) as call:
-        if execution.runner.outlines:
+        if execution.runner.shape_only:
             return
         batch_of_frame = torch.arange(frames, device=tokens_NPD.device) // execution.num_frames
         for piece in execution.chunks(call):
@@ -138,7 +138,7 @@ def _over_time(
         smallest=hidden.shape[-1],
         largest=LARGEST_ATTENTION_BATCH // batch,
     ) as call:
-        if execution.runner.outlines:
+        if execution.runner.shape_only:
             return
         places_FD = _places(model, tokens_BFPD)
         spatial_share = 1.0 - temporal_share(model.time_mixer, tokens_NPD.dtype)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import ends, frames, spatio_temporal, workspace
-from .execution import Execution, LayerRunner, ReplacedForward
-from .inject import in_pieces, nothing
+from . import io_layers, spatial_layers, spatio_temporal, workspace
+from .execution import ChunkedForwardBase, Execution, LayerRunner
+from .inject import nothing, replace_forward
 from .settings import ChunkSettings
-from .walk import Walk
+from .unet_forward import UNetForward
 
 
 @contextmanager
@@ -27,14 +27,14 @@ def chunked(
     on_chunk: Callable[[], None] = nothing,
     runner: LayerRunner | None = None,
 ) -> Generator[None]:
-    """`inject.in_pieces` for a `UNetSpatioTemporalConditionModel`."""
+    """`inject.replace_forward` for a `UNetSpatioTemporalConditionModel`."""
     from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
 
-    with in_pieces(unet, UNetSpatioTemporalConditionModel, ChunkedForward, settings, on_chunk, runner):
+    with replace_forward(unet, UNetSpatioTemporalConditionModel, ChunkedForward, settings, on_chunk, runner):
         yield
 
 
-class ChunkedForward(ReplacedForward):
+class ChunkedForward(ChunkedForwardBase):
     """Stands in for `UNetSpatioTemporalConditionModel.forward`: the same arguments and result, without gradients."""
 
     @torch.no_grad()
@@ -51,15 +51,15 @@ class ChunkedForward(ReplacedForward):
         unet = self._model
         execution = self._execution(num_frames=sample.shape[1])
         embedding = _embedding(unet, execution, sample, timestep, added_time_ids)
-        hidden = frames.convolve(execution, "conv_in", unet.conv_in, sample.flatten(0, 1))
+        hidden = spatial_layers.convolve(execution, "conv_in", unet.conv_in, sample.flatten(0, 1))
         walk = _Walk(execution, embedding, hidden, encoder_hidden_states)
         del hidden  # the walk gives it up
         walk.through(unet)
-        prediction = ends.out(unet, execution, walk.hidden)
+        prediction = io_layers.out(unet, execution, walk.hidden)
         return UNetSpatioTemporalConditionOutput(sample=prediction) if return_dict else (prediction,)
 
 
-class _Walk(Walk):
+class _Walk(UNetForward):
     def __init__(
         self, execution: Execution, embedding: torch.Tensor, hidden: torch.Tensor, context_BTD: torch.Tensor
     ) -> None:

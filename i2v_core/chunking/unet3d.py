@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import ends, frames, strips
-from .ends import Conditions
-from .execution import Execution, LayerRunner, ReplacedForward
-from .inject import in_pieces, nothing
+from . import io_layers, spatial_layers, temporal_layers
+from .execution import ChunkedForwardBase, Execution, LayerRunner
+from .inject import nothing, replace_forward
+from .io_layers import StepConditions
 from .settings import ChunkSettings
-from .walk import Walk
+from .unet_forward import UNetForward
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def chunked(
     on_chunk: Callable[[], None] = nothing,
     runner: LayerRunner | None = None,
 ) -> Generator[None]:
-    """`inject.in_pieces` for an `I2VGenXLUNet`.
+    """`inject.replace_forward` for an `I2VGenXLUNet`.
 
     Raises:
         TypeError: the model is of another class.
@@ -41,12 +41,12 @@ def chunked(
     blocks: Any = getattr(unet, "up_blocks", ())
     if any(getattr(block, name, None) for block in blocks for name in ("s1", "s2", "b1", "b2")):
         raise ValueError("chunked execution does not support FreeU: call unet.disable_freeu() first")
-    with in_pieces(unet, I2VGenXLUNet, ChunkedForward, settings, on_chunk, runner):
+    with replace_forward(unet, I2VGenXLUNet, ChunkedForward, settings, on_chunk, runner):
         yield
 
 
-class _Walk(Walk):
-    def __init__(self, execution: Execution, conditions: Conditions, hidden: torch.Tensor) -> None:
+class _Walk(UNetForward):
+    def __init__(self, execution: Execution, conditions: StepConditions, hidden: torch.Tensor) -> None:
         super().__init__(execution, conditions.embedding, hidden)
         self._conditions = conditions
 
@@ -57,10 +57,10 @@ class _Walk(Walk):
         return block.resnets[index]
 
     def _along_time(self, block: Any, index: int) -> None:
-        self.hidden = strips.temporal_conv(self._execution, block.temp_convs[index], self.hidden)
+        self.hidden = temporal_layers.temporal_conv(self._execution, block.temp_convs[index], self.hidden)
 
     def _attention(self, block: Any, index: int) -> None:
-        self.hidden = frames.transformer(
+        self.hidden = spatial_layers.transformer(
             self._execution,
             block.attentions[index],
             self.hidden,
@@ -70,12 +70,12 @@ class _Walk(Walk):
         self._temporal_transformer(block.temp_attentions[index])
 
     def _temporal_transformer(self, model: Any) -> None:
-        self.hidden = strips.temporal_transformer(
+        self.hidden = temporal_layers.temporal_transformer(
             self._execution, model, self.hidden, self._conditions.attention_kwargs
         )
 
 
-class ChunkedForward(ReplacedForward):
+class ChunkedForward(ChunkedForwardBase):
     """Stands in for `I2VGenXLUNet.forward`: the same arguments and result, without gradients."""
 
     @torch.no_grad()
@@ -94,7 +94,7 @@ class ChunkedForward(ReplacedForward):
         from diffusers.models.unets.unet_3d_condition import UNet3DConditionOutput
 
         execution = self._execution(num_frames=sample.shape[2])
-        conditions = ends.conditions(
+        conditions = io_layers.conditions(
             self._model,
             execution,
             timestep=timestep,
@@ -112,12 +112,12 @@ class ChunkedForward(ReplacedForward):
 def _denoise(
     unet: Any,
     execution: Execution,
-    conditions: Conditions,
+    conditions: StepConditions,
     sample_BCFHW: torch.Tensor,
     image_latents_BCFHW: torch.Tensor,
 ) -> torch.Tensor:
     """The prediction (B, C, F, H, W) for a noisy sample of the same shape."""
-    walk = _Walk(execution, conditions, ends.conv_in(unet, execution, sample_BCFHW, image_latents_BCFHW))
+    walk = _Walk(execution, conditions, io_layers.conv_in(unet, execution, sample_BCFHW, image_latents_BCFHW))
     walk.start(unet.transformer_in)
     walk.through(unet)
-    return ends.out(unet, execution, walk.hidden).transpose(1, 2)
+    return io_layers.out(unet, execution, walk.hidden).transpose(1, 2)

@@ -30,7 +30,7 @@ Affine = tuple[torch.Tensor, torch.Tensor]
 _FEWEST_ROWS, _FEWEST_ROWS_OF_MANY = 8, 2
 
 
-class Bands:
+class RowTiledLayers:
     """The layers of one pass through an autoencoder, in pieces that keep to the execution's workspace.
 
     Where the execution's runner outlines, no layer computes, and only maps are made.
@@ -38,7 +38,7 @@ class Bands:
 
     def __init__(self, execution: Execution, maps: FeatureMaps) -> None:
         self._execution, self._maps = execution, maps
-        self._outlines = execution.runner.outlines
+        self._outlines = execution.runner.shape_only
 
     def resnet(self, block: Any, source: FeatureMap) -> FeatureMap:
         """A `ResnetBlock2D` without embedding. The result takes the place of `source` where it can."""

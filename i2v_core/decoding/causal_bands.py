@@ -18,14 +18,14 @@ from torch.nn import functional
 
 from ..chunking.execution import Execution
 from . import causal_workspace, workspace
-from .bands import Bands
+from .bands import RowTiledLayers
 from .feature_map import FeatureMap, FeatureMaps
 
 # Takes a band (N, C, r, W), which is the taker's, of so many rows.
 _Write: TypeAlias = Callable[[slice, torch.Tensor], None]
 
 
-class CausalBands(Bands):
+class CausalBands(RowTiledLayers):
     """The layers of an autoencoder, which passes run through one after another, each with the frames that come next.
 
     What convolutions are to see again waits on the device, or in host memory wherever the maps' bytes are limited.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from .feature_map import FeatureMap
-from .workspace import Line, Workspace, row_bytes, written
+from .workspace import MemoryTerm, Workspace, row_bytes, written
 
 
 def convolution(
@@ -28,21 +28,21 @@ def convolution(
     """
     making, padded = _around(source, past_frames, normed=normed, parks_past=parks_past)
     made = row_bytes(target)
-    put = Line(2 * made) if doubled else written(target, added=added)
-    return Workspace((Line(making, 2 * halo * making), Line(padded + made, 2 * halo * padded), put))
+    put = MemoryTerm(2 * made) if doubled else written(target, added=added)
+    return Workspace((MemoryTerm(making, 2 * halo * making), MemoryTerm(padded + made, 2 * halo * padded), put))
 
 
 def last(source: FeatureMap, *, channels: int, past_frames: int, parks_past: bool) -> Workspace:
     """A convolution of so many channels whose result goes to host memory."""
     making, padded = _around(source, past_frames, normed=True, parks_past=parks_past)
     made = source.frames * channels * source.width * source.dtype.itemsize
-    return Workspace((Line(making, 2 * making), Line(padded + made, 2 * padded), Line(2 * made)))
+    return Workspace((MemoryTerm(making, 2 * making), MemoryTerm(padded + made, 2 * padded), MemoryTerm(2 * made)))
 
 
 def copy(source: FeatureMap) -> Workspace:
     """A map's last frame, put by."""
     frame = row_bytes(source) // source.frames
-    return Workspace((Line((row_bytes(source) if source.parked else 0) + frame),))
+    return Workspace((MemoryTerm((row_bytes(source) if source.parked else 0) + frame),))
 
 
 def attention(source: FeatureMap) -> int:
@@ -57,14 +57,14 @@ def enlarged(source: FeatureMap, target: FeatureMap, *, times: int) -> Workspace
     """
     target_frame = row_bytes(target) // target.frames
     made, fetched = 2 * target_frame * source.frames * times, row_bytes(source) if source.parked else 0
-    return Workspace((Line(max(2 * made + fetched, made + (4 * row_bytes(target) if target.parked else 0))),))
+    return Workspace((MemoryTerm(max(2 * made + fetched, made + (4 * row_bytes(target) if target.parked else 0))),))
 
 
 def reduced(source: FeatureMap, target: FeatureMap, *, factor: int) -> Workspace:
     """For each row of the target `factor` of the source: padded in time and put into another order by `AvgDown3D`."""
     read = factor * row_bytes(source) // source.frames * (source.frames + source.frames % 2)
     fetched = factor * row_bytes(source) if source.parked else 0
-    return Workspace((Line(fetched + 2 * read), written(target, added=True)))
+    return Workspace((MemoryTerm(fetched + 2 * read), written(target, added=True)))
 
 
 def _around(source: FeatureMap, past_frames: int, *, normed: bool, parks_past: bool) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import torch
 
 from ..chunking.group_norm import GroupMoments
 from ..memory.meter import rounded_bytes
-from ..memory.parking import empty_parked, fetch
+from ..placement.offload import empty_offloaded, fetch
 
 # Statistics in fp32 take a copy of what is in half precision: of so many groups at a time.
 _GROUPS_AT_ONCE = 8
@@ -105,7 +105,7 @@ class FeatureMaps:
         limit_bytes = self._limit_bytes
         parked = limit_bytes is not None and (waits or self._taken_bytes + size_bytes > limit_bytes)
         if parked:
-            rows_HNCW = empty_parked(shape, self._dtype, self._device)
+            rows_HNCW = empty_offloaded(shape, self._dtype, self._device)
         else:
             rows_HNCW = torch.empty(shape, dtype=self._dtype, device=self._device)
         # What no group normalisation can follow, such as a picture's three channels, has moments all the same.

@@ -12,9 +12,9 @@ import torch
 
 from ..chunking import ChunkSettings, LayerRunner
 from ..chunking.execution import Execution
-from .bands import Bands
+from .bands import RowTiledLayers
 from .feature_map import FeatureMap, FeatureMaps
-from .pieces import FramePieces
+from .pieces import TilingSettings
 
 # Of the normalisations in models whose config does not say.
 _GROUPS = 32
@@ -30,7 +30,7 @@ def decode_into(
     vae: Any,
     samples_NChw: torch.Tensor,
     frames_NHW3: torch.Tensor,
-    pieces: FramePieces,
+    pieces: TilingSettings,
     *,
     runner: LayerRunner,
     on_chunk: Callable[[], None],
@@ -53,7 +53,7 @@ def decode_into(
 def encode_mode(
     vae: Any,
     pixels_N3HW: torch.Tensor,
-    pieces: FramePieces,
+    pieces: TilingSettings,
     *,
     runner: LayerRunner,
     on_chunk: Callable[[], None],
@@ -73,7 +73,7 @@ def encode_mode(
     return hidden.read(slice(0, hidden.height)).chunk(2, dim=1)[0].contiguous()
 
 
-def _middle(bands: Bands, block: Any, hidden: FeatureMap) -> FeatureMap:
+def _middle(bands: RowTiledLayers, block: Any, hidden: FeatureMap) -> FeatureMap:
     """A `UNetMidBlock2D`."""
     hidden = bands.resnet(block.resnets[0], hidden)
     for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
@@ -84,8 +84,8 @@ def _middle(bands: Bands, block: Any, hidden: FeatureMap) -> FeatureMap:
 
 
 def bands_of(
-    vae: Any, source: torch.Tensor, pieces: FramePieces, runner: LayerRunner, on_chunk: Callable[[], None]
-) -> Bands:
+    vae: Any, source: torch.Tensor, pieces: TilingSettings, runner: LayerRunner, on_chunk: Callable[[], None]
+) -> RowTiledLayers:
     """The layers for one pass of `source` (N, ...) through an autoencoder."""
     # What the widest layer at full resolution reads and makes for a pixel, and copies of both.
     pixel_bytes = 4 * vae.config.block_out_channels[min(1, len(vae.config.block_out_channels) - 1)] * source.itemsize
@@ -96,4 +96,4 @@ def bands_of(
         num_frames=len(source),
     )
     groups = getattr(vae.config, "norm_num_groups", _GROUPS)
-    return Bands(execution, FeatureMaps(source.device, source.dtype, pieces.maps_bytes, groups))
+    return RowTiledLayers(execution, FeatureMaps(source.device, source.dtype, pieces.maps_bytes, groups))

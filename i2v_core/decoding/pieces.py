@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FramePieces:
+class TilingSettings:
     """How finely frames are cut.
 
     chunk_size: frames at once.
@@ -31,4 +31,4 @@ class FramePieces:
         assert self.maps_bytes is None or (self.tile_pixels and self.maps_bytes >= 0)
 
 
-ONE_WHOLE_FRAME = FramePieces(chunk_size=1)
+ONE_WHOLE_FRAME = TilingSettings(chunk_size=1)

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 
 from ..chunking import LayerRunner
-from .bands import Bands
+from .bands import RowTiledLayers
 from .feature_map import FeatureMap
 from .kl import bands_of
-from .pieces import FramePieces
+from .pieces import TilingSettings
 
 
 def decode_clip_into(
     vae: Any,
     samples_NChw: torch.Tensor,
     frames_NHW3: torch.Tensor,
-    pieces: FramePieces,
+    pieces: TilingSettings,
     *,
     runner: LayerRunner,
     on_chunk: Callable[[], None],
@@ -43,7 +43,7 @@ def decode_clip_into(
     bands.result_along_time(decoder.time_conv_out, hidden, frames_NHW3)
 
 
-def _middle(bands: Bands, block: Any, hidden: FeatureMap) -> FeatureMap:
+def _middle(bands: RowTiledLayers, block: Any, hidden: FeatureMap) -> FeatureMap:
     """A `MidBlockTemporalDecoder`, which may have more of one than of the other, and leaves them out."""
     hidden = _resnet(bands, block.resnets[0], hidden)
     for resnet, attention in zip(block.resnets[1:], block.attentions, strict=False):
@@ -51,7 +51,7 @@ def _middle(bands: Bands, block: Any, hidden: FeatureMap) -> FeatureMap:
     return hidden
 
 
-def _resnet(bands: Bands, block: Any, hidden: FeatureMap) -> FeatureMap:
+def _resnet(bands: RowTiledLayers, block: Any, hidden: FeatureMap) -> FeatureMap:
     """A `SpatioTemporalResBlock` without embedding."""
     hidden = bands.resnet(block.spatial_res_block, hidden)
     layer = block.temporal_res_block

@@ -14,7 +14,7 @@ from .feature_map import FeatureMap, moments_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class MemoryTerm:
     """`row_bytes` for each row of a band, and `border_bytes` whatever its rows."""
 
     row_bytes: int
@@ -25,7 +25,7 @@ class Line:
 class Workspace:
     """The largest of some lines, and vectors of one number a channel beside it."""
 
-    lines: tuple[Line, ...]
+    lines: tuple[MemoryTerm, ...]
     vectors_bytes: int = 0
 
     def of(self, rows: int) -> int:
@@ -40,7 +40,11 @@ def convolution(source: FeatureMap, target: FeatureMap, *, added: bool = False) 
     """3×3 with a row above and below: what is fetched of a parked source and its padded copy, that and the result."""
     read, made = row_bytes(source), row_bytes(target)
     fetched = read if source.parked else 0
-    lines = (Line(fetched + read, 2 * (fetched + read)), Line(read + made, 2 * read), written(target, added=added))
+    lines = (
+        MemoryTerm(fetched + read, 2 * (fetched + read)),
+        MemoryTerm(read + made, 2 * read),
+        written(target, added=added),
+    )
     return Workspace(lines, _affine_bytes(source))
 
 
@@ -51,9 +55,9 @@ def doubling(source: FeatureMap, target: FeatureMap) -> Workspace:
     padded = 2 * read
     return Workspace(
         (
-            Line(fetched // 2 + read, 2 * (fetched + read)),
-            Line(read + padded, 2 * (read + padded)),
-            Line(padded + made, 2 * padded),
+            MemoryTerm(fetched // 2 + read, 2 * (fetched + read)),
+            MemoryTerm(read + padded, 2 * (read + padded)),
+            MemoryTerm(padded + made, 2 * padded),
             written(target),
         )
     )
@@ -64,12 +68,14 @@ def halving(source: FeatureMap, target: FeatureMap) -> Workspace:
     read, made = row_bytes(source), row_bytes(target)
     column = source.frames * source.channels * source.dtype.itemsize
     fetched, padded = (read if source.parked else 0), read + column
-    return Workspace((Line(2 * (fetched + padded), fetched + padded), Line(2 * padded + made, padded), written(target)))
+    return Workspace(
+        (MemoryTerm(2 * (fetched + padded), fetched + padded), MemoryTerm(2 * padded + made, padded), written(target))
+    )
 
 
 def pointwise(source: FeatureMap, target: FeatureMap) -> Workspace:
     read, made = row_bytes(source), row_bytes(target)
-    return Workspace((Line((read if source.parked else 0) + made), written(target)))
+    return Workspace((MemoryTerm((read if source.parked else 0) + made), written(target)))
 
 
 def last(source: FeatureMap, channels: int) -> Workspace:
@@ -77,14 +83,16 @@ def last(source: FeatureMap, channels: int) -> Workspace:
     read = row_bytes(source)
     made = source.frames * channels * source.width * source.dtype.itemsize
     fetched = read if source.parked else 0
-    return Workspace((Line(fetched + read, 2 * (fetched + read)), Line(read + made, 2 * read)), _affine_bytes(source))
+    return Workspace(
+        (MemoryTerm(fetched + read, 2 * (fetched + read)), MemoryTerm(read + made, 2 * read)), _affine_bytes(source)
+    )
 
 
 def along_time(source: FeatureMap, target: FeatureMap, *, added: bool = False) -> Workspace:
     """A convolution over frames: what is fetched of a parked source and its normalised copy, that and the result."""
     read, made = row_bytes(source), row_bytes(target)
     fetched = read if source.parked else 0
-    lines = (Line(fetched + read), Line(read + made), written(target, added=added))
+    lines = (MemoryTerm(fetched + read), MemoryTerm(read + made), written(target, added=added))
     return Workspace(lines, _affine_bytes(source))
 
 
@@ -92,7 +100,7 @@ def last_along_time(source: FeatureMap, channels: int) -> Workspace:
     """The same, with a result that goes to host memory at once."""
     read = row_bytes(source)
     made = source.frames * channels * source.width * source.dtype.itemsize
-    return Workspace((Line((read if source.parked else 0) + read), Line(read + made)))
+    return Workspace((MemoryTerm((read if source.parked else 0) + read), MemoryTerm(read + made)))
 
 
 def attention(source: FeatureMap) -> int:
@@ -107,11 +115,11 @@ def _affine_bytes(source: FeatureMap) -> int:
     return 8 * rounded_bytes(source.frames * source.channels * torch.float32.itemsize)
 
 
-def written(target: FeatureMap, *, added: bool = False) -> Line:
+def written(target: FeatureMap, *, added: bool = False) -> MemoryTerm:
     """The result, and the most of: what it is added to, fetched; its moments' fp32 copy; its copy for host memory."""
     made = row_bytes(target)
     fetched = made if target.parked else 0
-    return Line(made + max(fetched if added else 0, moments_bytes(target), fetched))
+    return MemoryTerm(made + max(fetched if added else 0, moments_bytes(target), fetched))
 
 
 def row_bytes(feature_map: FeatureMap) -> int:

@@ -1,4 +1,7 @@
-"""Model families: one file each in this folder, which makes an object named `FAMILY`. No list of them is kept."""
+"""Model families: one file or package each in this folder, with an object named `FAMILY`, or several in `FAMILIES`.
+
+They are discovered by these names: no list of them is kept.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from importlib import import_module
 from pathlib import Path
 
 from ..errors import BadInputError, ModelFolderError
-from . import wan_file
 from .base import Conditioning, Denoiser, Family, Place, Placed, Prompt, TensorMap, Workload
 from .facts import FamilyFacts, LatentSize, VideoSize
 from .folder import read_json
@@ -18,7 +20,9 @@ _ARCHITECTURES = Path(__file__).parent / "architectures"
 
 def _families() -> dict[str, Family]:
     modules = (import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
-    made: list[Family] = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
+    made: list[Family] = []
+    for module in modules:
+        made += [module.FAMILY] if hasattr(module, "FAMILY") else getattr(module, "FAMILIES", ())
     return {family.facts.name: family for family in sorted(made, key=lambda it: it.facts.name)}
 
 
@@ -51,11 +55,11 @@ def with_weights(architecture: Architecture, weights: str) -> Architecture:
         ModelFolderError: the file cannot be used.
         MissingPackageError: the package gguf is needed.
     """
-    facts = family_of(architecture).facts
-    components = sorted(facts.from_files.intersection(name for name, _ in architecture.configs))
+    family = family_of(architecture)
+    components = sorted(family.facts.from_files.intersection(name for name, _ in architecture.configs))
     if not components:
-        raise BadInputError(f"{facts.display_name} takes no quantised weights", "plan without them")
-    return architecture.with_stored({it: wan_file.stored_as(weights, architecture.config(it)) for it in components})
+        raise BadInputError(f"{family.facts.display_name} takes no quantised weights", "plan without them")
+    return architecture.with_stored({it: family.stored_weights(weights, architecture.config(it)) for it in components})
 
 
 def load_model(folder: Path, files: WeightFiles = NO_FILES) -> I2VModel:

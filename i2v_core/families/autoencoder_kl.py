@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import decoding
-from ..decoding import FramePieces
+from ..decoding import TilingSettings
 from ..memory.meter import host_memory
-from ..memory.parking import empty_on_host
+from ..placement.offload import empty_on_host
 from .base import Placed
 
 
@@ -42,7 +42,7 @@ def centred(picture_13HW: Tensor) -> Tensor:
         return picture_13HW * 2 - 1
 
 
-def encode_mode(vae: Placed, picture_13HW: Tensor, pieces: FramePieces, on_chunk: Callable[[], None]) -> Tensor:
+def encode_mode(vae: Placed, picture_13HW: Tensor, pieces: TilingSettings, on_chunk: Callable[[], None]) -> Tensor:
     """Unscaled latents (1, C, h, w), fp32, of a picture in -1…1 in host memory. The posterior's mode, not a sample: the
     same picture always gives the same latents.
     """
@@ -54,7 +54,7 @@ def encode_mode(vae: Placed, picture_13HW: Tensor, pieces: FramePieces, on_chunk
     return mode_1Chw.float()
 
 
-def decode(vae: Placed, samples_FChw: Tensor, pieces: FramePieces, on_chunk: Callable[[], None]) -> Iterator[Tensor]:
+def decode(vae: Placed, samples_FChw: Tensor, pieces: TilingSettings, on_chunk: Callable[[], None]) -> Iterator[Tensor]:
     """Chunks (f, H, W, 3) in 0…1, fp32, in host memory, of unscaled latents."""
     compression = 2 ** (len(vae.module.config.block_out_channels) - 1)
     for start in range(0, len(samples_FChw), pieces.chunk_size):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..chunking import ChunkSettings, LayerRunner
-from ..decoding import FramePieces
+from ..decoding import TilingSettings
 from .facts import FamilyFacts, VideoSize
 from .model import NO_FILES, Architecture, I2VModel, WeightFiles
 
@@ -130,6 +130,14 @@ class Family(Protocol):
         """Raises `ModelFolderError` naming every missing or damaged file."""
         ...
 
+    def stored_weights(self, weights: str, config: Mapping[str, Any]) -> dict[str, list[str]]:
+        """Names of a denoiser's weights by the quantised format that they are stored in.
+
+        `weights` names a file, or one format for all of them; `config` is the denoiser's. Called only where the
+        denoiser is in `facts.from_files`. Raises `BadInputError` or `ModelFolderError` for what cannot be used.
+        """
+        ...
+
     def skeleton(self, architecture: Architecture, component: str) -> nn.Module:
         """The component without weights, on the current default device (meta, when predicting)."""
         ...
@@ -139,14 +147,14 @@ class Family(Protocol):
         ...
 
     def encode_workloads(
-        self, architecture: Architecture, size: VideoSize, guidance: bool, pieces: FramePieces
+        self, architecture: Architecture, size: VideoSize, guidance: bool, pieces: TilingSettings
     ) -> tuple[Workload, ...]: ...
 
     def denoise_workload(self, architecture: Architecture, size: VideoSize, branches: int) -> Workload:
         """One pass of a denoiser; of whichever, where there are several."""
         ...
 
-    def decode_workload(self, size: VideoSize, pieces: FramePieces) -> Workload:
+    def decode_workload(self, size: VideoSize, pieces: TilingSettings) -> Workload:
         """One chunk of frames."""
         ...
 
@@ -167,7 +175,7 @@ class Family(Protocol):
         prompt: Prompt,
         size: VideoSize,
         guidance: bool,
-        pieces: FramePieces,
+        pieces: TilingSettings,
         place: Place,
         on_chunk: Callable[[], None],
     ) -> Conditioning:
@@ -211,7 +219,7 @@ class Family(Protocol):
         decoder: Placed,
         samples: Tensor,
         first_frame: int,
-        pieces: FramePieces,
+        pieces: TilingSettings,
         on_chunk: Callable[[], None],
     ) -> Iterator[Tensor]:
         """Chunks of frames (f, H, W, 3) in 0…1, fp32, in host memory: in order, from `first_frame` on.

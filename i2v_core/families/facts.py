@@ -64,7 +64,7 @@ class FamilyFacts:
     the denoiser must see even where it is given a window of the others; None: it must see the whole clip.
     `has_skips` says whether the denoiser has skip connections, which can be parked.
     `takes` are the inputs beside the picture that it has a use for. `schedulers` are those that it can be sampled with,
-    its own first. `beyond_fp16` are components whose numbers fp16 cannot hold, `from_files` those whose weights may
+    its own first. `fp16_unsafe` are components whose numbers fp16 cannot hold, `from_files` those whose weights may
     come from a file outside of the model's folder. `table_sizes` are those that memory tables show; without any, the
     default size.
     """
@@ -80,10 +80,10 @@ class FamilyFacts:
     default_size: VideoSize
     default_fps: int
     default_cfg: float
-    takes: frozenset[OptionalInput]
+    optional_inputs: frozenset[OptionalInput]
     schedulers: tuple[SchedulerChoice, ...]
     has_skips: bool = True
-    beyond_fp16: frozenset[str] = frozenset()
+    fp16_unsafe: frozenset[str] = frozenset()
     from_files: frozenset[str] = frozenset()
     table_sizes: tuple[VideoSize, ...] = ()
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..chunking import ChunkSettings, LayerRunner, chunked
-from ..decoding import FramePieces
+from ..decoding import TilingSettings
 from ..memory.meter import host_memory
-from ..memory.parking import empty_on_host
+from ..placement.offload import empty_on_host
 from . import autoencoder_kl, clip
 from .base import Conditioning, Place, Placed, Prompt, TensorMap, Workload
 from .facts import FamilyFacts, SchedulerChoice, VideoSize
@@ -48,7 +48,7 @@ class I2VGenXL(UNetFamily):
         default_size=VideoSize(width_pixels=1280, height_pixels=704, frames=16),
         default_fps=16,
         default_cfg=9.0,
-        takes=frozenset({"text", "negative_text", "fps"}),
+        optional_inputs=frozenset({"text", "negative_text", "fps"}),
         # None of these draws noise of its own, so a seed always gives the same video.
         schedulers=(
             SchedulerChoice(name="ddim", diffusers_class="DDIMScheduler"),
@@ -108,7 +108,7 @@ class I2VGenXL(UNetFamily):
         return frozenset({"vae"} if autoencoder_kl.wants_full_precision(architecture.config("vae")) else ())
 
     def encode_workloads(
-        self, architecture: Architecture, size: VideoSize, guidance: bool, pieces: FramePieces
+        self, architecture: Architecture, size: VideoSize, guidance: bool, pieces: TilingSettings
     ) -> tuple[Workload, ...]:
         wanted = clip.VisionInput.from_config(architecture.config("feature_extractor"))
         length = _text_length(architecture)
@@ -153,7 +153,7 @@ class I2VGenXL(UNetFamily):
 
         return Workload(name="denoise", component="unet", run=denoise)
 
-    def decode_workload(self, size: VideoSize, pieces: FramePieces) -> Workload:
+    def decode_workload(self, size: VideoSize, pieces: TilingSettings) -> Workload:
         latent = self.facts.latent_size(size)
         frames = min(pieces.chunk_size, size.frames)
 
@@ -174,7 +174,7 @@ class I2VGenXL(UNetFamily):
         prompt: Prompt,
         size: VideoSize,
         guidance: bool,
-        pieces: FramePieces,
+        pieces: TilingSettings,
         place: Place,
         on_chunk: Callable[[], None],
     ) -> Conditioning:
@@ -212,7 +212,7 @@ class I2VGenXL(UNetFamily):
         )
 
     def _image_latents(
-        self, vae: Placed, picture_13HW: Tensor, pieces: FramePieces, on_chunk: Callable[[], None]
+        self, vae: Placed, picture_13HW: Tensor, pieces: TilingSettings, on_chunk: Callable[[], None]
     ) -> Tensor:
         """Scaled latents (1, C, h, w) of a picture in 0…1."""
         mode_1Chw = autoencoder_kl.encode_mode(vae, autoencoder_kl.centred(picture_13HW), pieces, on_chunk)
@@ -238,7 +238,7 @@ class I2VGenXL(UNetFamily):
         decoder: Placed,
         samples: Tensor,
         first_frame: int,
-        pieces: FramePieces,
+        pieces: TilingSettings,
         on_chunk: Callable[[], None],
     ) -> Iterator[Tensor]:
         return autoencoder_kl.decode(decoder, samples[first_frame:], pieces, on_chunk)

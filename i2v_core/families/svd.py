@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ..chunking import ChunkSettings, LayerRunner
 from ..chunking.spatio_temporal_unet import chunked
-from ..decoding import FramePieces, decode_clip_into
+from ..decoding import TilingSettings, decode_clip_into
 from ..memory.meter import host_memory
-from ..memory.parking import empty_on_host
+from ..placement.offload import empty_on_host
 from . import autoencoder_kl, clip
 from .base import Conditioning, Place, Placed, Prompt, TensorMap, Workload
 from .facts import FamilyFacts, SchedulerChoice, VideoSize
@@ -50,7 +50,7 @@ class StableVideoDiffusion(UNetFamily):
         default_size=VideoSize(width_pixels=1024, height_pixels=576, frames=25),
         default_fps=7,
         default_cfg=3.0,
-        takes=frozenset({"fps", "motion_bucket", "noise_augmentation"}),
+        optional_inputs=frozenset({"fps", "motion_bucket", "noise_augmentation"}),
         # It is told noise levels, up to 700, by their logarithm; diffusers' other schedulers count steps.
         schedulers=(SchedulerChoice(name="euler", diffusers_class="EulerDiscreteScheduler"),),
         table_sizes=tuple(
@@ -101,7 +101,7 @@ class StableVideoDiffusion(UNetFamily):
         architecture: Architecture,
         size: VideoSize,
         guidance: bool,  # noqa: ARG002
-        pieces: FramePieces,
+        pieces: TilingSettings,
     ) -> tuple[Workload, ...]:
         wanted = clip.VisionInput.from_config(architecture.config("feature_extractor"))
 
@@ -136,7 +136,7 @@ class StableVideoDiffusion(UNetFamily):
 
         return Workload(name="denoise", component="unet", run=denoise)
 
-    def decode_workload(self, size: VideoSize, pieces: FramePieces) -> Workload:
+    def decode_workload(self, size: VideoSize, pieces: TilingSettings) -> Workload:
         latent = self.facts.latent_size(size)
 
         def decode(vae: Placed) -> Tensor:
@@ -156,7 +156,7 @@ class StableVideoDiffusion(UNetFamily):
         prompt: Prompt,
         size: VideoSize,
         guidance: bool,
-        pieces: FramePieces,
+        pieces: TilingSettings,
         place: Place,
         on_chunk: Callable[[], None],
     ) -> Conditioning:
@@ -216,7 +216,7 @@ class StableVideoDiffusion(UNetFamily):
         decoder: Placed,
         samples: Tensor,
         first_frame: int,
-        pieces: FramePieces,
+        pieces: TilingSettings,
         on_chunk: Callable[[], None],
     ) -> Iterator[Tensor]:
         on_chunk()

@@ -87,6 +87,9 @@ class UNetFamily(ABC):
         }
         return I2VModel(architecture=architecture, folder=folder, modules=modules, tokenizer=self.tokenizer(folder))
 
+    def stored_weights(self, weights: str, config: Mapping[str, Any]) -> dict[str, list[str]]:  # noqa: ARG002
+        raise AssertionError("no component is in `facts.from_files`")
+
     def skeleton(self, architecture: Architecture, component: str) -> nn.Module:
         cls, config = self.module_classes()[component], architecture.config(component)
         if component in _OF_DIFFUSERS:

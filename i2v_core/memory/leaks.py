@@ -53,13 +53,13 @@ def live_tensors() -> list[Tensor]:
     return [it for it in found if it.layout is torch.strided and it.device.type != "meta" and it.numel()]
 
 
-class Survivors:
+class LiveTensorReport:
     """The tensors that have come to be since this was made, and are alive. Tensors before are remembered weakly.
 
     Made by `traced`, it knows also where they were made, and where Python's own memory has grown.
     """
 
-    def __init__(self, birthplaces: Birthplaces | None = None) -> None:
+    def __init__(self, birthplaces: AllocationSites | None = None) -> None:
         self._birthplaces = birthplaces
         self._before = {id(tensor): weakref.ref(tensor) for tensor in live_tensors()}
         self._allocated = tracemalloc.take_snapshot() if tracemalloc.is_tracing() else None
@@ -97,7 +97,7 @@ class Survivors:
             yield f"{place}: {change.size_diff / KIB:+,.1f} KiB in {change.count_diff:+d} blocks"
 
 
-class Birthplaces(TorchDispatchMode):
+class AllocationSites(TorchDispatchMode):
     """Remembers the line that called PyTorch when a storage came to be, for as long as the storage lives.
 
     `tracemalloc` could tell, but not of tensors in CPython 3.11, whose objects it does not find.
@@ -126,14 +126,14 @@ class Birthplaces(TorchDispatchMode):
 
 
 @contextmanager
-def traced() -> Generator[Survivors]:
+def traced() -> Generator[LiveTensorReport]:
     """Knows where tensors are made while the context lasts, and where Python allocates; much slower."""
     started_here = not tracemalloc.is_tracing()
     if started_here:
         tracemalloc.start()
     try:
-        with Birthplaces() as birthplaces:
-            yield Survivors(birthplaces)
+        with AllocationSites() as birthplaces:
+            yield LiveTensorReport(birthplaces)
     finally:
         if started_here:
             tracemalloc.stop()

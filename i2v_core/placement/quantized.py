@@ -39,15 +39,15 @@ class Quantized:
         return self.columns // numbers * size_bytes
 
     @property
-    def lying_bytes(self) -> int:
+    def stored_bytes(self) -> int:
         return self.rows * self.row_bytes
 
     @property
-    def restoring_bytes(self) -> int:
+    def dequantizing_bytes(self) -> int:
         """What restoring takes at most, beside the bytes and the result."""
         return 0 if self.format in FP8_FORMATS else _piece_bytes(self.format, self._piece_rows, self.columns)
 
-    def restored(self, lying: Tensor, dtype: torch.dtype) -> Tensor:
+    def dequantized(self, lying: Tensor, dtype: torch.dtype) -> Tensor:
         """The numbers (rows, columns) of `lying` (rows, row_bytes), on its device."""
         whole = torch.empty(self.rows, self.columns, device=lying.device, dtype=dtype)
         if self.format in FP8_FORMATS:
@@ -63,7 +63,7 @@ class Quantized:
         return min(self.rows, max(1, _PIECE_NUMBERS // self.columns))
 
 
-def lie_as(layer: nn.Linear, form: Quantized) -> None:
+def set_storage_format(layer: nn.Linear, form: Quantized) -> None:
     """Say how the weight of a layer lies, or will lie once it is loaded."""
     layer.lies_as = form  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
@@ -74,10 +74,10 @@ def quantized_weights(module: nn.Module) -> dict[Tensor, Quantized]:
     return {part.weight: part.lies_as for part in parts if "lies_as" in vars(part)}
 
 
-def lying_bytes(module: nn.Module) -> Callable[[Tensor], int]:
+def stored_bytes(module: nn.Module) -> Callable[[Tensor], int]:
     """The bytes of each parameter and buffer of the module as it lies, whether or not it has been loaded."""
     quantized = quantized_weights(module)
-    return lambda tensor: quantized[tensor].lying_bytes if tensor in quantized else tensor.nbytes
+    return lambda tensor: quantized[tensor].stored_bytes if tensor in quantized else tensor.nbytes
 
 
 def block_of(format_name: str) -> tuple[int, int]:

@@ -25,12 +25,12 @@ def staged(module: nn.Module, weights: StoredWeights, *, pinned: bool) -> Genera
     precision than the module's own, and if pinned for everything.
     """
     tensors = all_tensors(module)
-    lying = (_lying(tensor, weights) for tensor in tensors)
+    lying = (_as_stored(tensor, weights) for tensor in tensors)
     with swapped(tensors, _pinned(lying) if pinned else list(lying)):
         yield
 
 
-def _lying(tensor: Tensor, weights: StoredWeights) -> Tensor:
+def _as_stored(tensor: Tensor, weights: StoredWeights) -> Tensor:
     reduced = weights.reduced(tensor)
     if reduced is not None or not tensor.is_floating_point():
         return tensor.data if reduced is None else reduced

@@ -17,10 +17,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..chunking import LayerCall, LayerRunner
 from ..errors import MissingPackageError
 from ..memory.meter import host_memory
 from ..units import MIB
+from .layer_calls import LayerCall, LayerRunner
 from .precision import computing_dtypes
 from .quantized import quantized_weights
 from .swap import all_tensors, swapped
@@ -103,15 +103,15 @@ class StoredWeights:
         """Whether layers compute with what a tensor of the module lies as."""
         return tensor not in self._quantized and tensor not in self._scales
 
-    def restored(self, tensor: Tensor, lying: Tensor) -> Tensor:
+    def dequantized(self, tensor: Tensor, lying: Tensor) -> Tensor:
         """The precision of computation of `lying`, which is on the device what `tensor` of the module lies as."""
         if tensor in self._quantized:
-            return self._quantized[tensor].restored(lying, self.dtype)
+            return self._quantized[tensor].dequantized(lying, self.dtype)
         scale = self._scales.get(tensor)
         return lying if scale is None else lying.to(self.dtype).mul_(scale.view(-1, *[1] * (lying.ndim - 1)))
 
 
-class _RestoringRunner(LayerRunner):
+class _DequantizingRunner(LayerRunner):
     """Restores the weights of each layer, which lie on the device, around its call."""
 
     def __init__(self, weights: StoredWeights) -> None:
@@ -119,7 +119,7 @@ class _RestoringRunner(LayerRunner):
 
     def enter(self, call: LayerCall) -> AbstractContextManager[None]:
         tensors = [tensor for module in call.modules for tensor in all_tensors(module)]
-        return swapped(tensors, [self._weights.restored(tensor, tensor.data) for tensor in tensors])
+        return swapped(tensors, [self._weights.dequantized(tensor, tensor.data) for tensor in tensors])
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def resident(
 
     tensors = all_tensors(module)
     with swapped(tensors, [on_device(tensor) for tensor in tensors]):
-        yield _RestoringRunner(weights)
+        yield _DequantizingRunner(weights)
 
 
 def _by_rows(weight: Tensor, reduce: _Reduce) -> tuple[Tensor, Tensor]:

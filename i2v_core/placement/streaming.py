@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..chunking import LayerCall, LayerRunner
-from .parcels import Parcel, packed
+from .layer_calls import LayerCall, LayerRunner
 from .staging import staged
 from .storage import StoredWeights, WeightStorage
 from .swap import all_tensors, own_tensors, swapped
+from .transfer_blocks import TransferBlock, packed
 
 Modules = tuple[nn.Module, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Arrival:
+class _Prefetch:
     """The weights of one layer, on the device or on their way there: the module's tensors, and their copies, which lie
     as `weights` says.
 
@@ -46,7 +46,7 @@ class _Arrival:
         self.wait()
         # One after another, so that what lay in 8 bits is given up at once: the host has it.
         for index, tensor in enumerate(self.tensors):
-            self.copies[index] = self.weights.restored(tensor, self.copies[index])
+            self.copies[index] = self.weights.dequantized(tensor, self.copies[index])
         return swapped(self.tensors, self.copies)
 
 
@@ -70,9 +70,9 @@ class WeightStream(LayerRunner):
         self._weights = weights
         self._tensors_of = tensors_of
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._packed: dict[Modules, tuple[list[Tensor], list[Parcel]]] = {}
+        self._packed: dict[Modules, tuple[list[Tensor], list[TransferBlock]]] = {}
         self._following: dict[Modules, Modules] = {}
-        self._fetched: dict[Modules, _Arrival] = {}
+        self._fetched: dict[Modules, _Prefetch] = {}
         self._previous: Modules | None = None
 
     def enter(self, call: LayerCall) -> AbstractContextManager[None]:
@@ -106,7 +106,7 @@ class WeightStream(LayerRunner):
         self._packed.clear()
         self._on_host.clear()
 
-    def _fetch(self, modules: Modules) -> _Arrival:
+    def _fetch(self, modules: Modules) -> _Prefetch:
         if modules not in self._packed:
             self._packed[modules] = self._pack(modules)
         tensors, parcels = self._packed[modules]
@@ -115,15 +115,15 @@ class WeightStream(LayerRunner):
         on_device = [torch.empty_like(parcel.on_host, device=self._device) for parcel in parcels]
         copies = dict(it for parcel, copy in zip(parcels, on_device, strict=True) for it in parcel.unpacked(copy))
         event = self._copy(parcels, on_device)
-        return _Arrival(tensors, [copies[place] for place in range(len(tensors))], self._weights, event)
+        return _Prefetch(tensors, [copies[place] for place in range(len(tensors))], self._weights, event)
 
-    def _pack(self, modules: Modules) -> tuple[list[Tensor], list[Parcel]]:
+    def _pack(self, modules: Modules) -> tuple[list[Tensor], list[TransferBlock]]:
         tensors = [tensor for module in modules for tensor in self._tensors_of(module)]
         # What layers do not compute with as it lies is given up one by one, when it has been restored.
         alone = [not self._weights.computes_with(tensor) for tensor in tensors]
         return tensors, packed([self._on_host[tensor] for tensor in tensors], alone)
 
-    def _copy(self, parcels: list[Parcel], on_device: list[Tensor]) -> Any:
+    def _copy(self, parcels: list[TransferBlock], on_device: list[Tensor]) -> Any:
         """The event of the copies' end; None where they have ended already."""
         if self._copy_stream is None:
             for parcel, copy in zip(parcels, on_device, strict=True):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ..errors import BadInputError, DoesNotFitError
 from ..families import family_of
 from ..units import format_gib
-from .frame_ways import decode_in_tiles, first_that_fits, with_maps_parked
+from .autoencoder_candidates import decode_in_tiles, first_that_fits, with_maps_offloaded
 from .margin import needed_bytes
 from .plan import DecodeSettings, Plan, Stage, StagePrediction
 from .planner import make_plan
@@ -23,7 +23,7 @@ def refit(plan: Plan, stage: Stage, free_bytes: int) -> Plan:
     Raises:
         DoesNotFitError: nothing fits what is free now.
     """
-    needed = needed_bytes(plan.stage(stage), plan.device) + plan.budget.reserve_bytes
+    needed = needed_bytes(plan.prediction(stage), plan.device) + plan.budget.reserve_bytes
     if needed <= free_bytes:
         return plan
     return make_plan(plan.request, replace(plan.budget, free_bytes=free_bytes), plan.device)
@@ -55,7 +55,7 @@ def with_tile(plan: Plan, tile_pixels: int, overlap_pixels: int) -> Plan:
             f"a tile of {tile_pixels} pixels is too small", f"use at least {LEAST_TILE_PIXELS} pixels, or 0"
         )
     whole = decode_in_tiles(plan.request, tile_pixels)
-    ways = [replace(plan.decode, frames=pieces) for pieces in (whole, *with_maps_parked(whole))]
+    ways = [replace(plan.decode, frames=pieces) for pieces in (whole, *with_maps_offloaded(whole))]
     found = first_that_fits(ways, lambda it: _predicted(plan, it), lambda it: _fits(plan, it))
     if found is None:
         needed = needed_bytes(_predicted(plan, ways[-1]), plan.device)

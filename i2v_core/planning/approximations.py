@@ -57,7 +57,7 @@ def approximations(request: Request) -> tuple[Approximation, ...]:
     )
 
 
-def thriftiest_approximations(request: Request) -> tuple[Approximation, ...]:
+def lowest_memory_approximations(request: Request) -> tuple[Approximation, ...]:
     """Those among which is the one that takes least: the shortest windows, with weights of any kind."""
     if not request.allow_approximate:
         return (EXACT,)

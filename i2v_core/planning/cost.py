@@ -29,7 +29,7 @@ def _cost(request: Request, settings: SampleSettings, calls: float) -> float:
     # Clips that are sampled together share the calls of layers, and what is streamed for them.
     cost = _CALLS_AGAIN * (calls / request.clips - 1)
     cost += WEIGHT_PASS * passes / request.clips if settings.streamed else 0
-    cost += _PARKED_SKIPS if settings.park_skips else 0
+    cost += _PARKED_SKIPS if settings.offload_skips else 0
     return cost
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from ..decoding import ONE_WHOLE_FRAME, FramePieces
+from ..decoding import ONE_WHOLE_FRAME, TilingSettings
 from ..families import Architecture, VideoSize, family_of
 from ..units import MIB
-from .frame_ways import decode_in_tiles
+from .autoencoder_candidates import decode_in_tiles
 from .plan import DecodeSettings, SampleSettings
 from .predict import predict_decode, predict_sample
 from .request import Request
@@ -71,7 +71,7 @@ def _row(request: Request, dtype: torch.dtype) -> MemoryRow:
     )
 
 
-def _decode_pieces(request: Request) -> FramePieces:
+def _decode_pieces(request: Request) -> TilingSettings:
     tiles = decode_in_tiles(request, _TILE_PIXELS)
     return ONE_WHOLE_FRAME if tiles.chunk_size == 1 else replace(tiles, maps_bytes=0)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..chunking import ChunkSettings
-from ..decoding import ONE_WHOLE_FRAME, FramePieces
+from ..decoding import ONE_WHOLE_FRAME, TilingSettings
 from ..errors import PlanMismatchError
 from ..families import Architecture
 from ..memory.device import DeviceFacts
@@ -66,7 +66,7 @@ class EncodeSettings:
     """
 
     streamed: bool = False
-    picture: FramePieces = ONE_WHOLE_FRAME
+    picture: TilingSettings = ONE_WHOLE_FRAME
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +74,7 @@ class SampleSettings:
     """How the denoiser runs.
 
     `workspace_bytes` None: layers run whole; else no layer call takes more than that. `streamed`: weights come in
-    layer by layer. `park_skips`: skip connections wait in host memory. `weight_storage`: what the weights lie in, on
+    layer by layer. `offload_skips`: skip connections wait in host memory. `weight_storage`: what the weights lie in, on
     the device or where they stream from, between the calls of their layer; in 8 bits the result is approximate.
     `context`: the denoiser sees windows of the clip, which is approximate too; None: all of it.
     """
@@ -83,21 +83,21 @@ class SampleSettings:
     batched_guidance: bool
     workspace_bytes: int | None = None
     streamed: bool = False
-    park_skips: bool = False
+    offload_skips: bool = False
     weight_storage: WeightStorage = WeightStorage.AS_COMPUTED
     context: ContextWindows | None = None
 
     @property
     def chunk_settings(self) -> ChunkSettings:
         workspace_bytes = sys.maxsize if self.workspace_bytes is None else self.workspace_bytes
-        return ChunkSettings(workspace_bytes=workspace_bytes, park_skips=self.park_skips)
+        return ChunkSettings(workspace_bytes=workspace_bytes, offload_skips=self.offload_skips)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeSettings:
     """How latents become frames. `streamed`: weights come in leaf by leaf, or layer by layer where there are tiles."""
 
-    frames: FramePieces
+    frames: TilingSettings
     streamed: bool = False
 
 
@@ -115,20 +115,22 @@ class Plan:
     sample: SampleSettings
     decode: DecodeSettings
     chunk_size: int
-    stages: tuple[StagePrediction, ...]
+    predictions: tuple[StagePrediction, ...]
     reasons: tuple[str, ...]
 
-    def stage(self, stage: Stage) -> StagePrediction:
-        return next(prediction for prediction in self.stages if prediction.stage is stage)
+    def prediction(self, stage: Stage) -> StagePrediction:
+        return next(prediction for prediction in self.predictions if prediction.stage is stage)
 
     def with_prediction(self, prediction: StagePrediction) -> Plan:
         """The plan with another prediction for its stage."""
-        return replace(self, stages=tuple(prediction if it.stage is prediction.stage else it for it in self.stages))
+        return replace(
+            self, predictions=tuple(prediction if it.stage is prediction.stage else it for it in self.predictions)
+        )
 
     @property
     def binding_stage(self) -> StagePrediction:
         """The stage with the highest peak: the one that decides what fits."""
-        return max(self.stages, key=lambda prediction: prediction.peak_bytes)
+        return max(self.predictions, key=lambda prediction: prediction.peak_bytes)
 
     @property
     def peak_bytes(self) -> int:
@@ -167,7 +169,7 @@ class Plan:
                 )
                 if settings.streamed
             ],
-            "park_skips": self.sample.park_skips,
+            "offload_skips": self.sample.offload_skips,
             "weight_storage": self.sample.weight_storage.value,
             "file_formats": list(self.request.architecture.stored_formats),
             "context_length": self.sample.context.context_length if self.sample.context else None,
@@ -185,7 +187,7 @@ class Plan:
                     "activation_bytes": prediction.activation_bytes,
                     "peak_bytes": prediction.peak_bytes,
                 }
-                for prediction in self.stages
+                for prediction in self.predictions
             ],
             "peak_bytes": self.peak_bytes,
             "binding_stage": self.binding_stage.stage.value,

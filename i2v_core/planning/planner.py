@@ -15,13 +15,13 @@ from ..families import family_of
 from ..memory.device import DeviceFacts
 from ..units import format_gib
 from .approximations import Approximation, approximations
-from .candidates import cheapest_sample, thriftiest
-from .frame_ways import cheapest_decode, cheapest_encode
+from .autoencoder_candidates import cheapest_decode, cheapest_encode
+from .denoiser_candidates import cheapest_sample, lowest_memory
 from .margin import needed_bytes
-from .nearest import NothingFitsError, nearest
 from .plan import Plan, StagePrediction
 from .report import plan_reasons
 from .request import Budget, Request
+from .suggestions import NothingFitsError, suggestions
 
 
 def make_plan(request: Request, budget: Budget, device: DeviceFacts) -> Plan:
@@ -46,7 +46,7 @@ def find_plan(request: Request, budget: Budget, device: DeviceFacts) -> Plan | N
 
 
 def _refusal(request: Request, budget: Budget, device: DeviceFacts) -> NothingFitsError:
-    least = least_peak(request, device, budget.host_free_bytes)
+    least = min_peak(request, device, budget.host_free_bytes)
     needed = needed_bytes(least, device)
     problem = (
         f"{request.size} with {family_of(request.architecture).facts.display_name} does not fit: the "
@@ -56,7 +56,7 @@ def _refusal(request: Request, budget: Budget, device: DeviceFacts) -> NothingFi
     host_bytes = _host_bytes_that_would_do(request, budget, device)
     if host_bytes is not None:
         problem += f" (less would do with {format_gib(host_bytes)} of free host memory to stream from)"
-    near = nearest(
+    near = suggestions(
         request,
         budget_bytes=needed + budget.reserve_bytes,
         host_bytes=host_bytes,
@@ -71,7 +71,7 @@ def _host_bytes_that_would_do(request: Request, budget: Budget, device: DeviceFa
     if budget.host_free_bytes is None:
         return None
     for dtype in request.precisions(device.precisions):
-        stages = thriftiest(request, dtype, host_free_bytes=None)
+        stages = lowest_memory(request, dtype, host_free_bytes=None)
         if all(needed_bytes(stage, device) <= budget.usable_bytes for stage in stages):
             return max(stage.host_bytes for stage in stages)
     return None
@@ -87,19 +87,19 @@ def _approximation_that_would_do(request: Request, budget: Budget, device: Devic
 
 def fits(request: Request, budget: Budget, device: DeviceFacts) -> bool:
     """Whether the thriftiest way to make the request is within the budget."""
-    return _fits(least_peak(request, device, budget.host_free_bytes), budget, device)
+    return _fits(min_peak(request, device, budget.host_free_bytes), budget, device)
 
 
-def least_peak(request: Request, device: DeviceFacts, host_free_bytes: int | None = None) -> StagePrediction:
+def min_peak(request: Request, device: DeviceFacts, host_free_bytes: int | None = None) -> StagePrediction:
     """The binding stage of `least_stages`."""
-    return max(least_stages(request, device, host_free_bytes), key=_peak)
+    return max(lowest_memory_stages(request, device, host_free_bytes), key=_peak)
 
 
-def least_stages(
+def lowest_memory_stages(
     request: Request, device: DeviceFacts, host_free_bytes: int | None = None
 ) -> tuple[StagePrediction, ...]:
     """The stages of the thriftiest plan that host memory (None: any) allows, whatever its time."""
-    plans = (thriftiest(request, dtype, host_free_bytes) for dtype in request.precisions(device.precisions))
+    plans = (lowest_memory(request, dtype, host_free_bytes) for dtype in request.precisions(device.precisions))
     return min(plans, key=lambda stages: max(map(_peak, stages)))
 
 
@@ -133,7 +133,7 @@ def _plan_in(
         sample=sample.settings,
         decode=decode.settings,
         chunk_size=sample.prediction.chunk_size,
-        stages=stages,
+        predictions=stages,
         reasons=plan_reasons(
             request, budget, encode.settings, sample.settings, decode.settings, sample.prediction.chunk_size, stages
         ),

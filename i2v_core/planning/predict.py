@@ -8,13 +8,13 @@ from math import prod
 
 import torch
 
-from ..decoding import ONE_WHOLE_FRAME, FramePieces
+from ..decoding import ONE_WHOLE_FRAME, TilingSettings
 from ..families import Architecture, VideoSize, Workload, family_of
 from ..placement.storage import WeightStorage
 from .plan import DecodeSettings, EncodeSettings, SamplePrediction, SampleSettings, Stage, StagePrediction
 from .request import Request
 from .trace import (
-    LayerOutline,
+    DenoiserOutline,
     activation_bytes,
     outline_bands,
     skeleton,
@@ -22,7 +22,7 @@ from .trace import (
     trace_denoiser,
     weights_bytes,
 )
-from .weights import highest_moment, module_weights
+from .weights import module_weights, peak_usage
 
 # Copies of the latents in fp32 that the loop and the scheduler hold beside the denoiser's own tensors: the state, the
 # denoiser's input, the other branch's prediction; and a multistep scheduler the state before, and two old outputs
@@ -39,7 +39,7 @@ class _Work:
     architecture: Architecture
     size: VideoSize
     guidance: bool
-    pieces: FramePieces
+    pieces: TilingSettings
 
     @property
     def workload(self) -> Workload:
@@ -115,7 +115,7 @@ def _predict_denoiser(request: Request, settings: SampleSettings, component: str
     trace = trace_denoiser(architecture, size, rows, settings.compute_dtype, settings.chunk_settings, component)
     calls = trace.calls
     weights = module_weights(trace.module, settings.weight_storage, tuple(call.modules for call in calls))
-    highest = highest_moment(calls, weights, streamed=settings.streamed)
+    highest = peak_usage(calls, weights, streamed=settings.streamed)
     latent_bytes = request.clips * prod(latent.shape_bcthw) * torch.float32.itemsize
     multistep = any("Multistep" in choice.diffusers_class for choice in facts.schedulers)
     kept_bytes = (_MULTISTEP_COPIES if multistep else _LATENT_COPIES) * latent_bytes
@@ -131,7 +131,7 @@ def _predict_denoiser(request: Request, settings: SampleSettings, component: str
         stage=Stage.SAMPLE,
         weights_bytes=highest.weights_bytes,
         activation_bytes=highest.activation_bytes + kept_bytes + blending_bytes + waiting_bytes,
-        host_bytes=trace.parked_bytes + (weights.lying_bytes if settings.streamed else 0),
+        host_bytes=trace.offloaded_bytes + (weights.stored_bytes if settings.streamed else 0),
         chunk_size=max(1, min(frames_at_once, default=latent.latent_frames)),
         layer_calls=sum(call.pieces for call in calls) * passes * windows,
         layers=len(calls),
@@ -162,7 +162,7 @@ def component_dtype(
     family = family_of(architecture)
     if component in family.full_precision_components(architecture, decoding=stage is Stage.DECODE):
         return torch.float32
-    too_large = compute_dtype is torch.float16 and component in family.facts.beyond_fp16
+    too_large = compute_dtype is torch.float16 and component in family.facts.fp16_unsafe
     return torch.bfloat16 if too_large else compute_dtype
 
 
@@ -188,17 +188,17 @@ def _predict_by_layer(work: _Work, passes: int, dtype: torch.dtype, *, streamed:
     smallest = replace(work, pieces=replace(work.pieces, tile_pixels=1))
     trace = _outline(smallest, dtype).cut(work.pieces.tile_pixels**2)
     weights = module_weights(trace.module, WeightStorage.AS_COMPUTED, tuple(call.modules for call in trace.calls))
-    highest = highest_moment(trace.calls, weights, streamed=streamed, passes=passes)
+    highest = peak_usage(trace.calls, weights, streamed=streamed, passes=passes)
     return StagePrediction(
         stage=work.stage,
         weights_bytes=highest.weights_bytes,
         activation_bytes=highest.activation_bytes,
-        host_bytes=trace.parked_bytes + (weights.lying_bytes if streamed else 0),
+        host_bytes=trace.offloaded_bytes + (weights.stored_bytes if streamed else 0),
     )
 
 
 @lru_cache(maxsize=256)
-def _outline(work: _Work, dtype: torch.dtype) -> LayerOutline:
+def _outline(work: _Work, dtype: torch.dtype) -> DenoiserOutline:
     workload = work.workload
     return outline_bands(skeleton(work.architecture, workload.component, dtype), workload, dtype)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..decoding import FramePieces
+from ..decoding import TilingSettings
 from ..families import family_of
 from ..placement.precision import AUTO, precision_name
 from ..placement.storage import WeightStorage
@@ -28,7 +28,7 @@ def report(plan: Plan) -> str:
     lines += [
         f"{it.stage.value:<8} {format_gib(it.weights_bytes):>11} {format_gib(it.activation_bytes):>12} "
         f"{format_gib(it.peak_bytes):>11}"
-        for it in plan.stages
+        for it in plan.predictions
     ]
     return "\n".join([*lines, "", *(f"• {reason}" for reason in plan.reasons)])
 
@@ -54,7 +54,7 @@ def plan_reasons(
     streamed = [name for name, it in (("encoders", encode), ("denoiser", sample), ("decoder", decode)) if it.streamed]
     if streamed:
         reasons.append(f"weights come from host memory layer by layer for: {', '.join(streamed)}")
-    if sample.park_skips:
+    if sample.offload_skips:
         reasons.append("skip connections wait in host memory")
     reasons += [*_file_reasons(request, sample), *_approximation_reasons(sample)]
     if encode.picture.by_layer:
@@ -124,6 +124,6 @@ def _approximation_reasons(sample: SampleSettings) -> list[str]:
     return reasons
 
 
-def _tiled(pieces: FramePieces) -> str:
+def _tiled(pieces: TilingSettings) -> str:
     where = "" if pieces.maps_bytes is None else f", of which {format_gib(pieces.maps_bytes)} stay on the device"
     return f"layer by layer in tiles of {pieces.tile_pixels} pixels squared{where}, with the same result"

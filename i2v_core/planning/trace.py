@@ -13,13 +13,13 @@ from typing import cast
 import torch
 from torch import nn
 
-from ..chunking import ChunkSettings, LayerCall, LayerRunner, Outline, Unit
+from ..chunking import ChunkSettings, LayerCall, LayerRunner, ShapeOnlyRunner, Unit
 from ..decoding import ONE_WHOLE_FRAME
 from ..families import Architecture, Placed, VideoSize, Workload, family_of
 from ..memory.meter import StorageMeter, fused_attention, rounded_bytes
 from ..memory.shapes import KnownShapes
 from ..placement.precision import computing_dtypes
-from ..placement.quantized import lying_bytes
+from ..placement.quantized import stored_bytes
 from ..placement.swap import all_tensors, own_tensors
 
 META = torch.device("meta")
@@ -69,7 +69,7 @@ def loaded_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
 
 
 def _module_bytes(module: nn.Module) -> int:
-    as_it_lies = lying_bytes(module)
+    as_it_lies = stored_bytes(module)
     return sum(rounded_bytes(as_it_lies(tensor)) for tensor in all_tensors(module))
 
 
@@ -95,7 +95,7 @@ class LayerTrace:
 
     module: nn.Module
     calls: tuple[TracedCall, ...]
-    parked_bytes: int
+    offloaded_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +120,7 @@ class OutlinedCall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerOutline:
+class DenoiserOutline:
     """One pass of `module` in layers, and the bytes parked in host memory.
 
     What is live around the layers is the same however finely they are cut: one outline does for all workspaces.
@@ -128,12 +128,12 @@ class LayerOutline:
 
     module: nn.Module
     calls: tuple[OutlinedCall, ...]
-    parked_bytes: int
+    offloaded_bytes: int
 
     def cut(self, times: int) -> LayerTrace:
         """The pass in a workspace so many times as large as that which it was outlined with."""
         calls = tuple(call.cut(times) for call in self.calls)
-        return LayerTrace(module=self.module, calls=calls, parked_bytes=self.parked_bytes)
+        return LayerTrace(module=self.module, calls=calls, offloaded_bytes=self.offloaded_bytes)
 
 
 @lru_cache(maxsize=1024)
@@ -147,18 +147,24 @@ def trace_denoiser(
 ) -> LayerTrace:
     """One pass of a denoiser (by its component's name; the first, if left out) in outline."""
     component = component or family_of(architecture).denoisers(architecture)[0].component
-    outline = outline_denoiser(architecture, size, branches, dtype, component, park_skips=settings.park_skips)
+    outline = outline_denoiser(architecture, size, branches, dtype, component, offload_skips=settings.offload_skips)
     return outline.cut(settings.workspace_bytes)
 
 
 @lru_cache(maxsize=256)
 def outline_denoiser(
-    architecture: Architecture, size: VideoSize, branches: int, dtype: torch.dtype, component: str, *, park_skips: bool
-) -> LayerOutline:
+    architecture: Architecture,
+    size: VideoSize,
+    branches: int,
+    dtype: torch.dtype,
+    component: str,
+    *,
+    offload_skips: bool,
+) -> DenoiserOutline:
     """One pass of a denoiser, in a workspace of one byte."""
     family = family_of(architecture)
     module = skeleton(architecture, component, dtype)
-    settings = ChunkSettings(workspace_bytes=1, park_skips=park_skips)
+    settings = ChunkSettings(workspace_bytes=1, offload_skips=offload_skips)
     workload = family.denoise_workload(architecture, size, branches)
     with tracing() as meter:
         tracer = _CallTracer(meter)
@@ -167,7 +173,7 @@ def outline_denoiser(
     return tracer.outline(module)
 
 
-def outline_bands(module: nn.Module, workload: Workload, dtype: torch.dtype) -> LayerOutline:
+def outline_bands(module: nn.Module, workload: Workload, dtype: torch.dtype) -> DenoiserOutline:
     """An autoencoder's workload that runs layer by layer."""
     with tracing() as meter:
         tracer = _CallTracer(meter)
@@ -175,7 +181,7 @@ def outline_bands(module: nn.Module, workload: Workload, dtype: torch.dtype) -> 
     return tracer.outline(module)
 
 
-class _CallTracer(Outline):
+class _CallTracer(ShapeOnlyRunner):
     """Notes every layer call, and what is live around it."""
 
     def __init__(self, meter: StorageMeter) -> None:
@@ -188,8 +194,8 @@ class _CallTracer(Outline):
         yield
         self._calls.append(OutlinedCall(call=call, before_bytes=before_bytes, after_bytes=self._meter.current_bytes))
 
-    def outline(self, module: nn.Module) -> LayerOutline:
-        return LayerOutline(module=module, calls=tuple(self._calls), parked_bytes=self._meter.host_peak_bytes)
+    def outline(self, module: nn.Module) -> DenoiserOutline:
+        return DenoiserOutline(module=module, calls=tuple(self._calls), offloaded_bytes=self._meter.host_peak_bytes)
 
 
 @lru_cache(maxsize=64)

@@ -127,7 +127,7 @@ class CheckpointFile:
         _prune(self.path.parent)
         return None
 
-    def forget(self) -> None:
+    def delete(self) -> None:
         try:
             self.path.unlink(missing_ok=True)
         except OSError as error:

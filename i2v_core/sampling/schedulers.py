@@ -26,7 +26,7 @@ def make_scheduler(choice: SchedulerChoice, config: Mapping[str, Any]) -> Any:
     return cls.from_config({**config, **renamed, **dict(choice.changes)})
 
 
-def noise_deviation(scheduler: Any) -> float:
+def init_noise_sigma(scheduler: Any) -> float:
     """Of the noise to begin with; 1 for schedulers of flow matching, which do not say."""
     return float(getattr(scheduler, "init_noise_sigma", 1.0))
 

@@ -21,7 +21,7 @@ REMEDY = (
 )
 
 
-class SpillGuard:
+class SysmemFallbackDetector:
     """Watches the time of steps, from when it is made on; `free_bytes` says what is free on the device, or None."""
 
     def __init__(self, free_bytes: Callable[[], int | None]) -> None:

@@ -1,26 +1,26 @@
 """The three stages of a run. Each brings in what it needs, runs, and leaves nothing on the device."""
 
-from .clip import MAX_STEPS, Clip, SamplerSettings
+from .batched_sampling import BatchedResult, NotWorthBatchingError, sample_batched
+from .clip_sampler import MAX_STEPS, SampleRequest, SamplerSettings
 from .decode_stage import DecodeStream, decode, decode_stream
 from .encode_stage import encode
 from .runtime import Runtime, StageReport
 from .sample_stage import sample
 from .status import StageStatus
-from .together import DoesNotPayError, Together, sample_together
 
 __all__ = [
     "MAX_STEPS",
-    "Clip",
+    "BatchedResult",
     "DecodeStream",
-    "DoesNotPayError",
+    "NotWorthBatchingError",
     "Runtime",
+    "SampleRequest",
     "SamplerSettings",
     "StageReport",
     "StageStatus",
-    "Together",
     "decode",
     "decode_stream",
     "encode",
     "sample",
-    "sample_together",
+    "sample_batched",
 ]

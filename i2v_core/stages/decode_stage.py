@@ -47,7 +47,7 @@ class DecodeStream:
         while self._done < self.total_frames:
             problem = yield from self._decode_until_full()
             if problem is not None:
-                self._run.step_down(problem, f"at frame {self._done} of {self.total_frames}")
+                self._run.fall_back(problem, f"at frame {self._done} of {self.total_frames}")
 
     def _decode_until_full(self) -> Generator[Tensor, None, str | None]:
         """The frames from where the stream is at; if the device runs out of memory, its message in the end."""

@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields
 
 from ..families import Conditioning, FamilyFacts, I2VModel, Prompt, family_of
 from ..planning.plan import Plan, Stage
-from .run import running, until_it_fits
+from .run import retry_with_fallback, running
 from .runtime import Runtime, StageReport
 
 _IN_WORDS = {"text": "prompt", "negative_text": "negative prompt", "fps": "frames per second"}
@@ -23,11 +23,13 @@ def encode(model: I2VModel, plan: Plan, prompt: Prompt, runtime: Runtime) -> tup
             pieces, on_chunk = run.plan.encode.picture, run.runtime.check_cancelled
             return family.encode(model, prompt, request.size, request.guidance, pieces, run.place, on_chunk)
 
-        conditioning = until_it_fits(run, attempt, where=lambda: "before its end")
+        conditioning = retry_with_fallback(run, attempt, where=lambda: "before its end")
     return conditioning, run.report()
 
 
 def _without_effect(facts: FamilyFacts, prompt: Prompt) -> list[str]:
     """The fields that have been set, to something else than their default, and that the family has no use for."""
-    optional = [field for field in fields(prompt) if field.default is not MISSING and field.name not in facts.takes]
+    optional = [
+        field for field in fields(prompt) if field.default is not MISSING and field.name not in facts.optional_inputs
+    ]
     return [_IN_WORDS.get(it.name, it.name) for it in optional if getattr(prompt, it.name) != it.default]

@@ -15,12 +15,12 @@ from ..chunking import LayerRunner
 from ..errors import RanOutError
 from ..families import I2VModel, Placed
 from ..memory.device import is_out_of_memory
-from ..memory.parking import give_pinned_back
 from ..memory.stage_meter import StageMeter, stage_meter
+from ..placement.offload import give_pinned_back
 from ..placement.placed import placed
 from ..placement.storage import WeightStorage, resident
 from ..placement.streaming import streamed, streamed_leaves
-from ..planning.ladder import next_rung, remedy, what_changed
+from ..planning.fallback import next_fallback, remedy, what_changed
 from ..planning.margin import expected_bytes, needed_bytes, uncertainty_bytes
 from ..planning.plan import Plan, Stage
 from ..planning.predict import component_dtype
@@ -68,7 +68,7 @@ class StageRun:
             with placed(module, device, dtype), self.meter.weights(module):
                 yield ready(LayerRunner())
 
-    def step_down(self, problem: str, where: str) -> None:
+    def fall_back(self, problem: str, where: str) -> None:
         """After an out-of-memory: go on in the fastest way that takes less; if there is none, with room that the host
         makes, once. To be called outside of the `except`, whose traceback keeps what the failed layer had made.
 
@@ -80,8 +80,8 @@ class StageRun:
             RanOutError: there is nothing left to try.
         """
         _give_back(self.runtime.device)
-        self._failed.append((self.plan.stage(self._stage).peak_bytes, self.meter.peak_bytes))
-        lower = next_rung(self.plan, self._stage)
+        self._failed.append((self.plan.prediction(self._stage).peak_bytes, self.meter.peak_bytes))
+        lower = next_fallback(self.plan, self._stage)
         if lower is not None:
             changed = what_changed(self.plan, lower, self._stage)
             self.note(f"{self._stage.value} ran out of device memory {where} and went on from there with {changed}")
@@ -95,7 +95,7 @@ class StageRun:
         self.meter.restart_peak()
 
     def _nothing_left(self, problem: str, where: str) -> RanOutError:
-        needed = format_gib(needed_bytes(self.plan.stage(self._stage), self.plan.device))
+        needed = format_gib(needed_bytes(self.plan.prediction(self._stage), self.plan.device))
         free_bytes = self.runtime.free_bytes()
         free = "" if free_bytes is None else f", and {format_gib(free_bytes)} are free"
         return RanOutError(
@@ -139,7 +139,7 @@ class StageRun:
         self._notes.append(note)
 
     def report(self) -> StageReport:
-        prediction = self.plan.stage(self._stage)
+        prediction = self.plan.prediction(self._stage)
         report = StageReport(
             stage=self._stage,
             plan=self.plan,
@@ -160,7 +160,7 @@ class StageRun:
         return settings[self._stage].streamed
 
 
-def until_it_fits(run: StageRun, attempt: Callable[[], Result], where: Callable[[], str]) -> Result:
+def retry_with_fallback(run: StageRun, attempt: Callable[[], Result], where: Callable[[], str]) -> Result:
     """What `attempt` gives, which is tried again a rung lower each time that it runs out of device memory."""
     while True:
         try:
@@ -169,7 +169,7 @@ def until_it_fits(run: StageRun, attempt: Callable[[], Result], where: Callable[
             if not is_out_of_memory(error):
                 raise
             problem = str(error)
-        run.step_down(problem, where())
+        run.fall_back(problem, where())
 
 
 def _give_back(device: torch.device) -> None:

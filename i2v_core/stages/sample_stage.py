@@ -8,9 +8,9 @@ from ..families import Conditioning, I2VModel
 from ..planning.plan import Plan, Stage
 from ..sampling.checkpoint import Checkpointing
 from ..sampling.state import LoopState
-from .clip import Clip, ClipUnderWay, SamplerSettings, check_finite
-from .lockstep import Lockstep
-from .run import running, until_it_fits
+from .batched_loop import BatchedLoop
+from .clip_sampler import ClipSampler, SampleRequest, SamplerSettings, check_finite
+from .run import retry_with_fallback, running
 from .runtime import Runtime, StageReport
 
 
@@ -29,14 +29,14 @@ def sample(
     `state` from there.
     """
     with running(Stage.SAMPLE, model, plan, runtime) as run:
-        clip = ClipUnderWay(run, Clip(conditioning=conditioning, settings=settings, state=state), checkpointing)
-        lockstep = Lockstep(run, [clip], after_step=lambda _: run.runtime.check_cancelled())
+        clip = ClipSampler(run, SampleRequest(conditioning=conditioning, settings=settings, state=state), checkpointing)
+        lockstep = BatchedLoop(run, [clip], after_step=lambda _: run.runtime.check_cancelled())
 
         def finish() -> Tensor:
             lockstep.finish()
             return clip.samples()
 
         with clip.kept():
-            samples = until_it_fits(run, finish, where=lambda: clip.where)
+            samples = retry_with_fallback(run, finish, where=lambda: clip.where)
     check_finite(run.plan, samples)
     return samples, run.report()

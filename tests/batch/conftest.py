@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from i2v_core.batch.admission import Room
-from i2v_core.batch.job import JobSpec
-from i2v_core.batch.store import JobStore
+from i2v_core.batch.devices.admission import DeviceMemory
+from i2v_core.batch.jobs.job import JobSpec
+from i2v_core.batch.jobs.store import JobStore
 from i2v_core.families import Architecture, I2VModel, VideoSize, load_model
 from i2v_core.memory.device import DeviceFacts, device_facts
 from i2v_core.memory.meter import StorageMeter
@@ -143,8 +143,8 @@ class EmulatedDevice:
     def facts(self, architecture: Architecture) -> DeviceFacts:
         return device_facts(self.torch_device)
 
-    def room(self) -> Room:
-        return Room(total_bytes=self.card.limit_bytes, others_bytes=self.others_bytes)
+    def room(self) -> DeviceMemory:
+        return DeviceMemory(total_bytes=self.card.limit_bytes, others_bytes=self.others_bytes)
 
     @contextmanager
     def stage(self, stage: Stage, plan: Plan) -> Iterator[None]:

@@ -12,11 +12,11 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 
-from i2v_core.batch.engine import Engine
-from i2v_core.batch.events import Event, EventKind, Span
-from i2v_core.batch.job import JobSpec, JobState
-from i2v_core.batch.settings import EngineSettings
-from i2v_core.batch.store import JobStore
+from i2v_core.batch.engines.local import Engine
+from i2v_core.batch.engines.settings import EngineSettings
+from i2v_core.batch.jobs.job import JobSpec, JobState
+from i2v_core.batch.jobs.store import JobStore
+from i2v_core.batch.monitoring.events import Event, EventKind, Span
 from i2v_core.families import I2VModel
 from i2v_core.units import MIB
 

@@ -10,31 +10,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from i2v_core.batch.admission import Request, Room, what_it_waits_for
-from i2v_core.batch.desk import AdmissionDesk
+from i2v_core.batch.devices.admission import AdmissionController, AdmissionRequest, DeviceMemory, blocking_reason
 from i2v_core.planning.plan import Stage
 from i2v_core.units import GIB
 
 
-def request(job: int, stage: Stage, gib: float, number: int = 0, since: int = 0) -> Request:
-    return Request(job=job, stage=stage, needed_bytes=int(gib * GIB), number=number or job, since=since)
+def request(job: int, stage: Stage, gib: float, number: int = 0, since: int = 0) -> AdmissionRequest:
+    return AdmissionRequest(job=job, stage=stage, needed_bytes=int(gib * GIB), number=number or job, since=since)
 
 
-ROOM = Room(total_bytes=12 * GIB, others_bytes=2 * GIB, reserve_bytes=2 * GIB)
+ROOM = DeviceMemory(total_bytes=12 * GIB, others_bytes=2 * GIB, reserve_bytes=2 * GIB)
 
 
 def test_room_is_what_is_left_by_others_and_the_reserve() -> None:
-    assert ROOM.ours_bytes == 8 * GIB
-    assert Room(total_bytes=GIB, others_bytes=2 * GIB).ours_bytes == 0
+    assert ROOM.usable_bytes == 8 * GIB
+    assert DeviceMemory(total_bytes=GIB, others_bytes=2 * GIB).usable_bytes == 0
 
 
 def test_who_waits_is_told_for_what() -> None:
     sampling = request(1, Stage.SAMPLE, 6)
-    assert what_it_waits_for(sampling, (), (), ROOM) is None
-    assert what_it_waits_for(request(2, Stage.ENCODE, 2), (sampling,), (), ROOM) is None
-    words = what_it_waits_for(request(2, Stage.ENCODE, 3), (sampling,), (), ROOM)
+    assert blocking_reason(sampling, (), (), ROOM) is None
+    assert blocking_reason(request(2, Stage.ENCODE, 2), (sampling,), (), ROOM) is None
+    words = blocking_reason(request(2, Stage.ENCODE, 3), (sampling,), (), ROOM)
     assert words == "encode of job 2 (3.00 GiB) waits for sample of job 1 (6.00 GiB) to end: 2.00 GiB are free"
-    words = what_it_waits_for(request(2, Stage.SAMPLE, 9), (), (), ROOM)
+    words = blocking_reason(request(2, Stage.SAMPLE, 9), (), (), ROOM)
     assert words is not None
     assert "waits for other programs, which hold 2.00 GiB: 8.00 GiB are left" in words
 
@@ -42,20 +41,20 @@ def test_who_waits_is_told_for_what() -> None:
 def test_what_is_nearly_done_goes_first_and_the_small_may_pass_where_they_take_nothing_from_it() -> None:
     running = request(1, Stage.SAMPLE, 6)
     decoding = request(2, Stage.DECODE, 5)
-    assert what_it_waits_for(decoding, (running,), (), ROOM) is not None
-    assert what_it_waits_for(request(3, Stage.ENCODE, 2), (running,), (decoding,), ROOM) is None
-    words = what_it_waits_for(request(4, Stage.SAMPLE, 4, number=4), (), (decoding,), ROOM)
+    assert blocking_reason(decoding, (running,), (), ROOM) is not None
+    assert blocking_reason(request(3, Stage.ENCODE, 2), (running,), (decoding,), ROOM) is None
+    words = blocking_reason(request(4, Stage.SAMPLE, 4, number=4), (), (decoding,), ROOM)
     assert words is not None
     assert "lets decode of job 2 (5.00 GiB) go first" in words
     # What was let in since counts: two small ones together would keep it waiting.
     passed = request(3, Stage.ENCODE, 2, since=3)
-    assert what_it_waits_for(request(5, Stage.ENCODE, 1), (passed,), (decoding,), ROOM) is None
-    assert what_it_waits_for(request(5, Stage.ENCODE, 2), (passed,), (decoding,), ROOM) is not None
+    assert blocking_reason(request(5, Stage.ENCODE, 1), (passed,), (decoding,), ROOM) is None
+    assert blocking_reason(request(5, Stage.ENCODE, 2), (passed,), (decoding,), ROOM) is not None
 
 
 def test_what_cannot_fit_at_all_now_keeps_nobody_waiting() -> None:
     huge = request(1, Stage.DECODE, 9)
-    assert what_it_waits_for(request(2, Stage.ENCODE, 2), (), (huge,), ROOM) is None
+    assert blocking_reason(request(2, Stage.ENCODE, 2), (), (huge,), ROOM) is None
 
 
 requests = st.lists(
@@ -75,13 +74,13 @@ def test_all_get_in_and_never_more_than_fits(arrivals: list[tuple[int, Stage, fl
     """Requests come and end at random; whatever the order, the sum stays within and each has its turn."""
     assert isinstance(ends, random.Random)
     waiting = [request(job, stage, gib, number=index + 1) for index, (job, stage, gib) in enumerate(arrivals)]
-    running: list[Request] = []
+    running: list[AdmissionRequest] = []
     for _ in range(4 * len(arrivals)):
         for asks in sorted(waiting, key=lambda _: ends.random()):
-            if what_it_waits_for(asks, running, waiting, ROOM) is None:
+            if blocking_reason(asks, running, waiting, ROOM) is None:
                 waiting.remove(asks)
                 running.append(request(asks.job, asks.stage, asks.needed_bytes / GIB, asks.number, since=99))
-        assert sum(it.needed_bytes for it in running) <= ROOM.ours_bytes
+        assert sum(it.needed_bytes for it in running) <= ROOM.usable_bytes
         if running:
             running.remove(ends.choice(running))
     assert not waiting
@@ -89,7 +88,7 @@ def test_all_get_in_and_never_more_than_fits(arrivals: list[tuple[int, Stage, fl
 
 def test_threads_are_let_in_as_room_comes() -> None:
     """Ten stages of 3 GiB on 8: two at a time, all in the end."""
-    desk = AdmissionDesk(lambda: ROOM)
+    desk = AdmissionController(lambda: ROOM)
     lock, together, most = threading.Lock(), 0, 0
     both = threading.Barrier(2, timeout=20)
 
@@ -99,7 +98,7 @@ def test_threads_are_let_in_as_room_comes() -> None:
             with lock:
                 together += 1
                 most = max(most, together)
-            assert desk.reserved_bytes <= ROOM.ours_bytes
+            assert desk.reserved_bytes <= ROOM.usable_bytes
             both.wait()  # which only two that are in together pass
             with lock:
                 together -= 1
@@ -113,7 +112,7 @@ def test_threads_are_let_in_as_room_comes() -> None:
 
 def test_a_wait_ends_when_other_programs_free_memory_or_it_is_cancelled() -> None:
     free = threading.Event()
-    desk = AdmissionDesk(lambda: Room(total_bytes=(8 if free.is_set() else 2) * GIB))
+    desk = AdmissionController(lambda: DeviceMemory(total_bytes=(8 if free.is_set() else 2) * GIB))
 
     class CancelError(Exception):
         pass

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from i2v_core.batch.job import JobState
-from i2v_core.batch.store import JobStore
+from i2v_core.batch.jobs.job import JobState
+from i2v_core.batch.jobs.store import JobStore
 from i2v_core.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")

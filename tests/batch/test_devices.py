@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from i2v_core.batch.admission import Room
-from i2v_core.batch.devices import DeviceLostError, LocalDevice, is_device_failure, local_devices, with_model_loaded
+from i2v_core.batch.devices.admission import DeviceMemory
+from i2v_core.batch.devices.device import (
+    DeviceLostError,
+    LocalDevice,
+    is_device_failure,
+    local_devices,
+    with_model_loaded,
+)
 from i2v_core.families import I2VModel, bundled_architecture
 from i2v_core.memory.calibration import CalibrationStore
 from i2v_core.planning.request import Budget
@@ -20,9 +26,9 @@ CPU = torch.device("cpu")
 
 def test_a_limit_is_on_what_the_batch_takes_whatever_others_hold() -> None:
     limited = LocalDevice(torch_device=CPU, limit_bytes=64 * MIB, reserve_bytes=16 * MIB)
-    assert limited.room().ours_bytes == 48 * MIB
+    assert limited.room().usable_bytes == 48 * MIB
     whole = LocalDevice(torch_device=CPU)
-    assert whole.room().ours_bytes > 64 * MIB
+    assert whole.room().usable_bytes > 64 * MIB
     assert whole.room().others_bytes > 0
 
 
@@ -61,7 +67,7 @@ def test_what_a_device_does_not_survive(error: Exception, is_failure: bool) -> N
 def test_there_is_always_a_device(tmp_path: Path) -> None:
     devices = local_devices(GIB, 0, CalibrationStore(tmp_path / "calibration.json"))
     assert len({device.name for device in devices}) == len(devices) >= 1
-    assert all(isinstance(device.room(), Room) for device in devices)
+    assert all(isinstance(device.room(), DeviceMemory) for device in devices)
 
 
 @pytest.mark.gpu

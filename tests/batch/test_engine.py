@@ -15,12 +15,12 @@ import torch
 from PIL import ExifTags, Image
 
 from i2v_core import stages
-from i2v_core.batch.claims import Claims
-from i2v_core.batch.devices import DeviceLostError
-from i2v_core.batch.events import EventKind
-from i2v_core.batch.job import JobSpec, JobState
-from i2v_core.batch.stage_runs import StageRunner
-from i2v_core.batch.twins import twin
+from i2v_core.batch.devices.device import DeviceLostError
+from i2v_core.batch.execution.model_cache import replicate
+from i2v_core.batch.execution.stage_runner import StageRunner
+from i2v_core.batch.jobs.job import JobSpec, JobState
+from i2v_core.batch.jobs.leases import LeaseManager
+from i2v_core.batch.monitoring.events import EventKind
 from i2v_core.errors import FileError
 from i2v_core.families import I2VModel, VideoSize
 from i2v_core.planning.margin import needed_bytes
@@ -48,7 +48,7 @@ def test_videos_are_those_that_one_run_alone_makes(
     batch = make_batch(clips_at_once=1)
     ids = batch.run(*specs)
     assert batch.states() == {JobState.DONE: 5}
-    alone = Batch(tmp_path / "alone", tiny_model, EmulatedDevice(card=SharedCard(ROOMY)), in_hand=1)
+    alone = Batch(tmp_path / "alone", tiny_model, EmulatedDevice(card=SharedCard(ROOMY)), max_in_flight=1)
     alone.run(*specs)
     for job_id, spec in zip(ids, specs, strict=True):
         job = batch.store.job(job_id)
@@ -86,7 +86,7 @@ def test_stages_of_several_jobs_overlap_where_they_fit_together(make_batch: Make
 
 def test_one_after_another_nothing_overlaps(make_batch: MakeBatch, make_job: MakeJob) -> None:
     card = SharedCard(ROOMY)
-    batch = make_batch(EmulatedDevice(card=card), in_hand=1)
+    batch = make_batch(EmulatedDevice(card=card), max_in_flight=1)
     batch.run(*map(make_job, range(3)))
     assert card.most_together == 1
     spans = sorted(batch.spans, key=lambda it: it.begun)
@@ -102,7 +102,7 @@ def tight_bytes(tiny_model: I2VModel, spec: JobSpec) -> int:
 
     request = Request(architecture=tiny_model.architecture, size=spec.size, precision="fp32")
     plan = make_plan(request, Budget(free_bytes=ROOMY), device_facts(torch.device("cpu")))
-    return needed_bytes(plan.stage(Stage.SAMPLE), plan.device)
+    return needed_bytes(plan.prediction(Stage.SAMPLE), plan.device)
 
 
 def test_where_only_one_stage_fits_they_take_turns(
@@ -168,7 +168,7 @@ def test_a_disk_that_is_full_for_a_while_costs_an_attempt(
             raise FileError("the disk is full", "free some")
         return whole(*args)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr("i2v_core.batch.stage_runs.stages.decode_stream", decode_stream)
+    monkeypatch.setattr("i2v_core.batch.execution.stage_runner.stages.decode_stream", decode_stream)
     batch = make_batch()
     batch.run(make_job())
     assert [event.words for event in batch.of(EventKind.RETRY)] == ["the disk is full. Remedy: free some."]
@@ -209,13 +209,13 @@ def test_a_cancel_stops_its_job_within_a_chunk_and_no_other(
 def test_a_job_that_is_paused_goes_on_from_its_step(
     make_batch: MakeBatch, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = make_batch(checkpoints=CheckpointWhen.EVERY_STEP, in_hand=1)
+    batch = make_batch(checkpoints=CheckpointWhen.EVERY_STEP, max_in_flight=1)
     first, second = batch.store.add([make_job(0, steps=8), make_job(1, steps=2)])
     reached = StageRunner._runtime  # pyright: ignore[reportPrivateUsage]
 
     def pause_at_three(self: StageRunner, flight: object, stage: Stage) -> stages.Runtime:
         runtime = reached(self, flight, stage)  # pyright: ignore[reportArgumentType]
-        if stage is not Stage.SAMPLE or batch.store.job(first).wish or batch.of(EventKind.GIVEN_BACK):
+        if stage is not Stage.SAMPLE or batch.store.job(first).stop_request or batch.of(EventKind.GIVEN_BACK):
             return runtime
 
         def progress(done: int, total: int, latents: torch.Tensor | None) -> None:
@@ -283,7 +283,7 @@ def test_a_video_that_was_whole_when_its_process_ended_is_not_made_again(
 
 
 def test_jobs_begin_in_the_order_of_the_rule(make_batch: MakeBatch, make_job: MakeJob) -> None:
-    batch = make_batch(in_hand=1)
+    batch = make_batch(max_in_flight=1)
     priorities = [1.0, 5.0, 0.5, 9.0, 2.0]
     ids = batch.store.add([make_job(seed, priority=priority) for seed, priority in enumerate(priorities)])
     batch.store.pin([ids[2]])
@@ -341,7 +341,7 @@ def test_when_other_programs_take_memory_a_job_waits_and_then_makes_do(
     spec = make_job()
     card = SharedCard(tight_bytes(tiny_model, spec))
     device = EmulatedDevice(card=card, others_bytes=card.limit_bytes // 3)
-    batch = make_batch(device, patience_seconds=0.3)
+    batch = make_batch(device, memory_wait_seconds=0.3)
     (job,) = batch.run(spec)
     done = batch.store.job(job)
     assert done.state is JobState.DONE
@@ -354,7 +354,7 @@ def test_a_job_for_which_others_leave_too_little_is_tried_again_and_then_set_asi
     make_batch: MakeBatch, make_job: MakeJob
 ) -> None:
     device = EmulatedDevice(card=SharedCard(ROOMY), others_bytes=ROOMY - 1024)
-    batch = make_batch(device, patience_seconds=0.1, attempts=2)
+    batch = make_batch(device, memory_wait_seconds=0.1, attempts=2)
     (job,) = batch.run(make_job())
     failed = batch.store.job(job)
     assert (failed.state, failed.attempts) == (JobState.FAILED, 2)
@@ -365,7 +365,7 @@ def test_a_job_that_waits_for_other_programs_says_so_and_begins_when_they_are_go
     make_batch: MakeBatch, make_job: MakeJob
 ) -> None:
     device = EmulatedDevice(card=SharedCard(ROOMY), others_bytes=ROOMY - MIB // 2)
-    batch = make_batch(device, patience_seconds=600.0)
+    batch = make_batch(device, memory_wait_seconds=600.0)
     batch.store.add([make_job()])
     batch.engine.start()
     waits: tuple[str, ...] = ()
@@ -396,7 +396,7 @@ def test_two_engines_on_one_queue_never_run_a_job_twice(
 def test_a_job_that_was_taken_over_is_left_to_the_other(make_batch: MakeBatch, make_job: MakeJob) -> None:
     """As after a long sleep of the machine: the lease was lost, and another process has the job."""
     batch = make_batch()
-    other = Claims(batch.store)
+    other = LeaseManager(batch.store)
 
     def take_over(job: int) -> None:
         with batch.store.database.transaction() as connection:
@@ -424,7 +424,7 @@ def test_seconds_are_learned_and_predicted(make_batch: MakeBatch, make_job: Make
 
 
 def test_twins_share_their_weights_and_nothing_else(tiny_model: I2VModel) -> None:
-    other = twin(tiny_model)
+    other = replicate(tiny_model)
     for name, module in tiny_model.modules.items():
         mine, theirs = module.state_dict(), other.modules[name].state_dict()
         assert other.modules[name] is not module

@@ -14,15 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from i2v_core.batch.engine import Engine
-from i2v_core.batch.estimate import plan_name
-from i2v_core.batch.events import Event, EventKind
-from i2v_core.batch.job import JobSpec, JobState
-from i2v_core.batch.job_list import JobList, read_job_list
-from i2v_core.batch.order import AGEING_SECONDS, LOADED_FACTOR
-from i2v_core.batch.records import JobRecord
-from i2v_core.batch.settings import EngineSettings
-from i2v_core.batch.store import JobStore
+from i2v_core.batch.engines.local import Engine
+from i2v_core.batch.engines.settings import EngineSettings
+from i2v_core.batch.jobs.job import JobRecord, JobSpec, JobState
+from i2v_core.batch.jobs.job_file import JobList, read_job_list
+from i2v_core.batch.jobs.store import JobStore
+from i2v_core.batch.monitoring.events import Event, EventKind
+from i2v_core.batch.scheduling.estimator import plan_key
+from i2v_core.batch.scheduling.policy import AGEING_SECONDS, LOADED_FACTOR
 from i2v_core.families import I2VModel, VideoSize, family_of, load_model, read_architecture
 from i2v_core.units import GIB, MIB
 
@@ -211,12 +210,12 @@ class Watch:
         best = max(scores.values())
         if job.attempts == 0 and scores[job.id] < best - 1e-9:
             self.out_of_order.append(f"job {job.id} has {scores[job.id]}, another {best}")
-        self._loaded = plan_name(job.spec)
+        self._loaded = plan_key(job.spec)
 
     def _score(self, job: JobRecord) -> float:
         """The rule in its own words: seconds ÷ GiB × priority, doubled with every `AGEING_SECONDS`, in powers of 2."""
         assert job.predicted_seconds is not None
         assert job.predicted_bytes is not None
         weight = job.predicted_seconds / (job.predicted_bytes / GIB) * job.spec.priority
-        loaded = LOADED_FACTOR if plan_name(job.spec) == self._loaded else 1.0
+        loaded = LOADED_FACTOR if plan_key(job.spec) == self._loaded else 1.0
         return math.log2(weight * loaded) - job.added_at / AGEING_SECONDS

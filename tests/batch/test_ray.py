@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from i2v_core.batch.events import Event, EventKind
-from i2v_core.batch.job import JobState
-from i2v_core.batch.ray_cluster import LOCAL
-from i2v_core.batch.ray_engine import RayEngine
-from i2v_core.batch.settings import EngineSettings
-from i2v_core.batch.store import JobStore
+from i2v_core.batch.engines.ray_cluster import LOCAL
+from i2v_core.batch.engines.ray_driver import RayEngine
+from i2v_core.batch.engines.settings import EngineSettings
+from i2v_core.batch.jobs.job import JobState
+from i2v_core.batch.jobs.store import JobStore
+from i2v_core.batch.monitoring.events import Event, EventKind
 from i2v_core.errors import MissingPackageError
 from i2v_core.sampling.checkpoint import CheckpointWhen
 
@@ -33,7 +33,7 @@ def test_a_worker_that_is_killed_costs_no_job(tmp_path: Path, make_job: MakeJob,
     settings = EngineSettings(
         output=tmp_path / "out",
         checkpoints=CheckpointWhen.EVERY_STEP,
-        in_hand=2,
+        max_in_flight=2,
         attempts=3,
         retry_seconds=0.0,
         renew_seconds=0.2,

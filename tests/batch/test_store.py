@@ -18,10 +18,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from i2v_core.batch.claims import LEASE_SECONDS, MOST_CRASHES, Claims
-from i2v_core.batch.job import JobState
-from i2v_core.batch.records import Wish
-from i2v_core.batch.store import JobStore
+from i2v_core.batch.jobs.job import JobState, StopRequest
+from i2v_core.batch.jobs.leases import LEASE_SECONDS, MOST_CRASHES, LeaseManager
+from i2v_core.batch.jobs.store import JobStore
 from i2v_core.errors import BadInputError, FileError
 
 from .conftest import Clock, MakeSpec
@@ -40,14 +39,14 @@ def test_jobs_are_there_again_when_the_file_is_opened_again(store: JobStore, mak
 
 def test_a_job_has_one_owner(store: JobStore, make_spec: MakeSpec) -> None:
     (job,) = store.add([make_spec(0)])
-    mine, others = Claims(store), Claims(store)
+    mine, others = LeaseManager(store), LeaseManager(store)
     claimed = mine.claim(job, "a card")
     assert claimed is not None
     assert (claimed.state, claimed.owner, claimed.device) == (JobState.RUNNING, mine.owner, "a card")
     assert others.claim(job, "a card") is None
     assert not others.finish(job, Path("x.mp4"), None, None)
     assert others.fail(job, "no", {}, attempts=1) is None
-    assert not others.give_back(job)
+    assert not others.release(job)
     assert mine.finish(job, Path("x.mp4"), {"stages": []}, 5)
     done = store.job(job)
     assert (done.state, done.output, done.measured_bytes, done.owner) == (JobState.DONE, Path("x.mp4"), 5, None)
@@ -61,7 +60,7 @@ def test_many_claim_at_once_and_each_job_goes_to_one(tmp_path: Path, make_spec: 
 
     def take_all(_: int) -> list[int]:
         store = JobStore(path)
-        claims = Claims(store)
+        claims = LeaseManager(store)
         taken = [job for job in ids if claims.claim(job, "cpu") is not None]
         store.close()
         return taken
@@ -77,7 +76,7 @@ def test_a_job_is_set_aside_with_its_report_after_its_attempts(
     store: JobStore, make_spec: MakeSpec, attempts: int
 ) -> None:
     (job,) = store.add([make_spec(0)])
-    claims = Claims(store)
+    claims = LeaseManager(store)
     for attempt in range(1, attempts + 1):
         assert claims.claim(job, "cpu")
         state = claims.fail(job, "the disk is full", {"at": attempt}, attempts=attempts)
@@ -94,14 +93,14 @@ def test_a_lease_that_is_renewed_is_kept_and_one_that_is_not_is_lost(
     store: JobStore, clock: Clock, make_spec: MakeSpec
 ) -> None:
     kept, lost = store.add(map(make_spec, range(2)))
-    living, silent, next_one = Claims(store), Claims(store), Claims(store)
+    living, silent, next_one = LeaseManager(store), LeaseManager(store), LeaseManager(store)
     assert living.claim(kept, "cpu")
     assert silent.claim(lost, "cpu")
     clock.now += 0.9 * LEASE_SECONDS
     assert living.renew({kept: ("sample", 3, 20), lost: ("sample", 9, 20)}) == {kept: None}
-    assert not next_one.take_over_from_dead()
+    assert not next_one.reclaim_expired()
     clock.now += 0.2 * LEASE_SECONDS
-    assert next_one.take_over_from_dead() == (lost,)
+    assert next_one.reclaim_expired() == (lost,)
     assert (store.job(kept).done, store.job(lost).done) == (3, 0)
     assert next_one.claim(lost, "cpu")
     assert silent.renew() == {}
@@ -111,22 +110,22 @@ def test_a_lease_that_is_renewed_is_kept_and_one_that_is_not_is_lost(
 
 def test_a_clock_that_was_set_back_loses_no_job(store: JobStore, clock: Clock, make_spec: MakeSpec) -> None:
     (job,) = store.add([make_spec(0)])
-    assert Claims(store).claim(job, "cpu")
+    assert LeaseManager(store).claim(job, "cpu")
     clock.now -= 1e8
-    assert Claims(store).take_over_from_dead() == (job,)
+    assert LeaseManager(store).reclaim_expired() == (job,)
 
 
 def test_what_is_wished_of_a_running_job_reaches_its_owner(store: JobStore, make_spec: MakeSpec) -> None:
     paused, cancelled, crashed = store.add(map(make_spec, range(3)))
-    claims = Claims(store)
+    claims = LeaseManager(store)
     for job in (paused, cancelled, crashed):
         assert claims.claim(job, "cpu")
     store.pause(paused)
     store.cancel(cancelled)
     store.cancel(crashed)
-    assert claims.renew() == {paused: Wish.PAUSE, cancelled: Wish.CANCEL, crashed: Wish.CANCEL}
-    claims.give_back(paused, JobState.PAUSED)
-    claims.give_back(cancelled, JobState.CANCELLED)
+    assert claims.renew() == {paused: StopRequest.PAUSE, cancelled: StopRequest.CANCEL, crashed: StopRequest.CANCEL}
+    claims.release(paused, JobState.PAUSED)
+    claims.release(cancelled, JobState.CANCELLED)
     store.resume(paused)
     assert store.job(paused).state is JobState.WAITING
     assert store.job(cancelled).state is JobState.CANCELLED
@@ -134,19 +133,19 @@ def test_what_is_wished_of_a_running_job_reaches_its_owner(store: JobStore, make
 
 def test_a_cancel_outlives_the_process_that_was_to_grant_it(store: JobStore, clock: Clock, make_spec: MakeSpec) -> None:
     (job,) = store.add([make_spec(0)])
-    assert Claims(store).claim(job, "cpu")
+    assert LeaseManager(store).claim(job, "cpu")
     store.cancel(job)
     clock.now += 2 * LEASE_SECONDS
-    Claims(store).take_over_from_dead()
+    LeaseManager(store).reclaim_expired()
     assert store.job(job).state is JobState.CANCELLED
 
 
 def test_a_job_that_ends_every_process_is_set_aside(store: JobStore, clock: Clock, make_spec: MakeSpec) -> None:
     (job,) = store.add([make_spec(0)])
     for _ in range(MOST_CRASHES):
-        assert Claims(store).claim(job, "cpu")
+        assert LeaseManager(store).claim(job, "cpu")
         clock.now += 2 * LEASE_SECONDS
-        assert Claims(store).take_over_from_dead() == (job,)
+        assert LeaseManager(store).reclaim_expired() == (job,)
     assert store.job(job).state is JobState.FAILED
     assert f"{MOST_CRASHES} times" in (store.job(job).problem or "")
 
@@ -154,9 +153,9 @@ def test_a_job_that_ends_every_process_is_set_aside(store: JobStore, clock: Cloc
 def test_nothing_is_begun_while_the_queue_is_paused(store: JobStore, make_spec: MakeSpec) -> None:
     (job,) = store.add([make_spec(0)])
     store.set_paused(True)
-    assert Claims(store).claim(job, "cpu") is None
+    assert LeaseManager(store).claim(job, "cpu") is None
     store.set_paused(False)
-    assert Claims(store).claim(job, "cpu")
+    assert LeaseManager(store).claim(job, "cpu")
 
 
 def test_steering_what_cannot_be_is_refused(store: JobStore, make_spec: MakeSpec) -> None:
@@ -176,16 +175,16 @@ def test_steering_what_cannot_be_is_refused(store: JobStore, make_spec: MakeSpec
 
 
 def test_seconds_are_learned_first_from_the_same_shape(store: JobStore) -> None:
-    assert store.seconds_a_work("m", "a", "sample") is None
+    assert store.seconds_per_unit("m", "a", "sample") is None
     for seconds in (1.0, 2.0, 30.0):
         store.learn("m", "a", "sample", work=2.0, seconds=seconds)
-    assert store.seconds_a_work("m", "a", "sample") == 1.0
-    assert store.seconds_a_work("m", "b", "sample") == 1.0
-    assert store.seconds_a_work("m", "a", "decode") is None
+    assert store.seconds_per_unit("m", "a", "sample") == 1.0
+    assert store.seconds_per_unit("m", "b", "sample") == 1.0
+    assert store.seconds_per_unit("m", "a", "decode") is None
     for _ in range(30):
         store.learn("m", "b", "sample", work=1.0, seconds=9.0)
-    assert store.seconds_a_work("m", "b", "sample") == 9.0
-    assert store.seconds_a_work("m", "a", "sample") == 1.0
+    assert store.seconds_per_unit("m", "b", "sample") == 9.0
+    assert store.seconds_per_unit("m", "a", "sample") == 1.0
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.9])
@@ -273,17 +272,17 @@ def test_a_kill_loses_nothing_that_was_said(tmp_path: Path, after: int, survived
     states = {job.spec.seed: job.state for job in store.jobs()}
     assert {int(seed) for word, seed in said if word == "added"} <= set(states)
     assert all(states[int(seed)] is JobState.DONE for word, seed in said if word == "finished")
-    Claims(store).take_over_from_dead()
+    LeaseManager(store).reclaim_expired()
     assert store.counts()[JobState.RUNNING] == 0
     assert store.counts()[JobState.WAITING] > 0
     store.close()
     survived["kills"] += 1
 
 
-ACTIONS: dict[str, Callable[[Claims, JobStore, int], object]] = {
+ACTIONS: dict[str, Callable[[LeaseManager, JobStore, int], object]] = {
     "claim": lambda owner, _, job: owner.claim(job, "cpu"),
     "fail": lambda owner, _, job: owner.fail(job, "no", {}, attempts=2),
-    "give back": lambda owner, _, job: owner.give_back(job),
+    "give back": lambda owner, _, job: owner.release(job),
     "cancel": lambda _, store, job: store.cancel(job),
     "pause": lambda _, store, job: store.pause(job),
     "resume": lambda _, store, job: store.resume(job),
@@ -300,7 +299,7 @@ def test_whatever_happens_a_job_is_in_one_state_and_finished_once(
     clock = Clock()
     store = JobStore(tmp_path_factory.mktemp("queue") / "jobs.queue", clock)
     ids = store.add(map(make_spec, range(3)))
-    claims = [Claims(store), Claims(store)]
+    claims = [LeaseManager(store), LeaseManager(store)]
     finished: Counter[int] = Counter()
     for move, which, who in moves:
         job, owner = ids[which], claims[who]
@@ -309,7 +308,7 @@ def test_whatever_happens_a_job_is_in_one_state_and_finished_once(
         elif move == "expire":
             clock.now += 2 * LEASE_SECONDS
             owner.renew()
-            owner.take_over_from_dead()
+            owner.reclaim_expired()
         else:
             if move == "retry":  # which may be of one that is done
                 finished[job] = 0
@@ -328,7 +327,7 @@ def test_threads_share_a_store(store: JobStore, make_spec: MakeSpec) -> None:
 
     def work(first: int) -> None:
         barrier.wait()
-        claims = Claims(store)
+        claims = LeaseManager(store)
         for job in store.add(map(make_spec, range(first, first + 10))):
             assert claims.claim(job, "cpu")
             assert claims.finish(job, Path("x.mp4"), None, None)

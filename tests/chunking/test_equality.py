@@ -31,8 +31,8 @@ InChunks = Callable[..., torch.Tensor]
 
 @pytest.fixture(scope="session")
 def in_chunks(kind: DenoiserSubject) -> InChunks:
-    def run(denoiser: Any, inputs: Inputs, workspace_bytes: int, park_skips: bool = False) -> torch.Tensor:
-        with kind.chunked(denoiser, ChunkSettings(workspace_bytes=workspace_bytes, park_skips=park_skips)):
+    def run(denoiser: Any, inputs: Inputs, workspace_bytes: int, offload_skips: bool = False) -> torch.Tensor:
+        with kind.chunked(denoiser, ChunkSettings(workspace_bytes=workspace_bytes, offload_skips=offload_skips)):
             return denoiser(**inputs).sample
 
     return run
@@ -49,8 +49,8 @@ def test_equals_the_plain_forward(
     batch: int,
 ) -> None:
     inputs = make_inputs(batch=batch)
-    for park_skips in kind.ways_with_skips:
-        result = in_chunks(denoiser, inputs, workspace_bytes, park_skips)
+    for offload_skips in kind.ways_with_skips:
+        result = in_chunks(denoiser, inputs, workspace_bytes, offload_skips)
         assert relative_rms(result, plain(denoiser, inputs)) <= 1e-5
 
 
@@ -71,7 +71,7 @@ def test_gives_the_same_bits_where_its_layers_allow(
     latent_height=st.integers(4, 17),
     latent_width=st.integers(4, 17),
     log_workspace=st.floats(math.log(1_000), math.log(20_000_000)),
-    park_skips=st.booleans(),
+    offload_skips=st.booleans(),
 )
 def test_equals_the_plain_forward_at_any_size(
     denoiser: Any,
@@ -82,10 +82,10 @@ def test_equals_the_plain_forward_at_any_size(
     latent_height: int,
     latent_width: int,
     log_workspace: float,
-    park_skips: bool,
+    offload_skips: bool,
 ) -> None:
     inputs = make_inputs(batch=batch, frames=frames, latent_height=latent_height, latent_width=latent_width)
-    result = in_chunks(denoiser, inputs, int(math.exp(log_workspace)), park_skips)
+    result = in_chunks(denoiser, inputs, int(math.exp(log_workspace)), offload_skips)
     assert relative_rms(result, plain(denoiser, inputs)) <= 1e-5
 
 
@@ -101,8 +101,8 @@ def test_equals_the_plain_forward_of_another_layout(
     """
     denoiser = kind.make(**kind.other_layout)
     inputs = make_inputs(batch=2, frames=3, latent_height=18, latent_width=11)
-    for park_skips in kind.ways_with_skips:
-        result = in_chunks(denoiser, inputs, workspace_bytes, park_skips)
+    for offload_skips in kind.ways_with_skips:
+        result = in_chunks(denoiser, inputs, workspace_bytes, offload_skips)
         assert relative_rms(result, plain(denoiser, inputs)) <= 1e-5
 
 
@@ -149,6 +149,6 @@ def test_equals_the_plain_forward_on_cuda(kind: DenoiserSubject, in_chunks: InCh
     denoiser.to("cuda")
     inputs = make_inputs(batch=2, frames=8, latent_height=48, latent_width=40, dtype=torch.float16)
     inputs = {name: tensor.cuda() for name, tensor in inputs.items()}
-    for park_skips in kind.ways_with_skips:
-        result = in_chunks(denoiser, inputs, 8_000_000, park_skips)
+    for offload_skips in kind.ways_with_skips:
+        result = in_chunks(denoiser, inputs, 8_000_000, offload_skips)
         assert relative_rms(result, plain(denoiser, inputs)) <= 1e-2

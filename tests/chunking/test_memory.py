@@ -61,7 +61,7 @@ class Measuring(DistinctPieces):
 
 
 @pytest.mark.parametrize(
-    ("batch", "size", "workspace_bytes", "park_skips", "dtype"),
+    ("batch", "size", "workspace_bytes", "offload_skips", "dtype"),
     [
         (1, (512, 512, 16), 64 * MIB, False, torch.float16),
         (2, (512, 512, 16), 4 * GIB, False, torch.float16),
@@ -76,11 +76,11 @@ def test_estimates_of_the_workspace_hold_for_every_layer(
     batch: int,
     size: tuple[int, int, int],
     workspace_bytes: int,
-    park_skips: bool,
+    offload_skips: bool,
     dtype: torch.dtype,
 ) -> None:
     """Never more than 1 % under what is measured, nor 10 % over."""
-    settings = ChunkSettings(workspace_bytes=workspace_bytes, park_skips=park_skips)
+    settings = ChunkSettings(workspace_bytes=workspace_bytes, offload_skips=offload_skips)
     denoiser, video = subject.published_denoiser(dtype, all_layers=False), subject.size(*size)
     with StorageMeter() as meter, fused_attention():
         runner = Measuring(meter, channel_of_pixel_bytes=batch * video.frames * dtype.itemsize)
@@ -130,7 +130,7 @@ def test_the_published_model_stays_within_its_bounds(
     if not subject.denoiser.has_skips:
         return
 
-    parked = ChunkSettings(workspace_bytes=workspace_bytes, park_skips=True)
+    parked = ChunkSettings(workspace_bytes=workspace_bytes, offload_skips=True)
     parked_bytes = peak_bytes(denoiser, inputs, parked, DistinctPieces())
     width, height, frames = size
     channel_bytes = 2 * frames * (height // 8) * (width // 8)
@@ -140,20 +140,20 @@ def test_the_published_model_stays_within_its_bounds(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("workspace_bytes", [30_000, 1_000_000])
-@pytest.mark.parametrize(("batch", "park_skips"), [(1, False), (2, True)])
+@pytest.mark.parametrize(("batch", "offload_skips"), [(1, False), (2, True)])
 def test_tracing_distinct_pieces_predicts_the_peak_of_a_run(
     kind: DenoiserSubject,
     peak_bytes: PeakBytes,
     make_inputs: MakeInputs,
     batch: int,
-    park_skips: bool,
+    offload_skips: bool,
     workspace_bytes: int,
     dtype: torch.dtype,
 ) -> None:
     """To the byte: on meta tensors with few of the chunks, against real tensors with all of them."""
     denoiser: Any = kind.make(dtype)
     inputs = make_inputs(batch=batch, frames=7, latent_height=18, latent_width=12, dtype=dtype)
-    settings = ChunkSettings(workspace_bytes=workspace_bytes, park_skips=park_skips)
+    settings = ChunkSettings(workspace_bytes=workspace_bytes, offload_skips=offload_skips)
     with StorageMeter() as meter, kind.chunked(denoiser, settings):
         denoiser(**inputs)
     denoiser.to("meta")
@@ -177,7 +177,7 @@ def test_peaks_fall_with_the_workspace_and_again_without_skips(
     assert plain > coarse > fine
     assert fine < plain / 2
     if kind.has_skips:
-        parked = peak_bytes(denoiser, inputs, ChunkSettings(workspace_bytes=200_000, park_skips=True))
+        parked = peak_bytes(denoiser, inputs, ChunkSettings(workspace_bytes=200_000, offload_skips=True))
         assert parked < fine < plain / 3
 
 
@@ -185,7 +185,7 @@ def test_nothing_but_the_result_lives_on(kind: DenoiserSubject, denoiser: Any, m
     with StorageMeter() as meter:
         inputs = make_inputs()
         before_bytes = meter.current_bytes
-        with kind.chunked(denoiser, ChunkSettings(workspace_bytes=20_000, park_skips=True)):
+        with kind.chunked(denoiser, ChunkSettings(workspace_bytes=20_000, offload_skips=True)):
             result = denoiser(**inputs).sample
             assert meter.current_bytes == before_bytes + 4 * result.numel()
             del result

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from i2v_core.chunking import ChunkSettings, DistinctPieces
-from i2v_core.chunking.wan import chunked_wan
+from i2v_core.families.wan.transformer import chunked_wan
 from i2v_core.memory.meter import StorageMeter, fused_attention
 from i2v_core.units import MIB
 from tests.subjects import SUBJECTS, Inputs, Subject

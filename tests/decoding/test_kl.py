@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from i2v_core.chunking import DistinctPieces, LayerRunner
-from i2v_core.decoding import FramePieces, decode_into, encode_mode, runs_in_bands
+from i2v_core.decoding import TilingSettings, decode_into, encode_mode, runs_in_bands
 from i2v_core.decoding.feature_map import FeatureMaps
 from i2v_core.families import Placed, VideoSize, bundled_architecture, family_of
 from i2v_core.placement.streaming import streamed
@@ -58,7 +58,7 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def decoded(vae: Any, samples: Tensor, pieces: FramePieces, runner: LayerRunner | None = None) -> Tensor:
+def decoded(vae: Any, samples: Tensor, pieces: TilingSettings, runner: LayerRunner | None = None) -> Tensor:
     compression = 2 ** (len(vae.config.block_out_channels) - 1)
     frames = torch.empty(len(samples), *(side * compression for side in samples.shape[2:]), 3)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def decoded(vae: Any, samples: Tensor, pieces: FramePieces, runner: LayerRunner 
     return frames
 
 
-def encoded(vae: Any, pixels: Tensor, pieces: FramePieces) -> Tensor:
+def encoded(vae: Any, pixels: Tensor, pieces: TilingSettings) -> Tensor:
     with torch.no_grad():
         return encode_mode(vae, pixels, pieces, runner=LayerRunner(), on_chunk=lambda: None)
 
@@ -93,7 +93,7 @@ def test_any_size_and_any_tile_give_the_plain_result(
     frames: int, height: int, width: int, tile_pixels: int, maps_bytes: int | None
 ) -> None:
     """Odd sizes, tiles of less than a row and of more than the frame, maps on the device and parked."""
-    pieces = FramePieces(chunk_size=frames, tile_pixels=tile_pixels, maps_bytes=maps_bytes)
+    pieces = TilingSettings(chunk_size=frames, tile_pixels=tile_pixels, maps_bytes=maps_bytes)
     samples = noise(frames, 4, height, width)
     assert relative_rms(decoded(VAE, samples, pieces), plainly_decoded(VAE, samples)) <= 1e-5
     pixels = noise(frames, 3, 4 * height, 4 * width)
@@ -111,7 +111,7 @@ def test_any_size_and_any_tile_give_the_plain_result(
 )
 def test_other_configs_of_the_same_class(changes: dict[str, Any]) -> None:
     vae = make_vae(**changes)
-    pieces = FramePieces(chunk_size=1, tile_pixels=20, maps_bytes=30 * KIB)
+    pieces = TilingSettings(chunk_size=1, tile_pixels=20, maps_bytes=30 * KIB)
     compression = 2 ** (len(vae.config.block_out_channels) - 1)
     samples, pixels = noise(1, vae.config.latent_channels, 9, 7), noise(1, 3, 9 * compression, 7 * compression)
     assert relative_rms(decoded(vae, samples, pieces), plainly_decoded(vae, samples)) <= 1e-5
@@ -127,13 +127,13 @@ def test_in_half_precision_no_pixel_is_off_by_more_than_rounding(dtype: torch.dt
     exact = plainly_decoded(vae, samples)
     vae.to(dtype)
     plain = plainly_decoded(vae, samples.to(dtype))
-    tiled = decoded(vae, samples.to(dtype), FramePieces(chunk_size=1, tile_pixels=32))
+    tiled = decoded(vae, samples.to(dtype), TilingSettings(chunk_size=1, tile_pixels=32))
     assert (tiled - plain).abs().max() / 2 <= levels / 255
     assert (tiled - exact).square().mean() <= 1.1**2 * (plain - exact).square().mean()
 
 
 def test_streamed_weights_give_the_same_and_leave_the_model_as_it_was() -> None:
-    samples, pieces = noise(1, 4, 9, 7), FramePieces(chunk_size=1, tile_pixels=20)
+    samples, pieces = noise(1, 4, 9, 7), TilingSettings(chunk_size=1, tile_pixels=20)
     before = [parameter.data_ptr() for parameter in VAE.parameters()]
     resident = decoded(VAE, samples, pieces)
     with streamed(VAE, torch.device("cpu"), torch.float32) as stream:
@@ -157,7 +157,7 @@ def test_a_cancel_comes_through_between_two_bands() -> None:
             VAE,
             noise(1, 4, 9, 7),
             torch.empty(1, 36, 28, 3),
-            FramePieces(chunk_size=1, tile_pixels=8),
+            TilingSettings(chunk_size=1, tile_pixels=8),
             runner=LayerRunner(),
             on_chunk=cancel,
         )
@@ -188,7 +188,7 @@ def test_an_outline_finds_the_peak_of_a_full_trace(
 ) -> None:
     """The published model: never under by more than vectors of one number a channel, never over by more than 2 %."""
     family, size = family_of(PUBLISHED), VideoSize(width_pixels=768, height_pixels=520, frames=1)
-    pieces = FramePieces(chunk_size=1, tile_pixels=tile_pixels, maps_bytes=maps_bytes)
+    pieces = TilingSettings(chunk_size=1, tile_pixels=tile_pixels, maps_bytes=maps_bytes)
     encode = family.encode_workloads(PUBLISHED, size, guidance=False, pieces=pieces)[-1]
     workload = {Stage.ENCODE: encode, Stage.DECODE: family.decode_workload(size, pieces)}[stage]
     vae = skeleton(PUBLISHED, "vae", dtype)
@@ -204,7 +204,7 @@ def test_an_outline_finds_the_peak_of_a_full_trace(
 def test_large_frames_decode_in_little_memory(side: int, maps_bytes: int, limit_gib: float) -> None:
     """The published model in fp16, beside its weights; whole frames take 1.5 and 6 GiB."""
     size = VideoSize(width_pixels=side, height_pixels=side, frames=32)
-    pieces = FramePieces(chunk_size=1, tile_pixels=128, maps_bytes=maps_bytes)
+    pieces = TilingSettings(chunk_size=1, tile_pixels=128, maps_bytes=maps_bytes)
     request = Request(architecture=PUBLISHED, size=size)
     decode = predict_decode(request, DecodeSettings(frames=pieces), torch.float16)
     assert decode.activation_bytes <= limit_gib * GIB
@@ -224,7 +224,7 @@ def test_a_band_is_as_high_as_the_workspace_allows() -> None:
                     seen.append(piece)  # noqa: B023
                     yield piece
 
-        decoded(VAE, noise(1, 4, 40, 20), FramePieces(chunk_size=1, tile_pixels=tile_pixels), Watching())
+        decoded(VAE, noise(1, 4, 40, 20), TilingSettings(chunk_size=1, tile_pixels=tile_pixels), Watching())
         bands[tile_pixels] = len(seen)
     layers = bands[1000]
     assert bands[16] > bands[64] > layers

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from i2v_core.chunking import DistinctPieces, LayerRunner
-from i2v_core.decoding import FramePieces, decode_clip_into, encode_mode
+from i2v_core.decoding import TilingSettings, decode_clip_into, encode_mode
 from i2v_core.families import Placed, VideoSize, bundled_architecture, family_of
 from i2v_core.placement.streaming import streamed
-from i2v_core.planning.frame_ways import decode_in_tiles, decode_ways
+from i2v_core.planning.autoencoder_candidates import decode_candidates, decode_in_tiles
 from i2v_core.planning.plan import DecodeSettings
 from i2v_core.planning.predict import predict_decode
 from i2v_core.planning.request import Request
@@ -50,7 +50,7 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def decoded(vae: Any, samples: Tensor, pieces: FramePieces, runner: LayerRunner | None = None) -> Tensor:
+def decoded(vae: Any, samples: Tensor, pieces: TilingSettings, runner: LayerRunner | None = None) -> Tensor:
     frames = torch.empty(len(samples), *(side * COMPRESSION for side in samples.shape[2:]), 3)
     with torch.no_grad():
         decode_clip_into(vae, samples, frames, pieces, runner=runner or LayerRunner(), on_chunk=lambda: None)
@@ -74,7 +74,7 @@ def test_any_size_and_any_tile_give_the_plain_result(
     frames: int, height: int, width: int, tile_pixels: int, maps_bytes: int | None
 ) -> None:
     """Odd sizes, one frame and many, maps on the device and parked."""
-    pieces = FramePieces(chunk_size=frames, tile_pixels=tile_pixels, maps_bytes=maps_bytes)
+    pieces = TilingSettings(chunk_size=frames, tile_pixels=tile_pixels, maps_bytes=maps_bytes)
     samples = noise(frames, 4, height, width)
     assert relative_rms(decoded(VAE, samples, pieces), plainly_decoded(VAE, samples)) <= 1e-5
 
@@ -83,7 +83,7 @@ def test_any_size_and_any_tile_give_the_plain_result(
 def test_other_depths_and_the_encoder(layers: int) -> None:
     """Of more than two layers a block the middle's own forward leaves some out."""
     vae = make_vae(layers_per_block=layers)
-    samples, pieces = noise(3, 4, 6, 5), FramePieces(chunk_size=3, tile_pixels=20, maps_bytes=50 * KIB)
+    samples, pieces = noise(3, 4, 6, 5), TilingSettings(chunk_size=3, tile_pixels=20, maps_bytes=50 * KIB)
     assert relative_rms(decoded(vae, samples, pieces), plainly_decoded(vae, samples)) <= 1e-5
     pixels = noise(1, 3, 24, 20)
     with torch.no_grad():
@@ -96,13 +96,13 @@ def test_half_precision_is_as_close_to_fp32_as_the_plain_forward(dtype: torch.dt
     samples = noise(4, 4, 7, 6)
     exact, vae = plainly_decoded(VAE, samples), make_vae().to(dtype)
     plain = plainly_decoded(vae, samples.to(dtype))
-    tiled = decoded(vae, samples.to(dtype), FramePieces(chunk_size=4, tile_pixels=24, maps_bytes=0))
+    tiled = decoded(vae, samples.to(dtype), TilingSettings(chunk_size=4, tile_pixels=24, maps_bytes=0))
     assert relative_rms(tiled, plain) <= tolerance
     assert relative_rms(tiled, exact) <= 1.1 * relative_rms(plain, exact)
 
 
 def test_streamed_weights_give_the_same_and_come_once() -> None:
-    samples, pieces = noise(3, 4, 6, 5), FramePieces(chunk_size=3, tile_pixels=20)
+    samples, pieces = noise(3, 4, 6, 5), TilingSettings(chunk_size=3, tile_pixels=20)
     resident = decoded(VAE, samples, pieces)
     with streamed(VAE, torch.device("cpu"), torch.float32) as stream:
         assert torch.equal(decoded(VAE, samples, pieces, stream), resident)
@@ -117,7 +117,7 @@ def test_an_outline_finds_the_peak_of_a_full_trace(
 ) -> None:
     """The published model: never under by more than vectors of one number a channel, never over by more than 2 %."""
     family, size = family_of(PUBLISHED), VideoSize(width_pixels=520, height_pixels=320, frames=14)
-    pieces = FramePieces(chunk_size=size.frames, tile_pixels=tile_pixels, maps_bytes=maps_bytes)
+    pieces = TilingSettings(chunk_size=size.frames, tile_pixels=tile_pixels, maps_bytes=maps_bytes)
     workload, vae = family.decode_workload(size, pieces), skeleton(PUBLISHED, "vae", dtype)
     outlined = max(call.activation_bytes for call in outline_bands(vae, workload, dtype).cut(1).calls)
     with tracing() as meter:
@@ -138,5 +138,5 @@ def test_a_clip_decodes_in_little_memory(width: int, height: int, frames: int) -
 def test_no_way_takes_less_than_all_frames_at_once() -> None:
     """Fewer would not be exact."""
     size = VideoSize(width_pixels=1024, height_pixels=576, frames=25)
-    ways = decode_ways(Request(architecture=PUBLISHED, size=size))
+    ways = decode_candidates(Request(architecture=PUBLISHED, size=size))
     assert {way.frames.chunk_size for group in ways for way in group} == {25}

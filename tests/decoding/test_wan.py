@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from i2v_core.chunking import DistinctPieces, LayerCall, LayerRunner, Outline
-from i2v_core.decoding import FramePieces
+from i2v_core.chunking import DistinctPieces, LayerCall, LayerRunner, ShapeOnlyRunner
+from i2v_core.decoding import TilingSettings
 from i2v_core.decoding.feature_map import FeatureMaps
-from i2v_core.decoding.wan import WanPass
+from i2v_core.families.wan.autoencoder import WanPass
 from i2v_core.memory.meter import StorageMeter, fused_attention
 from i2v_core.placement.streaming import streamed
 from i2v_core.units import GIB, KIB, MIB
@@ -62,10 +62,10 @@ def make_vae(**changes: Any) -> Any:
 
 
 VAES = {"2.1": make_vae(**WAN_21), "2.2": make_vae(**WAN_22), "more layers": make_vae(num_res_blocks=2)}
-WHOLE = FramePieces(chunk_size=4)
+WHOLE = TilingSettings(chunk_size=4)
 
 
-def run_of(vae: Any, pieces: FramePieces = WHOLE, runner: LayerRunner | None = None, **changes: Any) -> WanPass:
+def run_of(vae: Any, pieces: TilingSettings = WHOLE, runner: LayerRunner | None = None, **changes: Any) -> WanPass:
     known: dict[str, Any] = {"device": CPU, "dtype": vae.dtype, "on_chunk": lambda: None}
     return WanPass(vae=vae, pieces=pieces, runner=runner or LayerRunner(), **(known | changes))
 
@@ -131,7 +131,7 @@ def test_any_size_and_any_tile_give_the_plain_result(
 ) -> None:
     """Maps on the device and parked, from any frame on."""
     vae, frames = VAES[name], 4 * latent_frames - 3
-    pieces = FramePieces(chunk_size=4, tile_pixels=tile_pixels, maps_bytes=maps_bytes)
+    pieces = TilingSettings(chunk_size=4, tile_pixels=tile_pixels, maps_bytes=maps_bytes)
     latents, factor = noise(1, 4, latent_frames, height, width), vae.config.scale_factor_spatial
     first_frame = min(first_frame, frames - 1)
     expected = plainly_decoded(vae, latents)[first_frame:]
@@ -156,7 +156,7 @@ def test_half_precision_is_as_close_to_fp32_as_the_plain_result(
     name: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     half = nn.Module.to(make_vae(**{"2.1": WAN_21, "2.2": WAN_22}[name]), dtype)
-    latents, pieces = noise(1, 4, 3, 3, 4), FramePieces(chunk_size=4, tile_pixels=16)
+    latents, pieces = noise(1, 4, 3, 3, 4), TilingSettings(chunk_size=4, tile_pixels=16)
     exact = plainly_decoded(VAES[name], latents)
     plain, tiled = plainly_decoded(half, latents.to(dtype)), decoded(run_of(half, pieces), latents)
     assert relative_rms(tiled, plain) <= tolerance
@@ -165,7 +165,7 @@ def test_half_precision_is_as_close_to_fp32_as_the_plain_result(
 
 def test_streamed_weights_give_the_same_and_leave_the_model_as_it_was() -> None:
     vae, latents = VAES["2.2"], noise(1, 4, 3, 3, 4)
-    pieces = FramePieces(chunk_size=4, tile_pixels=16)
+    pieces = TilingSettings(chunk_size=4, tile_pixels=16)
     before = [parameter.data_ptr() for parameter in vae.parameters()]
     resident = decoded(run_of(vae, pieces), latents)
     with streamed(vae, CPU, torch.float32) as stream:
@@ -182,13 +182,13 @@ def test_a_cancel_comes_through_between_two_bands() -> None:
         if calls == 60:
             raise KeyboardInterrupt
 
-    run = run_of(VAES["2.1"], FramePieces(chunk_size=4, tile_pixels=8), on_chunk=cancel)
+    run = run_of(VAES["2.1"], TilingSettings(chunk_size=4, tile_pixels=8), on_chunk=cancel)
     with pytest.raises(KeyboardInterrupt):
         decoded(run, noise(1, 4, 3, 3, 4))
     assert calls == 60
 
 
-class Tracing(Outline):
+class Tracing(ShapeOnlyRunner):
     """Notes what an outline makes of the peak."""
 
     def __init__(self, meter: StorageMeter) -> None:
@@ -208,7 +208,7 @@ def published(config: dict[str, Any], dtype: torch.dtype) -> Any:
         return nn.Module.to(AutoencoderKLWan(**config), dtype).eval().requires_grad_(False)
 
 
-def traced_peak(vae: Any, size: tuple[int, int], pieces: FramePieces, *, encodes: bool, outlines: bool) -> int:
+def traced_peak(vae: Any, size: tuple[int, int], pieces: TilingSettings, *, encodes: bool, outlines: bool) -> int:
     """Of the first frames, after which each portion is as the one before it."""
     factor = vae.config.scale_factor_spatial
     width, height = size
@@ -237,7 +237,7 @@ def test_an_outline_finds_the_peak_of_a_full_trace(
     attention in the middle, which decides for frames as small as these, is not counted so finely).
     """
     vae, size = published(config, dtype), (256, 192)
-    pieces = FramePieces(chunk_size=4, tile_pixels=tile_pixels, maps_bytes=maps_bytes)
+    pieces = TilingSettings(chunk_size=4, tile_pixels=tile_pixels, maps_bytes=maps_bytes)
     full = traced_peak(vae, size, pieces, encodes=encodes, outlines=False)
     outlined = traced_peak(vae, size, pieces, encodes=encodes, outlines=True)
     assert full - 64 * KIB <= outlined <= 1.04 * full
@@ -255,7 +255,7 @@ def test_large_frames_are_made_in_little_memory(
     """
     vae = published(config, torch.bfloat16)
     weights_bytes = sum(parameter.nbytes for parameter in vae.parameters())
-    pieces = FramePieces(chunk_size=4, tile_pixels=128, maps_bytes=maps_bytes)
+    pieces = TilingSettings(chunk_size=4, tile_pixels=128, maps_bytes=maps_bytes)
     for encodes in (False, True):
         peak_bytes = traced_peak(vae, size, pieces, encodes=encodes, outlines=True)
         assert weights_bytes + peak_bytes <= limit_gib * GIB
@@ -263,7 +263,7 @@ def test_large_frames_are_made_in_little_memory(
 
 def test_runs_on_an_emulated_device_of_what_was_foretold() -> None:
     """Real tensors, with maps parked in the host's memory."""
-    vae, pieces = VAES["2.2"], FramePieces(chunk_size=4, tile_pixels=24, maps_bytes=60 * KIB)
+    vae, pieces = VAES["2.2"], TilingSettings(chunk_size=4, tile_pixels=24, maps_bytes=60 * KIB)
     latents = noise(1, 4, 4, 4, 5)
     meta = nn.Module.to(make_vae(**WAN_22), "meta")
     foretold = traced_peak(meta, (80, 64), pieces, encodes=False, outlines=True)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from i2v_core.memory.meter import ALLOCATION_BYTES
-from i2v_core.memory.parking import give_pinned_back
+from i2v_core.placement.offload import give_pinned_back
 from i2v_core.units import KIB
 
 from . import CARD, emulated_cuda

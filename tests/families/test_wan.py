@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from i2v_core.chunking import ChunkSettings
-from i2v_core.decoding import FramePieces
+from i2v_core.decoding import TilingSettings
 from i2v_core.errors import BadInputError, ModelFolderError
 from i2v_core.families import VideoSize, bundled_architecture, family_of, load_model, read_architecture
 from i2v_core.placement.precision import computing_dtypes
@@ -133,7 +133,7 @@ def test_the_published_models_fit_small_cards(name: str, size: tuple[int, int, i
         precision="bf16",
     )
     assert predict_sample(request, STREAMED).peak_bytes <= most_gib * GIB
-    pieces = FramePieces(chunk_size=4, tile_pixels=128, maps_bytes=GIB)
+    pieces = TilingSettings(chunk_size=4, tile_pixels=128, maps_bytes=GIB)
     decode = DecodeSettings(frames=pieces, streamed=True)
     assert predict_decode(request, decode, torch.bfloat16).peak_bytes <= 1.3 * GIB
     encode = EncodeSettings(picture=pieces, streamed=True)

@@ -70,7 +70,7 @@ def test_the_header_says_what_will_lie_in_memory(wan: tuple[Path, Any], gguf_fil
     for name, form in lying.items():
         weight = model.modules["transformer"].get_submodule(name).weight
         assert weight.dtype is torch.uint8
-        assert weight.nbytes == form.lying_bytes
+        assert weight.nbytes == form.stored_bytes
 
 
 def test_weights_take_their_bytes_in_the_file(wan: tuple[Path, Any], gguf_file: Path) -> None:
@@ -80,7 +80,7 @@ def test_weights_take_their_bytes_in_the_file(wan: tuple[Path, Any], gguf_file: 
     weights = list(wan[1].state_dict())
     model = load_model(wan[0], {"transformer": gguf_file}).modules["transformer"]
     saved_bytes = sum(
-        rounded_bytes(2 * form.rows * form.columns) - rounded_bytes(form.lying_bytes)
+        rounded_bytes(2 * form.rows * form.columns) - rounded_bytes(form.stored_bytes)
         for form in quantized_weights(model).values()
     )
     assert saved_bytes > 0.3 * in_place
@@ -96,7 +96,7 @@ def test_the_numbers_are_those_that_diffusers_reads(wan: tuple[Path, Any], gguf_
     forms = quantized_weights(ours)
     for name, parameter in theirs.named_parameters():
         mine = ours.get_parameter(name)
-        numbers = forms[mine].restored(mine.data, BF16) if mine in forms else mine.to(parameter.dtype)
+        numbers = forms[mine].dequantized(mine.data, BF16) if mine in forms else mine.to(parameter.dtype)
         expected = dequantize_gguf_tensor(parameter)
         assert torch.equal(numbers, expected.to(numbers.dtype)), name
 
@@ -113,7 +113,7 @@ def test_fp8_files_are_read_with_their_scales(wan: tuple[Path, Any], tmp_path: P
     forms = quantized_weights(transformer)
     for name, original in wan[1].state_dict().items():
         weight = transformer.get_parameter(name)
-        numbers = forms[weight].restored(weight.data, torch.float32) if weight in forms else weight.float()
+        numbers = forms[weight].dequantized(weight.data, torch.float32) if weight in forms else weight.float()
         assert ((numbers - original).norm() / original.norm()).item() < 0.04, name
 
 

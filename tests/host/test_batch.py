@@ -22,8 +22,8 @@ from comfy_host.setup import PACK
 from comfy_host.workflow import to_prompt
 from PIL import Image
 
-from i2v_core.batch.job import JobState
-from i2v_core.batch.store import JobStore
+from i2v_core.batch.jobs.job import JobState
+from i2v_core.batch.jobs.store import JobStore
 
 from .conftest import PICTURE, MakePrompt
 from .test_crash import kill

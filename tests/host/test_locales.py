@@ -13,8 +13,7 @@ from comfy_host import setup
 from comfy_host.server import PACK_FOLDER, Server
 from make_locales import PANEL, english, read
 
-from i2v_core.batch.job import JobState
-from i2v_core.batch.records import Wish
+from i2v_core.batch.jobs.job import JobState, StopRequest
 from i2v_core.planning.plan import Stage
 from i2v_core.words import ENGLISH
 
@@ -97,7 +96,7 @@ def panel_texts() -> set[str]:
     either = re.findall(r"""\bt\(\w+(?: === \d+)? \? "(\w+)" : "(\w+)\"""", scripts)
     named = {"weights", "activations", "margin", *(stage.value for stage in Stage), "whole", "pieces", "streamed"}
     named |= {f"{word}Job" for word in (*(state.value for state in JobState), "pause", "resume", "cancel", "retry")}
-    named |= {*(f"{wish.value}Wish" for wish in Wish), "weightRule", "firstComeRule"}
+    named |= {*(f"{wish.value}Wish" for wish in StopRequest), "weightRule", "firstComeRule"}
     return named | ENGLISH.keys() | set(literal) | {key for pair in either for key in pair}
 
 

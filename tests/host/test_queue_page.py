@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from comfy_host.server import Server
 
-from i2v_core.batch.claims import Claims
-from i2v_core.batch.job import JobSpec, JobState
-from i2v_core.batch.store import JobStore
+from i2v_core.batch.jobs.job import JobSpec, JobState
+from i2v_core.batch.jobs.leases import LeaseManager
+from i2v_core.batch.jobs.store import JobStore
 from i2v_core.families import VideoSize
 
 from .conftest import PICTURE
@@ -97,7 +97,7 @@ def listed(page: Any) -> list[int]:
 def test_it_lists_jobs_with_what_is_known_of_them(
     open_page: OpenPage, host: Server, store: JobStore, ids: list[int], nodes_2: bool
 ) -> None:
-    claims = Claims(store)
+    claims = LeaseManager(store)
     claims.claim(ids[0], "a card")
     claims.renew({ids[0]: ("sample", 7, 25)})
     video = host.output_folder / "clip.mp4"
@@ -138,7 +138,7 @@ def test_its_buttons_act_on_a_job(open_page: OpenPage, store: JobStore, ids: lis
         job.get_by_role("button", name=button).click()
         job.locator(".state", has_text=state.value).wait_for()
         assert store.job(ids[1]).state is state
-    Claims(store).claim(ids[1], "a card")
+    LeaseManager(store).claim(ids[1], "a card")
     job.locator(".state", has_text="running").wait_for()
     job.get_by_role("button", name="Cancel").click()
     job.get_by_text("cancelling").wait_for()

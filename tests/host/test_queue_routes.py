@@ -15,9 +15,9 @@ import pytest
 from comfy_host.server import Server
 from PIL import Image
 
-from i2v_core.batch.claims import Claims
-from i2v_core.batch.job import JobSpec, JobState
-from i2v_core.batch.store import JobStore
+from i2v_core.batch.jobs.job import JobSpec, JobState
+from i2v_core.batch.jobs.leases import LeaseManager
+from i2v_core.batch.jobs.store import JobStore
 from i2v_core.families import VideoSize
 
 from .conftest import PICTURE
@@ -109,7 +109,7 @@ def test_a_job_says_what_it_is_and_where_it_stands(
     video = server.output_folder / "batch" / "a.mp4"
     video.parent.mkdir(exist_ok=True)
     video.touch()
-    claims = Claims(store)
+    claims = LeaseManager(store)
     store.note_predictions([(job, 100.0, 3 << 30) for job in ids])
     claims.claim(ids[0], "a card")
     claims.renew({ids[0]: ("sample", 7, 25)})
@@ -159,7 +159,7 @@ def test_jobs_are_paused_resumed_cancelled_and_tried_again(server: Server, store
 
 
 def test_of_a_job_that_runs_it_is_wished(server: Server, store: JobStore, ids: list[int]) -> None:
-    claims = Claims(store)
+    claims = LeaseManager(store)
     claims.claim(ids[0], "a card")
     job = queue(server, {"action": "cancel", "job": ids[0]})["jobs"][0]
     assert (job["state"], job["wish"]) == ("running", "cancel")
@@ -168,7 +168,7 @@ def test_of_a_job_that_runs_it_is_wished(server: Server, store: JobStore, ids: l
 def test_the_queue_is_paused_and_resumed(server: Server, store: JobStore, ids: list[int]) -> None:
     assert queue(server, {"action": "pause"})["paused"]
     assert store.paused
-    assert Claims(store).claim(ids[0], "a card") is None
+    assert LeaseManager(store).claim(ids[0], "a card") is None
     assert not queue(server, {"action": "resume"})["paused"]
     assert not store.paused
 
@@ -218,7 +218,7 @@ def test_a_job_has_a_picture_before_there_is_a_frame_of_it(
     assert picture(server, first).size == (96, 64)
     frame = tmp_path / "frame.png"
     Image.new("RGB", (640, 320), "teal").save(frame)
-    claims = Claims(store)
+    claims = LeaseManager(store)
     claims.claim(ids[0], "a card")
     claims.show(ids[0], thumbnail=frame)
     second = queue(server)["jobs"][0]["thumbnail"]

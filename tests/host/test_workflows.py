@@ -20,7 +20,7 @@ from comfy_host.workflow import NOTES, to_prompt, widgets
 from PIL import Image
 
 from i2v_core.families import VideoSize, bundled_architecture, with_weights
-from i2v_core.memory.cards import CARDS
+from i2v_core.planning.cards import CARDS
 from i2v_core.planning.plan import Plan, Stage
 from i2v_core.planning.planner import make_plan
 from i2v_core.planning.request import Budget, Request
@@ -199,7 +199,7 @@ def test_the_workflow_of_wan_fits_its_card_as_its_note_says() -> None:
     plan = plan_for_card(6, width, height, frames, guidance, model="wan2.2-ti2v-5b")
     note = nodes["MarkdownNote"]["widgets_values"][0]
     assert f"a peak of {plan.peak_bytes / GIB:.2f} GiB in {plan.binding_stage.stage.value}" in note
-    assert f"takes {plan.stages[1].peak_bytes / GIB:.2f} GiB" in note
+    assert f"takes {plan.predictions[1].peak_bytes / GIB:.2f} GiB" in note
     assert plan.sample.streamed
 
 
@@ -212,7 +212,7 @@ def test_the_workflow_of_a_quantised_wan_fits_its_card_as_its_note_says() -> Non
     assert f"a peak of {plan.peak_bytes / GIB:.2f} GiB in sampling" in note
     assert f"`{file}`" in note
     model_bytes = loaded_bytes(plan.request.architecture, torch.float16)
-    beside_bytes = max(stage.host_bytes for stage in plan.stages)
+    beside_bytes = max(stage.host_bytes for stage in plan.predictions)
     assert f"take {model_bytes / GIB:.0f} GiB of RAM" in note
     assert f"and {beside_bytes / GIB:.0f} GiB more" in note
     assert plan.sample.streamed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from i2v_core.memory.cards import CARDS, SYSTEM_SHARE_BYTES, THIS_MACHINE
+from i2v_core.planning.cards import CARDS, SYSTEM_SHARE_BYTES, THIS_MACHINE
 from i2v_core.units import GIB
 
 

@@ -13,11 +13,18 @@ import torch
 from gguf.quants import quantize
 from torch import Tensor, nn
 
-from i2v_core.batch.twins import twin
+from i2v_core.batch.execution.model_cache import replicate
 from i2v_core.errors import MissingPackageError
 from i2v_core.families import I2VModel
 from i2v_core.memory.meter import StorageMeter
-from i2v_core.placement.quantized import FP8_FORMATS, Quantized, block_of, gguf_formats, lie_as, quantized_weights
+from i2v_core.placement.quantized import (
+    FP8_FORMATS,
+    Quantized,
+    block_of,
+    gguf_formats,
+    quantized_weights,
+    set_storage_format,
+)
 from i2v_core.placement.storage import StoredWeights, WeightStorage, reducible, resident
 from i2v_core.placement.streaming import streamed
 
@@ -44,9 +51,9 @@ def by_diffusers(form: Quantized, lying: Tensor) -> Tensor:
 def test_gguf_numbers_are_those_that_diffusers_makes(name: str, dtype: torch.dtype) -> None:
     form = Quantized(format=name, rows=ROWS, columns=COLUMNS)
     lying = some_bytes(form)
-    predicted_bytes = form.restoring_bytes
+    predicted_bytes = form.dequantizing_bytes
     with StorageMeter() as meter:
-        restored = form.restored(lying, dtype)
+        restored = form.dequantized(lying, dtype)
     assert torch.equal(restored, by_diffusers(form, lying).to(dtype))
     assert restored.abs().sum() > 0
     measured_bytes = meter.peak_bytes - restored.nbytes
@@ -60,7 +67,7 @@ def test_what_was_written_comes_back_as_close_as_the_format_allows() -> None:
         form = Quantized(format=name, rows=64, columns=256)
         lying = torch.from_numpy(quantize(numbers.numpy(), gguf.GGMLQuantizationType[name]))
         assert lying.shape == (form.rows, form.row_bytes)
-        error = (form.restored(lying, torch.float32) - numbers).norm() / numbers.norm()
+        error = (form.dequantized(lying, torch.float32) - numbers).norm() / numbers.norm()
         assert most / 10 <= error <= most
 
 
@@ -69,11 +76,11 @@ def test_fp8_numbers_are_scaled_and_take_nothing_beside_them(name: str) -> None:
     numbers = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
     lying = numbers.to(FP8_FORMATS[name])
     form = Quantized(format=name, rows=64, columns=48, scale=0.25)
-    assert form.lying_bytes == lying.nbytes
+    assert form.stored_bytes == lying.nbytes
     with StorageMeter() as meter:
-        restored = form.restored(lying.view(torch.uint8), torch.float32)
+        restored = form.dequantized(lying.view(torch.uint8), torch.float32)
     assert torch.equal(restored, lying.float() * 0.25)
-    assert meter.peak_bytes - restored.nbytes == form.restoring_bytes == 0
+    assert meter.peak_bytes - restored.nbytes == form.dequantizing_bytes == 0
 
 
 def quantized_pair() -> tuple[nn.Linear, nn.Linear]:
@@ -84,8 +91,8 @@ def quantized_pair() -> tuple[nn.Linear, nn.Linear]:
     lying = torch.from_numpy(quantize(plain.weight.numpy(), gguf.GGMLQuantizationType.Q8_0))
     layer.bias.data = plain.bias.data
     layer.weight = nn.Parameter(lying, requires_grad=False)
-    lie_as(layer, form)
-    plain.weight.data = form.restored(lying, torch.float32)
+    set_storage_format(layer, form)
+    plain.weight.data = form.dequantized(lying, torch.float32)
     return layer, plain
 
 
@@ -107,13 +114,13 @@ def test_what_a_file_holds_quantised_is_not_reduced_further() -> None:
     assert reducible(both) == [plain.weight]
     weights = StoredWeights(both, CPU, torch.float32, WeightStorage.FP8)
     assert weights.reduced(layer.weight) is None
-    assert torch.equal(weights.restored(layer.weight, layer.weight.data), plain.weight)
+    assert torch.equal(weights.dequantized(layer.weight, layer.weight.data), plain.weight)
 
 
 def test_a_twin_lies_as_its_model_does() -> None:
     layer, _ = quantized_pair()
     model: Any = I2VModel(architecture=None, folder=None, modules={"transformer": layer}, tokenizer=None)  # pyright: ignore[reportArgumentType]
-    other = twin(model).modules["transformer"]
+    other = replicate(model).modules["transformer"]
     (weight,) = quantized_weights(other)
     assert weight is other.weight is not layer.weight
     assert weight.data_ptr() == layer.weight.data_ptr()

@@ -139,7 +139,7 @@ def restored(weight: Tensor, storage: WeightStorage) -> Tensor:
     assert values is not None
     assert values.itemsize == 1
     assert stored.reduced(layer.bias) is None
-    return stored.restored(layer.weight, values)
+    return stored.dequantized(layer.weight, values)
 
 
 @eight_bits

@@ -13,12 +13,12 @@ from i2v_core.memory.device import DeviceFacts
 from i2v_core.placement import storage
 from i2v_core.placement.storage import WeightStorage
 from i2v_core.planning.approximations import Approximation, approximations
-from i2v_core.planning.nearest import NothingFitsError
 from i2v_core.planning.plan import SampleSettings
 from i2v_core.planning.planner import make_plan
 from i2v_core.planning.predict import predict_sample
 from i2v_core.planning.report import report
 from i2v_core.planning.request import Budget, Request
+from i2v_core.planning.suggestions import NothingFitsError
 from i2v_core.sampling.context import ContextWindows
 from i2v_core.units import GIB, MIB
 
@@ -38,7 +38,7 @@ def without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_fits_exactly_is_planned_exactly(free_gib: float) -> None:
     budget = Budget(free_bytes=int(free_gib * GIB))
     exact, allowed = make_plan(EXACT, budget, CARD), make_plan(ALLOWED, budget, CARD)
-    assert (allowed.sample, allowed.stages, allowed.reasons) == (exact.sample, exact.stages, exact.reasons)
+    assert (allowed.sample, allowed.predictions, allowed.reasons) == (exact.sample, exact.predictions, exact.reasons)
 
 
 def test_any_exact_precision_comes_before_8_bits() -> None:
@@ -70,7 +70,7 @@ def test_a_refusal_names_it_and_it_then_fits(monkeypatch: pytest.MonkeyPatch) ->
     without_torchao(monkeypatch)
     with pytest.raises(NothingFitsError) as raised:
         make_plan(EXACT, SHORT, CARD)
-    assert raised.value.nearest.as_dict()["approximation"] == "fp8 weights"
+    assert raised.value.suggestions.as_dict()["approximation"] == "fp8 weights"
     assert "allow approximate plans (fp8 weights)" in raised.value.remedy
     make_plan(ALLOWED, SHORT, CARD)
 
@@ -123,7 +123,7 @@ def test_a_family_whose_denoiser_must_see_the_whole_clip_has_no_windows(monkeypa
 def test_a_refusal_does_not_name_what_would_not_help(request_: Request) -> None:
     with pytest.raises(NothingFitsError) as raised:
         make_plan(request_, replace(SHORT, free_bytes=256 * MIB), CARD)
-    assert raised.value.nearest.approximation is None
+    assert raised.value.suggestions.approximation is None
     assert "approximate" not in raised.value.remedy
 
 

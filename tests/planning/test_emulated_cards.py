@@ -19,19 +19,19 @@ from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLUNet
 from torch import Tensor
 
 from i2v_core import stages
-from i2v_core.decoding import FramePieces
+from i2v_core.decoding import TilingSettings
 from i2v_core.errors import RanOutError
 from i2v_core.families import Architecture, I2VModel, Prompt, VideoSize, family_of, load_model
 from i2v_core.memory.device import device_facts
 from i2v_core.memory.stage_meter import stage_meter
 from i2v_core.placement.storage import WeightStorage
-from i2v_core.planning.frame_ways import decode_ways, encode_ways
+from i2v_core.planning.autoencoder_candidates import decode_candidates, encode_candidates
 from i2v_core.planning.margin import needed_bytes
-from i2v_core.planning.nearest import NothingFitsError
 from i2v_core.planning.plan import DecodeSettings, Plan, SampleSettings, Stage
-from i2v_core.planning.planner import least_peak, make_plan
+from i2v_core.planning.planner import make_plan, min_peak
 from i2v_core.planning.predict import predict_decode, predict_encode, predict_sample
 from i2v_core.planning.request import Budget, Request
+from i2v_core.planning.suggestions import NothingFitsError
 from i2v_core.sampling.context import ContextWindows
 from i2v_core.units import GIB, KIB
 from tests.subjects import SUBJECTS, Subject
@@ -107,7 +107,7 @@ def put_in_card(monkeypatch: pytest.MonkeyPatch) -> PutInCard:
 @lru_cache(maxsize=REQUESTS)
 def budget_range_bytes(request: Request) -> tuple[int, int]:
     """From the least that the request needs to a fifth more than its plain run takes."""
-    least = needed_bytes(least_peak(request, CPU), CPU)
+    least = needed_bytes(min_peak(request, CPU), CPU)
     return least, max(least, int(1.2 * make_plan(request, Budget(free_bytes=GIB), CPU).peak_bytes))
 
 
@@ -119,7 +119,9 @@ def plan_for(subject: Subject, model: I2VModel, case: Case) -> Plan:
 
 
 def prompt_for(model: I2VModel) -> Prompt:
-    text, negative_text = ("a red circle", "blue") if "text" in family_of(model.architecture).facts.takes else ("", "")
+    text, negative_text = (
+        ("a red circle", "blue") if "text" in family_of(model.architecture).facts.optional_inputs else ("", "")
+    )
     return Prompt(image_FHWC=PICTURE, text=text, negative_text=negative_text)
 
 
@@ -160,7 +162,7 @@ def test_a_plan_for_a_card_runs_on_that_card(
 
 def check_predictions(plan: Plan, reports: list[stages.StageReport]) -> None:
     for report in reports:
-        predicted, measured = plan.stage(report.stage), report.measured_peak_bytes
+        predicted, measured = plan.prediction(report.stage), report.measured_peak_bytes
         assert measured <= needed_bytes(predicted, CPU) <= plan.budget.usable_bytes, report
         assert measured - VECTORS_BYTES <= predicted.peak_bytes <= 1.05 * measured, report
 
@@ -200,7 +202,7 @@ def test_an_approximate_plan_runs_on_a_card_that_is_too_small_for_any_exact_one(
     allowed = replace(request, allow_approximate=True)
     plain = make_plan(request, Budget(free_bytes=GIB), CPU)
     host_bytes = predict_sample(request, replace(plain.sample, streamed=True)).host_bytes - 1
-    least, most = (needed_bytes(least_peak(it, CPU, host_bytes), CPU) for it in (allowed, request))
+    least, most = (needed_bytes(min_peak(it, CPU, host_bytes), CPU) for it in (allowed, request))
     budget = Budget(free_bytes=rng.randint(least, most - 1), host_free_bytes=host_bytes)
     with pytest.raises(NothingFitsError):
         make_plan(request, budget, CPU)
@@ -214,8 +216,8 @@ def test_an_approximate_plan_runs_on_a_card_that_is_too_small_for_any_exact_one(
 
 def with_sample(plan: Plan, settings: SampleSettings) -> Plan:
     prediction = predict_sample(plan.request, settings)
-    predictions = tuple(prediction if it.stage is Stage.SAMPLE else it for it in plan.stages)
-    return replace(plan, sample=settings, stages=predictions)
+    predictions = tuple(prediction if it.stage is Stage.SAMPLE else it for it in plan.predictions)
+    return replace(plan, sample=settings, predictions=predictions)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -228,7 +230,7 @@ def test_weights_in_any_storage_take_what_is_predicted(
     plan = make_plan(request, Budget(free_bytes=GIB), CPU)
     sample = replace(plan.sample, weight_storage=storage, streamed=streamed, workspace_bytes=64 * KIB)
     plan = with_sample(plan, sample)
-    put_in_card(max(needed_bytes(it, CPU) for it in plan.stages))
+    put_in_card(max(needed_bytes(it, CPU) for it in plan.predictions))
     check_predictions(plan, run(model, plan)[1])
 
 
@@ -242,8 +244,11 @@ def test_windows_take_what_is_predicted(
     plan = make_plan(request, Budget(free_bytes=GIB), CPU)
     context = ContextWindows(context_length=8, context_overlap=2)
     plan = with_sample(plan, replace(plan.sample, context=context, batched_guidance=batched))
-    assert plan.stage(Stage.SAMPLE).peak_bytes < predict_sample(request, replace(plan.sample, context=None)).peak_bytes
-    put_in_card(max(needed_bytes(it, CPU) for it in plan.stages))
+    assert (
+        plan.prediction(Stage.SAMPLE).peak_bytes
+        < predict_sample(request, replace(plan.sample, context=None)).peak_bytes
+    )
+    put_in_card(max(needed_bytes(it, CPU) for it in plan.predictions))
     check_predictions(plan, run(model, plan)[1])
 
 
@@ -252,7 +257,7 @@ def test_a_plan_takes_windows_where_nothing_else_fits_and_runs_on_that_card(
 ) -> None:
     model, size = i2vgen_xl, VideoSize(width_pixels=96, height_pixels=72, frames=32)
     request = Request(architecture=model.architecture, size=size, precision="bf16", allow_approximate=True)
-    plan = make_plan(request, Budget(free_bytes=needed_bytes(least_peak(request, CPU), CPU)), CPU)
+    plan = make_plan(request, Budget(free_bytes=needed_bytes(min_peak(request, CPU), CPU)), CPU)
     assert plan.sample.context is not None
     put_in_card(plan.budget.usable_bytes)
     frames, reports = run(model, plan)
@@ -288,9 +293,9 @@ def test_a_plan_parks_skips_where_nothing_else_fits_and_runs_on_that_card(
 ) -> None:
     model, size = model_with_wide_skips, VideoSize(width_pixels=96, height_pixels=96, frames=24)
     request = Request(architecture=model.architecture, size=size, precision="fp32", guidance=guidance)
-    plan = make_plan(request, Budget(free_bytes=needed_bytes(least_peak(request, CPU), CPU)), CPU)
-    assert plan.sample.park_skips
-    unparked = predict_sample(request, replace(plan.sample, park_skips=False))
+    plan = make_plan(request, Budget(free_bytes=needed_bytes(min_peak(request, CPU), CPU)), CPU)
+    assert plan.sample.offload_skips
+    unparked = predict_sample(request, replace(plan.sample, offload_skips=False))
     assert needed_bytes(unparked, CPU) > plan.budget.usable_bytes
     put_in_card(plan.budget.usable_bytes)
     frames, reports = run(model, plan)
@@ -310,14 +315,14 @@ def test_every_way_to_take_frames_runs_on_a_card_of_its_size(
     samples = samples_like(subject, request.size)
     expected = stages.decode(model, plan, samples, RUNTIME)[0]
     for planned in every_way(plan, stage):
-        put_in_card(needed_bytes(planned.stage(stage), CPU) + VECTORS_BYTES)
+        put_in_card(needed_bytes(planned.prediction(stage), CPU) + VECTORS_BYTES)
         if stage is Stage.ENCODE:
             report = stages.encode(model, planned, prompt_for(model), RUNTIME)[1]
         else:
             frames, report = stages.decode(model, planned, samples, RUNTIME)
             assert torch.allclose(frames, expected, atol=1e-5 if precision == "fp32" else 5e-2)
         assert not report.notes
-        measured, predicted = report.measured_peak_bytes, planned.stage(stage).peak_bytes
+        measured, predicted = report.measured_peak_bytes, planned.prediction(stage).peak_bytes
         assert measured - 2 * VECTORS_BYTES <= predicted <= 1.05 * measured, (planned.encode, planned.decode)
 
 
@@ -333,12 +338,12 @@ def every_way(plan: Plan, stage: Stage) -> list[Plan]:
     dtype = plan.sample.compute_dtype
     if stage is Stage.ENCODE:
         return [
-            replace(plan, encode=way, stages=(predict_encode(plan.request, way, dtype), *plan.stages[1:]))
-            for way in chain(*encode_ways(plan.request))
+            replace(plan, encode=way, predictions=(predict_encode(plan.request, way, dtype), *plan.predictions[1:]))
+            for way in chain(*encode_candidates(plan.request))
         ]
     return [
-        replace(plan, decode=way, stages=(*plan.stages[:2], predict_decode(plan.request, way, dtype)))
-        for way in chain(*decode_ways(plan.request))
+        replace(plan, decode=way, predictions=(*plan.predictions[:2], predict_decode(plan.request, way, dtype)))
+        for way in chain(*decode_candidates(plan.request))
     ]
 
 
@@ -365,8 +370,8 @@ def test_a_card_one_byte_too_small_costs_a_rung_and_leaves_the_model_as_it_was(
     plan = replace(
         plan,
         encode=replace(plan.encode, streamed=streamed),
-        sample=replace(plan.sample, streamed=streamed, park_skips=True),
-        decode=DecodeSettings(frames=FramePieces(chunk_size=2), streamed=streamed),
+        sample=replace(plan.sample, streamed=streamed, offload_skips=True),
+        decode=DecodeSettings(frames=TilingSettings(chunk_size=2), streamed=streamed),
     )
     expected, reports = run(model, plan)
     peak_bytes = {report.stage: report.measured_peak_bytes for report in reports}

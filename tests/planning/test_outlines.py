@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from i2v_core.chunking import ChunkSettings, LayerCall, Outline
-from i2v_core.decoding import ONE_WHOLE_FRAME, FramePieces
+from i2v_core.chunking import ChunkSettings, LayerCall, ShapeOnlyRunner
+from i2v_core.decoding import ONE_WHOLE_FRAME, TilingSettings
 from i2v_core.families import FAMILIES, Placed, VideoSize, Workload, bundled_architecture, bundled_models, family_of
 from i2v_core.memory.device import DeviceFacts
 from i2v_core.memory.meter import StorageMeter
-from i2v_core.planning.planner import find_plan, least_stages
+from i2v_core.planning.planner import find_plan, lowest_memory_stages
 from i2v_core.planning.request import Budget, Request
 from i2v_core.planning.trace import META, interruptible, outline_bands, outline_denoiser, skeleton, tracing
 from i2v_core.units import GIB, MIB
@@ -23,7 +23,7 @@ CARD = DeviceFacts(device="cuda", name="a card", precisions=(torch.bfloat16,))
 MODELS = bundled_models()
 
 
-class Noted(Outline):
+class Noted(ShapeOnlyRunner):
     """What is live at the peak of every layer call, and how it is cut."""
 
     def __init__(self, meter: StorageMeter) -> None:
@@ -39,29 +39,29 @@ class Noted(Outline):
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("park_skips", [False, True])
+@pytest.mark.parametrize("offload_skips", [False, True])
 @pytest.mark.parametrize(("width", "height", "frames", "branches"), [(512, 512, 17, 2), (992, 544, 5, 1)])
 def test_one_outline_does_for_all_workspaces(
-    model: str, width: int, height: int, frames: int, branches: int, park_skips: bool
+    model: str, width: int, height: int, frames: int, branches: int, offload_skips: bool
 ) -> None:
     architecture, size = bundled_architecture(model), VideoSize(width_pixels=width, height_pixels=height, frames=frames)
     family = family_of(architecture)
     component = family.denoisers(architecture)[0].component
     module = skeleton(architecture, component, torch.float16)
     workload = family.denoise_workload(architecture, size, branches)
-    outline = outline_denoiser(architecture, size, branches, torch.float16, component, park_skips=park_skips)
+    outline = outline_denoiser(architecture, size, branches, torch.float16, component, offload_skips=offload_skips)
     for workspace_bytes in (1, 3 * MIB, 64 * MIB, 256 * MIB, GIB, 2**62):
         with tracing() as meter:
             noted = Noted(meter)
-            settings = ChunkSettings(workspace_bytes=workspace_bytes, park_skips=park_skips)
+            settings = ChunkSettings(workspace_bytes=workspace_bytes, offload_skips=offload_skips)
             with family.chunked(module, settings, runner=noted, on_chunk=lambda: None):
                 workload.run(Placed(module=module, device=META, dtype=torch.float16, runner=noted))
         calls = outline.cut(workspace_bytes).calls
         assert [(it.chunk_size, it.before_bytes, it.activation_bytes) for it in calls] == noted.calls
-        assert outline.parked_bytes == meter.host_peak_bytes
+        assert outline.offloaded_bytes == meter.host_peak_bytes
 
 
-def of_autoencoder(model: str, size: VideoSize, pieces: FramePieces) -> list[Workload]:
+def of_autoencoder(model: str, size: VideoSize, pieces: TilingSettings) -> list[Workload]:
     architecture = bundled_architecture(model)
     family = family_of(architecture)
     return [
@@ -75,7 +75,7 @@ def of_autoencoder(model: str, size: VideoSize, pieces: FramePieces) -> list[Wor
 def test_one_outline_does_for_all_tiles(model: str, maps_bytes: int | None) -> None:
     size = VideoSize(width_pixels=416, height_pixels=224, frames=5)
     frames = family_of(bundled_architecture(model)).decode_chunk_sizes(size, of_use=1)[-1]
-    smallest = FramePieces(chunk_size=frames, tile_pixels=1, maps_bytes=maps_bytes)
+    smallest = TilingSettings(chunk_size=frames, tile_pixels=1, maps_bytes=maps_bytes)
     module = skeleton(bundled_architecture(model), "vae", torch.bfloat16)
     outlines = [outline_bands(module, it, torch.bfloat16) for it in of_autoencoder(model, size, smallest)]
     for tile_pixels in (32, 200, 2048):
@@ -92,8 +92,8 @@ def test_only_a_denoiser_with_skips_is_said_to_have_them(model: str) -> None:
         family.denoisers(architecture)[0].component,
         VideoSize(width_pixels=64, height_pixels=64, frames=5),
     )
-    outline = outline_denoiser(architecture, size, 1, torch.float16, component, park_skips=True)
-    assert (outline.parked_bytes > 0) == family.facts.has_skips
+    outline = outline_denoiser(architecture, size, 1, torch.float16, component, offload_skips=True)
+    assert (outline.offloaded_bytes > 0) == family.facts.has_skips
 
 
 def test_every_family_is_among_the_bundled_models() -> None:
@@ -110,7 +110,7 @@ def test_a_size_that_was_never_asked_before_takes_few_traces(model: str, budget_
         size = VideoSize(width_pixels=width, height_pixels=448, frames=25)
         request = Request(architecture=architecture, size=size)
         if find_plan(request, Budget(free_bytes=budget_bytes), CARD) is None:
-            least_stages(request, CARD)
+            lowest_memory_stages(request, CARD)
 
     def count() -> None:
         nonlocal traces

@@ -16,11 +16,11 @@ from i2v_core.memory.calibration import Calibration, StageRatios
 from i2v_core.memory.device import DeviceFacts, device_facts
 from i2v_core.planning.adjust import refit, with_tile
 from i2v_core.planning.margin import expected_bytes, needed_bytes, uncertainty_bytes
-from i2v_core.planning.nearest import NothingFitsError
 from i2v_core.planning.plan import Plan, Stage
 from i2v_core.planning.planner import fits, make_plan
 from i2v_core.planning.report import report
 from i2v_core.planning.request import Budget, Request
+from i2v_core.planning.suggestions import NothingFitsError
 from i2v_core.units import GIB, KIB, MIB
 
 CPU = device_facts(torch.device("cpu"))
@@ -49,7 +49,7 @@ def least_bytes(request: Request) -> int:
     """The least budget that the planner says the request needs."""
     with pytest.raises(NothingFitsError) as raised:
         make_plan(request, Budget(free_bytes=1), CPU)
-    return raised.value.nearest.budget_bytes
+    return raised.value.suggestions.budget_bytes
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -101,7 +101,7 @@ def test_a_refusal_names_what_fits(architecture: Architecture) -> None:
     budget = Budget(free_bytes=int(least_bytes(request) * 0.8))
     with pytest.raises(NothingFitsError) as raised:
         make_plan(request, budget, CPU)
-    near = raised.value.nearest
+    near = raised.value.suggestions
     assert near.shorter is not None
     assert near.smaller is not None
     for size in (near.shorter, near.smaller):
@@ -164,10 +164,10 @@ def test_the_report_tells_stages_binding_stage_and_reasons(architecture: Archite
 
 def test_a_plan_is_kept_while_it_fits_and_made_again_when_it_does_not(architecture: Architecture) -> None:
     plan = plan_for(architecture)
-    needed = needed_bytes(plan.stage(Stage.SAMPLE), CPU)
+    needed = needed_bytes(plan.prediction(Stage.SAMPLE), CPU)
     assert refit(plan, Stage.SAMPLE, needed) is plan
     again = refit(plan, Stage.SAMPLE, needed - 1)
-    assert needed_bytes(again.stage(Stage.SAMPLE), CPU) < needed
+    assert needed_bytes(again.prediction(Stage.SAMPLE), CPU) < needed
     with pytest.raises(DoesNotFitError):
         refit(plan, Stage.SAMPLE, MIB // 2)
 
@@ -176,7 +176,7 @@ def test_a_tile_of_the_user_is_honoured_or_refused(architecture: Architecture) -
     plan = plan_for(architecture, VideoSize(width_pixels=256, height_pixels=256, frames=2))
     tiled = with_tile(plan, 100, 0)
     assert (tiled.decode.frames.tile_pixels, tiled.decode.frames.maps_bytes) == (100, None)
-    assert tiled.stage(Stage.DECODE).peak_bytes < plan.stage(Stage.DECODE).peak_bytes
+    assert tiled.prediction(Stage.DECODE).peak_bytes < plan.prediction(Stage.DECODE).peak_bytes
     assert with_tile(plan, 0, 0) is plan
     with pytest.raises(BadInputError, match="at least 32"):
         with_tile(plan, 16, 0)
@@ -186,7 +186,7 @@ def test_a_tile_of_the_user_is_honoured_or_refused(architecture: Architecture) -
 
 def test_a_tile_of_the_user_has_maps_parked_before_it_is_refused(architecture: Architecture) -> None:
     plan = plan_for(architecture, VideoSize(width_pixels=256, height_pixels=256, frames=2))
-    needed = needed_bytes(with_tile(plan, 64, 0).stage(Stage.DECODE), CPU)
+    needed = needed_bytes(with_tile(plan, 64, 0).prediction(Stage.DECODE), CPU)
     parked = with_tile(replace(plan, budget=Budget(free_bytes=needed - MIB)), 64, 0)
     assert parked.decode.frames.tile_pixels == 64
     assert parked.decode.frames.maps_bytes is not None
@@ -206,13 +206,13 @@ def test_what_shortening_cannot_help_is_not_shortened(architecture: Architecture
     single = replace(request, size=replace(request.size, frames=1))
     with pytest.raises(NothingFitsError) as raised:
         make_plan(request, Budget(free_bytes=int(least_bytes(single) * 0.9)), CPU)
-    assert raised.value.nearest.shorter is None
-    assert raised.value.nearest.smaller is not None
+    assert raised.value.suggestions.shorter is None
+    assert raised.value.suggestions.smaller is not None
 
 
 def test_what_was_measured_changes_what_is_expected(architecture: Architecture) -> None:
     plan = plan_for(architecture)
-    prediction = plan.stage(Stage.SAMPLE)
+    prediction = plan.prediction(Stage.SAMPLE)
     assert expected_bytes(prediction, CPU) == prediction.peak_bytes
     learned = Calibration((StageRatios(stage="sample", lowest=1.02, highest=1.10, runs=3),))
     taught = replace(CPU, calibration=learned)
@@ -221,7 +221,7 @@ def test_what_was_measured_changes_what_is_expected(architecture: Architecture) 
     once = replace(CPU, calibration=Calibration((replace(learned.stages[0], runs=1),)))
     assert uncertainty_bytes(prediction, once) == pytest.approx(prediction.peak_bytes * 1.10 * 0.03, rel=1e-3)
     assert needed_bytes(prediction, taught) > needed_bytes(prediction, CPU)
-    just_enough = Budget(free_bytes=max(needed_bytes(stage, CPU) for stage in plan.stages))
+    just_enough = Budget(free_bytes=max(needed_bytes(stage, CPU) for stage in plan.predictions))
     untaught = make_plan(plan.request, just_enough, CPU)
     assert make_plan(plan.request, just_enough, taught).sample != untaught.sample
 
@@ -232,12 +232,12 @@ def test_host_memory_is_a_limit_too(architecture: Architecture) -> None:
     budget = Budget(free_bytes=least_bytes(request))
     plan = make_plan(request, budget, CPU)
     assert plan.sample.streamed
-    taken = max(stage.host_bytes for stage in plan.stages)
+    taken = max(stage.host_bytes for stage in plan.predictions)
     assert make_plan(request, replace(budget, host_free_bytes=taken), CPU).sample.streamed
-    short = replace(budget, host_free_bytes=plan.stage(Stage.SAMPLE).host_bytes - 1)
+    short = replace(budget, host_free_bytes=plan.prediction(Stage.SAMPLE).host_bytes - 1)
     with pytest.raises(NothingFitsError) as raised:
         make_plan(request, short, CPU)
-    near = raised.value.nearest
+    near = raised.value.suggestions
     assert near.host_bytes is not None
     assert "host memory" in raised.value.remedy
     make_plan(request, replace(short, host_free_bytes=near.host_bytes), CPU)
@@ -248,9 +248,9 @@ def test_host_memory_is_a_limit_too(architecture: Architecture) -> None:
 def test_a_way_that_takes_less_of_the_host_is_found_where_thriftier_ones_take_more(architecture: Architecture) -> None:
     """Tiles need their frame in host memory too, streamed weights a copy there; whole frames no more than the clip."""
     plan = plan_for(architecture, VideoSize(width_pixels=64, height_pixels=72, frames=3))
-    host_bytes = plan.stage(Stage.DECODE).host_bytes
+    host_bytes = plan.prediction(Stage.DECODE).host_bytes
     budget = replace(plan.budget, host_free_bytes=host_bytes)
-    assert make_plan(plan.request, budget, CPU).stage(Stage.DECODE).host_bytes <= host_bytes
+    assert make_plan(plan.request, budget, CPU).prediction(Stage.DECODE).host_bytes <= host_bytes
 
 
 def test_no_precision_is_tried_that_takes_as_much_as_one_before(architecture: Architecture) -> None:

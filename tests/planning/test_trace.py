@@ -24,8 +24,8 @@ def test_an_outline_finds_the_peak_of_a_full_trace(
     """The published model's architecture in fp16: never under by more than 0.1 %, never over by more than 1 %."""
     architecture, family = subject.architecture(all_layers=False), subject.family
     size = subject.size(width, height, frames)
-    for park_skips in subject.denoiser.ways_with_skips:
-        settings = ChunkSettings(workspace_bytes=workspace_bytes, park_skips=park_skips)
+    for offload_skips in subject.denoiser.ways_with_skips:
+        settings = ChunkSettings(workspace_bytes=workspace_bytes, offload_skips=offload_skips)
         calls = trace_denoiser(architecture, size, branches, torch.float16, settings).calls
         outlined = max(call.activation_bytes for call in calls)
         module = skeleton(architecture, subject.component, torch.float16)
@@ -55,5 +55,5 @@ def test_every_weight_of_the_denoiser_belongs_to_one_call(subject: Subject) -> N
     trace = trace_denoiser(architecture, size, 1, torch.float16, ChunkSettings(workspace_bytes=MIB))
     modules = tuple(call.modules for call in trace.calls)
     weights = module_weights(trace.module, WeightStorage.AS_COMPUTED, modules)
-    assert weights.lying_bytes == weights_bytes(architecture, subject.component, torch.float16)
-    assert sum(call.lying_bytes for call in weights.calls) == weights.lying_bytes
+    assert weights.stored_bytes == weights_bytes(architecture, subject.component, torch.float16)
+    assert sum(call.stored_bytes for call in weights.calls) == weights.stored_bytes

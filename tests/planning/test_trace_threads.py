@@ -11,7 +11,7 @@ import torch
 from i2v_core.families import Architecture, VideoSize, read_architecture
 from i2v_core.memory.device import DeviceFacts
 from i2v_core.planning.plan import StagePrediction
-from i2v_core.planning.planner import find_plan, least_stages, make_plan
+from i2v_core.planning.planner import find_plan, lowest_memory_stages, make_plan
 from i2v_core.planning.request import Budget, Request
 from i2v_core.planning.trace import interruptible, trace_denoiser
 from i2v_core.units import GIB
@@ -33,7 +33,7 @@ def test_threads_do_not_disturb_each_other(architecture: Architecture) -> None:
     """They share the model's skeleton, which is put in pieces while it is traced."""
 
     def stages(width: int) -> tuple[StagePrediction, ...]:
-        return least_stages(request_for(architecture, width), CPU)
+        return lowest_memory_stages(request_for(architecture, width), CPU)
 
     trace_denoiser.cache_clear()
     with ThreadPoolExecutor(4) as threads:

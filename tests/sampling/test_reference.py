@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from i2v_core import stages
-from i2v_core.decoding import FramePieces
+from i2v_core.decoding import TilingSettings
 from i2v_core.families import I2VModel, Prompt, load_model
 from i2v_core.memory.device import device_facts
 from i2v_core.planning.plan import DecodeSettings, EncodeSettings, Plan
@@ -99,11 +99,11 @@ def test_frames_equal_those_of_the_pipeline_in_pieces_too(
     assert expected.shape == (FRAMES, HEIGHT, WIDTH, 3)
     assert expected.std() > 0.05
     assert relative_rms(ours(model, plan)[1], expected) <= 1e-5
-    tiles = FramePieces(chunk_size=plan.decode.frames.chunk_size, tile_pixels=TILES, maps_bytes=0)
+    tiles = TilingSettings(chunk_size=plan.decode.frames.chunk_size, tile_pixels=TILES, maps_bytes=0)
     in_pieces = replace(
         plan,
         encode=EncodeSettings(picture=replace(tiles, chunk_size=1), streamed=True),
-        sample=replace(plan.sample, batched_guidance=False, workspace_bytes=50_000, streamed=True, park_skips=True),
+        sample=replace(plan.sample, batched_guidance=False, workspace_bytes=50_000, streamed=True, offload_skips=True),
         decode=DecodeSettings(frames=tiles, streamed=True),
     )
     assert relative_rms(ours(model, in_pieces)[1], expected) <= 1e-5

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from i2v_core.sampling import spill
-from i2v_core.sampling.spill import SpillGuard
+from i2v_core.sampling.spill import SysmemFallbackDetector
 from i2v_core.units import GIB, MIB
 
 
@@ -18,7 +18,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[float], int |
     def watch(step_seconds: Sequence[float], free_bytes: int | None) -> list[str | None]:
         clock = 0.0
         monkeypatch.setattr(spill.time, "monotonic", lambda: clock)
-        guard = SpillGuard(lambda: free_bytes)
+        guard = SysmemFallbackDetector(lambda: free_bytes)
         said: list[str | None] = []
         for step, seconds in enumerate(step_seconds, start=1):
             clock += seconds

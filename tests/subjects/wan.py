@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from i2v_core.chunking.wan import chunked_wan
 from i2v_core.families import I2VModel, Prompt, VideoSize, family_of
+from i2v_core.families.wan.transformer import chunked_wan
 from i2v_core.sampling.noise import initial_noise
 from i2v_core.sampling.schedulers import make_scheduler
 

@@ -1,0 +1,1 @@
+"""The command `python -m i2v_core batch`."""

@@ -1,0 +1,1 @@
+"""Devices that jobs run on, and the admission of their stages by free memory."""

@@ -1,0 +1,42 @@
+"""A device of an engine with all that belongs to it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from ...units import format_gib
+from ..devices.admission import AdmissionController
+from ..devices.device import BatchDevice, DeviceStatus
+from ..execution.pipeline import StagePipeline
+from ..execution.running_job import RunningJob
+
+
+@dataclass(slots=True, eq=False)
+class DeviceWorker:
+    """`failed_in_a_row` are jobs since the last that went well; `took` is when the last was taken."""
+
+    device: BatchDevice
+    desk: AdmissionController
+    lanes: StagePipeline
+    flights: dict[int, RunningJob] = field(default_factory=dict[int, RunningJob])
+    failed_in_a_row: set[int] = field(default_factory=set[int])
+    took: float = field(default_factory=time.monotonic)
+    lost: bool = False
+
+    def status(self, too_large_now: int) -> DeviceStatus:
+        """`too_large_now` jobs wait for other programs."""
+        room = self.device.room()
+        held = format_gib(room.others_bytes)
+        waits = (
+            (f"{too_large_now} waiting jobs do not fit beside other programs, which hold {held}",)
+            if too_large_now
+            else ()
+        )
+        return DeviceStatus(
+            name=self.device.name,
+            room=room,
+            reserved_bytes=self.desk.reserved_bytes,
+            jobs=tuple(self.flights),
+            waits=(*self.desk.waits(), *waits),
+        )

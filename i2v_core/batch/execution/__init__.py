@@ -1,0 +1,1 @@
+"""Running jobs on one device: the stage pipeline, batching, weights and video writing."""

@@ -1,0 +1,1 @@
+"""What a batch reports: events, metrics, suspected leaks, tables and pictures."""
