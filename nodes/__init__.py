@@ -14,6 +14,7 @@ from .loader import Loader
 from .memory_report import MemoryReport
 from .sampler import ChunkedSampler
 from .save_video import SaveVideo
+from .vram_fit import VRAMFit
 
 
 class I2VBudgetExtension(ComfyExtension):
@@ -33,4 +34,5 @@ class I2VBudgetExtension(ComfyExtension):
             LoadLatent,
             MemoryReport,
             Batch,
+            VRAMFit,
         ]

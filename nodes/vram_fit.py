@@ -1,0 +1,92 @@
+"""VRAM Fit: runs a model of core's loaders within a budget of device memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management as management
+from comfy_api.latest import io
+
+from ..i2v_core.errors import I2VError
+from ..i2v_core.placement.precision import AUTO
+from ..i2v_core.units import parse_bytes
+from . import host
+from .host_progress import words_on_the_node
+from .native.fit import Services, fitted
+from .sockets import CATEGORY
+from .validation import checked
+
+
+class VRAMFit(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="I2VVRAMFit",
+            display_name="VRAM Fit",
+            category=CATEGORY,
+            description="Runs a video model from core's loaders within the device memory you have, with the same "
+            "result: long layers run in chunks, as few as the budget needs. Place it between the loader (or LoRA) and "
+            "the sampler.",
+            search_aliases=["vram", "low vram", "out of memory", "oom", "block swap", "offload", "memory budget"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model from a loader or a LoRA node."),
+                io.Model.Input("model_2", optional=True, tooltip="A second model, such as Wan 2.2's low-noise expert."),
+                io.Vae.Input("vae", optional=True, tooltip="The VAE; it is passed on unchanged."),
+                io.String.Input(
+                    "budget",
+                    default=AUTO,
+                    tooltip="Device memory that the model may use, weights included: auto for what is free, or an "
+                    "amount such as 6 or 6GiB.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("model", tooltip="The model, for any sampler."),
+                io.Model.Output("model_2", tooltip="The second model, for any sampler, if one is connected."),
+                io.Vae.Output("vae", tooltip="The VAE, unchanged."),
+                io.String.Output("report", tooltip="Which layers run within the budget, and which run as they are."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, budget: Any) -> bool | str:
+        try:
+            if budget is not None:
+                _limit_bytes(budget)
+        except I2VError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    @checked
+    def execute(cls, model: Any, budget: str, model_2: Any = None, vae: Any = None) -> io.NodeOutput:
+        services = Services(
+            usable_bytes=_usable(_limit_bytes(budget)),
+            check_cancelled=management.throw_exception_if_processing_interrupted,
+            say=_say,
+        )
+        fits = [fitted(it, services) for it in (model, model_2) if it is not None]
+        report = "\n".join(text for _, text in fits)
+        models = [it for it, _ in fits] + [None] * (2 - len(fits))
+        return io.NodeOutput(models[0], models[1], vae, report, ui={"text": [report]})
+
+
+def _say(line: str) -> None:
+    """Shows a line on the node that runs now, which is the sampler."""
+    words_on_the_node()(line)
+
+
+def _limit_bytes(budget: str) -> int | None:
+    """The user's budget; None for what is free. Raises `BadInputError` for what is no amount."""
+    return None if budget.strip().lower() == AUTO else parse_bytes(budget)
+
+
+def _usable(limit_bytes: int | None) -> Any:
+    """Reads what may be used when a run is planned: a budget that is named is spent whole, of what is merely free the
+    host keeps its reserve.
+    """
+
+    def usable_bytes() -> int:
+        room_bytes = host.room_bytes()
+        return max(0, room_bytes - host.reserve_bytes()) if limit_bytes is None else min(limit_bytes, room_bytes)
+
+    return usable_bytes

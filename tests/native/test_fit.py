@@ -1,0 +1,173 @@
+"""VRAM Fit around core's sampling: prediction, plan, refusal, what core is told, out-of-memory, cancel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from .conftest import Core
+
+pytestmark = pytest.mark.host
+
+
+def fit_for(core: Core, patcher: Any, usable_bytes: int, **services: Any) -> Any:
+    fit = core.native("fit")
+    chosen = {"check_cancelled": lambda: None, **services}
+    return fit.fitted(patcher, fit.Services(usable_bytes=lambda: usable_bytes, **chosen))[0]
+
+
+def weights_bytes(patcher: Any) -> int:
+    return sum(it.nbytes for it in patcher.model.diffusion_model.parameters())
+
+
+def plan_of(core: Core, patcher: Any) -> Any:
+    """Of the last run, for one guidance branch."""
+    return patcher.get_attachment(core.native("fit").KEY).plan
+
+
+def test_with_room_nothing_is_chunked(
+    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
+) -> None:
+    patcher = make_patcher("i2v")
+    clone = fit_for(core, patcher, 2**40)
+    assert torch.equal(sample(clone), sample(patcher))
+    assert plan_of(core, clone).workspace_bytes is None
+
+
+def test_with_less_it_is_chunked_as_little_as_the_weights_beside_it_need(
+    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
+) -> None:
+    patcher = make_patcher("i2v")
+    free = fit_for(core, patcher, 2**40)
+    expected = sample(free)
+    stock_bytes = plan_of(core, free).stock_bytes
+    clone = fit_for(core, patcher, weights_bytes(patcher) + int(0.8 * stock_bytes))
+    assert float((sample(clone) - expected).abs().max()) <= 1e-5
+    plan = plan_of(core, clone)
+    assert plan.workspace_bytes is not None
+    assert plan.resident_bytes == weights_bytes(patcher)
+    assert plan.needed_bytes <= int(0.8 * stock_bytes)
+
+
+@pytest.mark.parametrize("workspace_bytes", [None, 400_000, 100_000])
+def test_two_blocks_tell_the_peak_of_all(
+    core: Core, make_patcher: Callable[..., Any], workspace_bytes: int | None
+) -> None:
+    """Held against a run of the whole model with numbers, metered as it goes."""
+    meter, calls = core.library("memory.meter"), core.native("calls")
+    patcher = make_patcher("i2v")
+    model = patcher.model.diffusion_model
+    native = core.native("model").native_model(model)
+    x, steps, context = torch.randn(1, 36, 5, 32, 40), torch.tensor([500.0]), torch.randn(1, 40, 4096)
+    twin = core.native("twin")
+    predicted = twin.Twin(native, model, torch.float32).peak_bytes(
+        twin.Call(model, (x, steps), {"context": context}), workspace_bytes
+    )
+    state = calls.CallState(workspace_bytes=workspace_bytes)
+    patches = list(native.patches(model, state))
+    for patch in patches:
+        patch.module.forward = patch.forward
+    try:
+        with torch.no_grad(), meter.StorageMeter() as measured:
+            options = {"optimized_attention_override": twin._attention_output}
+            result = model(x, steps, context=context, transformer_options=options)
+            del result
+    finally:
+        for patch in patches:
+            del patch.module.forward
+    assert measured.peak_bytes <= predicted <= 1.05 * measured.peak_bytes
+
+
+def test_what_cannot_fit_is_refused_before_the_first_step_with_what_would(
+    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
+) -> None:
+    patcher = make_patcher("t2v")
+    called: list[int] = []
+    patcher.set_model_patch(lambda given: called.append(1) or {"img": given["img"]}, "double_block")
+    error = core.library("errors").DoesNotFitError
+    with pytest.raises(error, match=r"320×256×(\d+) with Wan does not fit.*use \d+ frames, or \d+×\d+, or a budget of"):
+        sample(fit_for(core, patcher, 4_500_000), frames=9, side=32)
+    assert not called
+
+
+def test_core_is_told_what_a_call_needs(
+    core: Core,
+    make_patcher: Callable[..., Any],
+    sample: Callable[..., torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import comfy.model_management as management  # pyright: ignore[reportMissingImports]
+
+    told: list[tuple[float, float]] = []
+    load = management.load_models_gpu
+
+    def heard(models: Any, memory_required: float = 0, *args: Any, **kwargs: Any) -> Any:
+        told.append((memory_required, kwargs.get("minimum_memory_required", 0)))
+        return load(models, memory_required, *args, **kwargs)
+
+    monkeypatch.setattr(management, "load_models_gpu", heard)
+    clone = fit_for(core, make_patcher("i2v"), 2**40)
+    sample(clone)
+    needed_bytes = plan_of(core, clone).needed_bytes
+    (both, one), *_ = told
+    assert one == pytest.approx(needed_bytes, rel=0.02)
+    assert both == pytest.approx(2 * needed_bytes, rel=0.02)
+    assert "memory_required" not in clone.model.__dict__
+
+
+def test_out_of_memory_costs_no_step(
+    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
+) -> None:
+    """The call that failed is made again, in smaller chunks, and the result is the undisturbed one."""
+    patcher = make_patcher("i2v")
+    expected = sample(patcher, steps=3)
+    said: list[str] = []
+    clone = fit_for(core, patcher, 2**40, say=said.append)
+    failures = iter([True, False, False, True])
+    block = patcher.model.diffusion_model.blocks[1]
+    own = block.ffn[0].forward
+
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        if next(failures, False):
+            raise torch.OutOfMemoryError("a planted one")
+        return own(x)
+
+    block.ffn[0].forward = fails
+    try:
+        result = sample(clone, steps=3)
+    finally:
+        del block.ffn[0].forward
+    assert float((result - expected).abs().max()) <= 1e-5
+    assert sum(line.startswith("ran out of memory") for line in said) == 2
+
+
+def test_a_cancel_acts_within_a_call(
+    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
+) -> None:
+    class CancelledError(Exception):
+        pass
+
+    chunks = iter(range(10_000))
+
+    def check() -> None:
+        if next(chunks) == 25:
+            raise CancelledError
+
+    patcher = make_patcher("i2v")
+    expected = sample(patcher)
+    clone = fit_for(core, patcher, weights_bytes(patcher), check_cancelled=check)
+    with pytest.raises(CancelledError):
+        sample(clone)
+    assert torch.equal(sample(patcher), expected)
+
+
+def test_a_model_that_is_not_known_runs_as_it_is(core: Core, make_patcher: Callable[..., Any]) -> None:
+    patcher = make_patcher("t2v")
+    patcher.model.diffusion_model = torch.nn.Linear(2, 2)
+    fit = core.native("fit")
+    clone, report = fit.fitted(patcher, fit.Services(usable_bytes=lambda: 1, check_cancelled=lambda: None))
+    assert "Linear is not known" in report
+    assert not clone.object_patches
