@@ -168,7 +168,7 @@ def end(world: World, name: str, now: float) -> None:
     world.ended[card.running.id] = now
     card.busy_seconds += now - card.begun
     card.running = None
-    world.shares.is_idle(name, now)
+    world.shares.mark_idle(name, now)
 
 
 def lose(world: World, name: str, now: float) -> None:

@@ -21,6 +21,7 @@ from i2v_core.batch.execution.stage_runner import StageRunner
 from i2v_core.batch.jobs.job import JobSpec, JobState
 from i2v_core.batch.jobs.leases import LeaseManager
 from i2v_core.batch.monitoring.events import EventKind
+from i2v_core.batch.monitoring.messages import waiting_texts
 from i2v_core.errors import FileError
 from i2v_core.families import I2VModel, VideoSize
 from i2v_core.planning.margin import needed_bytes
@@ -371,8 +372,8 @@ def test_a_job_that_waits_for_other_programs_says_so_and_begins_when_they_are_go
     waits: tuple[str, ...] = ()
     while not waits:
         assert not batch.engine.join(0.05)
-        waits = batch.engine.status()[0].waits
-    assert waits == ("1 waiting jobs do not fit beside other programs, which hold 63.5 MiB",)
+        waits = waiting_texts(batch.engine.status()[0])
+    assert waits == ("1 waiting job does not fit beside other programs, which hold 63.5 MiB",)
     assert not batch.events
     device.others_bytes = 0
     assert batch.engine.join(60)

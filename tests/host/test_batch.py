@@ -113,7 +113,7 @@ def test_good_rows_run_and_bad_ones_are_named(
     assert text.startswith("3 done; 2 rows cannot run\n")
     assert "line 3: the picture" in text
     assert "gone.png cannot be read: there is no such file. Remedy: " in text
-    assert "line 5: the seed is 'x', which is no whole number. Remedy: " in text
+    assert "line 5: the seed is 'x', which is not a whole number. Remedy: " in text
     found = videos(server)
     assert sorted(iio.imread(video, plugin="pyav").shape for video in found) == [(2, 64, 96, 3), *[(4, 64, 64, 3)] * 2]
     assert all(video.name in text for video in found)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from ...units import format_gib
 from ..devices.admission import AdmissionController
 from ..devices.device import BatchDevice, DeviceStatus
 from ..execution.pipeline import StagePipeline
@@ -26,17 +25,11 @@ class DeviceWorker:
 
     def status(self, too_large_now: int) -> DeviceStatus:
         """`too_large_now` jobs wait for other programs."""
-        room = self.device.room()
-        held = format_gib(room.others_bytes)
-        waits = (
-            (f"{too_large_now} waiting jobs do not fit beside other programs, which hold {held}",)
-            if too_large_now
-            else ()
-        )
         return DeviceStatus(
             name=self.device.name,
-            room=room,
+            room=self.device.room(),
             reserved_bytes=self.desk.reserved_bytes,
             jobs=tuple(self.flights),
-            waits=(*self.desk.waits(), *waits),
+            waits=self.desk.waits(),
+            too_large_now=too_large_now,
         )

@@ -10,6 +10,7 @@ from ..execution.model_cache import ModelCache
 from ..execution.running_job import RunningJob
 from ..jobs.leases import LeaseManager
 from ..monitoring.events import Event, EventKind
+from ..monitoring.messages import score_message
 from ..scheduling.scheduler import Assignment, RejectedJob, Scheduler
 from .lifecycle import failure_report, found_report
 
@@ -50,7 +51,7 @@ class Dispatcher:
         except I2VError as error:
             self._set_aside(record.id, device, error)
             return None
-        self._tell(EventKind.STARTED, record.id, device, str(pick.explanation))
+        self._tell(EventKind.STARTED, record.id, device, str(score_message(pick.explanation)))
         return RunningJob(
             record=record,
             model=model,

@@ -20,6 +20,7 @@ from ..jobs.job import JobRecord, JobState, StopRequest
 from ..jobs.leases import LeaseManager
 from ..jobs.store import JobStore
 from ..monitoring.events import Event, EventKind
+from ..monitoring.messages import score_message
 from ..scheduling.scheduler import Assignment, RejectedJob, Scheduler
 from .lifecycle import found_report
 from .ray_cluster import connect, import_ray, placements
@@ -188,7 +189,7 @@ class RayEngine:
         ref = worker.handle.run.remote(record.spec.as_dict())
         worker.jobs[record.id] = record
         self._flying[ref] = worker, record.id
-        self._tell(EventKind.STARTED, record.id, worker.name, str(pick.explanation))
+        self._tell(EventKind.STARTED, record.id, worker.name, str(score_message(pick.explanation)))
 
     def _settle(self, ref: Any) -> None:
         if ref not in self._flying:

@@ -23,6 +23,7 @@ from ...sampling.checkpoint import Checkpointing
 from ..devices.admission import AdmissionController, NoRoomError
 from ..devices.device import BatchDevice
 from ..monitoring.events import Span
+from ..monitoring.messages import blocking_text
 from .model_cache import replicate
 from .running_job import RunningJob
 from .video_writer import AsyncVideoWriter
@@ -114,7 +115,7 @@ class StageRunner:
                 needed = needed_bytes(flight.plan.prediction(stage), flight.plan.device)
                 return self.desk.admit(flight.id, stage, needed, flight.check, self.memory_wait_seconds)
             except NoRoomError as error:
-                words, room = str(error), error.room
+                words, room = blocking_text(error.reason), error.room
             try:
                 flight.plan = refit(flight.plan, stage, room.usable_bytes + room.reserve_bytes)
             except (DoesNotFitError, BadInputError) as error:
