@@ -71,6 +71,6 @@ def _pending_job(job: QueuedJob) -> PendingJob:
 
 
 # A page looks again every few seconds, and reading ten thousand specs each time would take most of one.
-@lru_cache(maxsize=16_384)
+@lru_cache(maxsize=32_768)
 def _plan_of(spec_json: str) -> str:
     return plan_key(spec_of(spec_json))
