@@ -13,7 +13,7 @@ from ..i2v_core.batch.scheduling.policy import Policy
 from ..i2v_core.batch.scheduling.queue_view import listing
 from ..i2v_core.words import Message
 from . import host_files
-from .batch_run import board
+from .batch_run import current_batch
 
 JSON = dict[str, Any]
 
@@ -39,7 +39,7 @@ def shown_queue(store: JobStore, most: int) -> JSON:
     the page's own language beside their `text`.
     """
     now = time.time()
-    engine, figures = board.engine, board.figures()
+    engine, figures = current_batch.engine, current_batch.metrics()
     rule = Policy.WEIGHT if engine is None else engine.settings.policy
     found = listing(store, rule, most, now)
     return {
@@ -64,7 +64,7 @@ def metrics(store: JobStore | None) -> str:
     """In Prometheus' text format: the jobs of each state, and the figures of the batch that runs or has run last."""
     counts = store.counts() if store else {}
     lines = [f'i2v_queue_jobs{{state="{state.value}"}} {counts.get(state, 0)}\n' for state in JobState]
-    figures = board.figures()
+    figures = current_batch.metrics()
     return "".join(["# TYPE i2v_queue_jobs gauge\n", *lines]) + (figures.prometheus() if figures else "")
 
 

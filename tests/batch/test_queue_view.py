@@ -54,8 +54,8 @@ def test_an_old_job_overtakes_and_one_of_the_loaded_plan_goes_first(
     LeaseManager(store).claim(ran, "a card")
     found = listing(store, Policy.WEIGHT, 100, clock.now)
     assert [job.id for job in found.jobs] == [ran, old, same, new]
-    assert "since its plan ran last" in str(found.why[same])
-    assert "since another plan ran last" in str(found.why[new])
+    assert "the same plan ran last" in str(found.why[same])
+    assert "another plan ran last" in str(found.why[new])
 
 
 def test_jobs_that_are_not_predicted_yet_come_last_and_have_no_reason(
