@@ -1,4 +1,4 @@
-"""From the inputs of I2V Batch to a job per video, and the rows that cannot run."""
+"""Turns the inputs of I2V Batch into a job per video, and lists the rows that cannot run."""
 
 from __future__ import annotations
 

@@ -291,7 +291,7 @@ PAGES: dict[str, tuple[bool, Callable[[Page, Server], None]]] = {
     "cards": (True, cards),
     "templates": (False, templates),
 }
-"""Whether Nodes 2.0 is used, and the function, for each picture of the page. The last one shows those before it."""
+"""Images of the page by name: whether Nodes 2.0 is used, and the function. The last one shows those before it."""
 
 
 def main() -> None:
