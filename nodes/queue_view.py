@@ -13,7 +13,7 @@ from ..i2v_core.batch.monitoring.report import seconds_of
 from ..i2v_core.batch.scheduling.policy import Policy, ScoreBreakdown
 from ..i2v_core.batch.scheduling.queue_view import view_queue
 from . import host_files
-from .batch_run import board
+from .batch_run import current_batch
 
 JSON = dict[str, Any]
 
@@ -41,7 +41,7 @@ def shown_queue(store: JobStore, limit: int) -> JSON:
     `text`.
     """
     now = time.time()
-    engine, figures = board.engine, board.figures()
+    engine, figures = current_batch.engine, current_batch.metrics()
     policy = Policy.WEIGHT if engine is None else engine.settings.policy
     view = view_queue(store, policy, limit, now)
     return {
@@ -66,7 +66,7 @@ def metrics(store: JobStore | None) -> str:
     """Text for Prometheus: the number of jobs in each state, and the metrics of the current or last batch."""
     counts = store.counts() if store else {}
     lines = [f'i2v_queue_jobs{{state="{state.value}"}} {counts.get(state, 0)}\n' for state in JobState]
-    figures = board.figures()
+    figures = current_batch.metrics()
     return "".join(["# TYPE i2v_queue_jobs gauge\n", *lines]) + (figures.prometheus() if figures else "")
 
 

@@ -191,7 +191,7 @@ def collector_of(leak_bytes: int, jobs: int = 30) -> MetricsCollector:
 
 def test_a_leak_is_named_with_its_place_its_size_and_what_to_do() -> None:
     (remark,) = collector_of(12 * MIB).figures().out_of_range()
-    for part in ("memory of cuda:0", "12.0 MiB", "of the last 28", "tensors", "start the process anew"):
+    for part in ("memory leak on cuda:0", "12.0 MiB", "the last 28 jobs", "tensors", "Restart the process"):
         assert part in str(remark)
     assert collector_of(0).figures().out_of_range() == ()
 
@@ -254,4 +254,4 @@ def test_a_real_batch_is_suspected_only_where_it_leaks(
     store.close()
     (host,) = figures.held
     assert (host.place, host.suspected) == (HOST, bool(leak_bytes))
-    assert any("is not given back" in str(it) for it in figures.out_of_range()) == bool(leak_bytes)
+    assert any("memory leak" in str(it) for it in figures.out_of_range()) == bool(leak_bytes)

@@ -65,9 +65,9 @@ def test_an_old_job_overtakes_and_one_of_the_loaded_plan_goes_first(
     view = view_queue(store, Policy.WEIGHT, 100, clock.now)
     assert [job.id for job in view.jobs] == [ran, same, old, new]
     assert view.scores[same].loaded == LOADED_FACTOR
-    assert "put at place 1 by hand" in str(score_message(view.scores[same]))
-    assert "since another plan ran last" in str(score_message(view.scores[old]))
-    assert "since its plan ran last" in str(score_message(view.scores[new]))
+    assert "moved to position 1 by hand" in str(score_message(view.scores[same]))
+    assert "another plan ran last" in str(score_message(view.scores[old]))
+    assert "the same plan ran last" in str(score_message(view.scores[new]))
 
 
 def test_jobs_that_are_not_predicted_yet_come_last_and_have_no_reason(

@@ -74,7 +74,7 @@ def interrupt(process: subprocess.Popen[str]) -> None:
 
 def test_it_makes_a_video_and_serves_until_ctrl_c(tmp_path: Path) -> None:
     with demo(tmp_path, "--seed", "3", "--serve") as process:
-        lines = lines_until(process, "is open at http://127.0.0.1:")
+        lines = lines_until(process, "is running at http://127.0.0.1:")
         interrupt(process)
     (video,) = (tmp_path / "out").iterdir()
     assert str(video) in lines

@@ -269,9 +269,9 @@ BAD: dict[str, tuple[Any, str]] = {
     "a job twice": ({"action": "pin", "jobs": [1, 1]}, "not a list of different jobs"),
     "a list of other things": ({"action": "pin", "jobs": [[1]]}, "[1] is not the id of a job"),
     "an unknown job in a list": ({"action": "pin", "jobs": [1, 99]}, "there is no job 99"),
-    "a list as a body": ([], "no JSON object"),
-    "no JSON": (b"{", "no JSON"),
-    "no text": (b"\xff\xfe", "no JSON"),
+    "a list as a body": ([], "not a JSON object"),
+    "no JSON": (b"{", "not valid JSON"),
+    "no text": (b"\xff\xfe", "not valid JSON"),
     "too long": (b" " * 20_000, "longer than 16,384 bytes"),
 }
 
