@@ -1,4 +1,4 @@
-"""Sentences that are shown both in English and, on a page, in the page's own language."""
+"""Messages that are shown in English, and on a page in the page's own language."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ ENGLISH: Mapping[str, str] = {
     ),
     "remarkFailed": "$failed jobs have failed and $done are done: look at what the first ones say",
 }
-"""By key; a value's name is a word of small letters."""
+"""English templates by key; names of values are in lower-case letters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """A sentence of `ENGLISH`, filled with values; as text it is English."""
+    """A template of `ENGLISH` with its values; `str` gives the English text."""
 
     key: str
     values: Mapping[str, str]
@@ -58,10 +58,10 @@ class Message:
         return Template(ENGLISH[self.key]).substitute(self.values)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: what a page needs to say it in its own language, and the English for who has none."""
+        """Return the fields for JSON: key and values for a page in another language, and the English text."""
         return {"key": self.key, "values": dict(self.values), "text": str(self)}
 
 
 def message(key: str, **values: object) -> Message:
-    """Values in the form in which they are shown."""
+    """Return a message; values are shown as their `str`."""
     return Message(key=key, values={name: str(value) for name, value in values.items()})
