@@ -55,7 +55,7 @@ class StageFigures:
     seconds: float
 
     retries: int
-    """How often the stage ran out of memory and started again."""
+    """Number of times that the stage ran out of memory and started again."""
 
     timeline: Timeline
 

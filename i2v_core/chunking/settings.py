@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkSettings:
-    """How finely a denoiser is chunked."""
+    """Settings of chunked execution."""
 
     workspace_bytes: int
     """Temporary memory that one layer call may take beside the hidden state and the skip connections.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TilingSettings:
-    """How finely an autoencoder's frames are divided."""
+    """Frames at a time, size of tiles, and where feature maps are kept."""
 
     chunk_size: int
     """Frames that run at a time."""

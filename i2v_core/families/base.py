@@ -87,7 +87,7 @@ class Conditioning:
     """The denoiser's keyword arguments for the positive branch, with B = 1."""
 
     negative: TensorMap | None
-    """Those for the negative branch; None for a plan without guidance."""
+    """Keyword arguments for the negative branch; None for a plan without guidance."""
 
     preview_factors: Tensor
     """Matrix (C + 1, 3) from a latent pixel and a constant 1 to red, green and blue."""

@@ -149,7 +149,7 @@ class StableVideoDiffusion(UNetFamily):
         return Workload(name="decode", component=self.decoder, run=decode, by_layer=tiling.by_layer)
 
     def decode_chunk_sizes(self, size: VideoSize, max_useful: int) -> Sequence[int]:  # noqa: ARG002
-        """All frames, since the decoder looks along time in every block."""
+        """Return the number of all frames, since every block of the decoder has temporal layers."""
         return (size.frames,)
 
     def encode(

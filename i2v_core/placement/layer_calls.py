@@ -74,8 +74,8 @@ class LayerRunner:
     """
 
     shape_only = False
-    """Where true, layers compute nothing and allocate only their results, with undefined values. So all tensor sizes of
-    a forward are known within milliseconds."""
+    """Whether layers compute nothing and only allocate their results, with undefined values. So all tensor sizes of a
+    forward are known within milliseconds."""
 
     def enter(self, call: LayerCall) -> AbstractContextManager[None]:  # noqa: ARG002
         """Return the context that the call runs in."""

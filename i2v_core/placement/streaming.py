@@ -36,7 +36,7 @@ class _Prefetch:
     """The module's tensors."""
 
     copies: list[Tensor]
-    """Their copies on the device, in their storage format."""
+    """Copies of these on the device, in their storage format."""
 
     weights: StoredWeights
 

@@ -50,8 +50,8 @@ class DenoiserSubject:
     """Arguments that the forward takes beside the inputs."""
 
     bounds_gib: Mapping[tuple[int, int, int], tuple[float, float]]
-    """By width, height and frames, the most that the published denoiser may take: with all weights resident, and with
-    those of two layer calls."""
+    """Bounds by width, height and frames: the most that the published denoiser may take: with all weights resident, and
+    with those of two layer calls."""
 
     latent_multiple: int = 1
     """Number that the sides of latents must be divisible by."""
