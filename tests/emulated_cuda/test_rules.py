@@ -116,7 +116,7 @@ def test_memory_freed_while_another_stream_reads_it_is_a_race() -> None:
         with torch.cuda.stream(side):
             copy = source.clone()
         del source
-        assert "it is given up does not wait for clone" in card.races[0]
+        assert "it is freed does not wait for clone" in card.races[0]
         del copy
 
 
