@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from i2v_core.decoding import ONE_WHOLE_FRAME
+from i2v_core.decoding import ONE_FRAME_UNTILED
 from i2v_core.families import Conditioning, I2VModel, TensorMap, VideoSize, bundled_architecture, family_of
 
 ARCHITECTURE = bundled_architecture("i2vgen-xl")
@@ -21,7 +21,9 @@ def random_model(device: torch.device) -> I2VModel:
     """The published architecture with random weights in fp16, in host memory."""
     torch.manual_seed(SEED)
     names = {DENOISER, FAMILY.decoder}
-    workloads = FAMILY.encode_workloads(ARCHITECTURE, FAMILY.facts.default_size, guidance=True, pieces=ONE_WHOLE_FRAME)
+    workloads = FAMILY.encode_workloads(
+        ARCHITECTURE, FAMILY.facts.default_size, guidance=True, tiling=ONE_FRAME_UNTILED
+    )
     names |= {workload.component for workload in workloads}
     modules: dict[str, nn.Module] = {}
     for name in sorted(names):

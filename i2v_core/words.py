@@ -1,4 +1,4 @@
-"""Messages that the page shows in its own language, and everything else in English."""
+"""Messages that are shown in English, and on a page in the page's own language."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ ENGLISH: Mapping[str, str] = {
     ),
     "remarkFailed": "$failed jobs failed, $done are done: check the errors of the first ones",
 }
-"""English texts by key; the names of placeholders are lower-case words."""
+"""English templates by key; names of values are in lower-case letters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """A text of `ENGLISH` with its values; `str` gives the English text."""
+    """A template of `ENGLISH` with its values; `str` gives the English text."""
 
     key: str
     values: Mapping[str, str]
@@ -58,10 +58,10 @@ class Message:
         return Template(ENGLISH[self.key]).substitute(self.values)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return key and values, for the page's own language, and the English text, as JSON."""
+        """Return the fields for JSON: key and values for a page in another language, and the English text."""
         return {"key": self.key, "values": dict(self.values), "text": str(self)}
 
 
 def message(key: str, **values: object) -> Message:
-    """Build a message; values are shown as `str` gives them."""
+    """Return a message; values are shown as their `str`."""
     return Message(key=key, values={name: str(value) for name, value in values.items()})

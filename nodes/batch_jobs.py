@@ -14,7 +14,7 @@ from ..i2v_core.batch.jobs.job_file import BadRow, JobList, ListedJob, picture_d
 from ..i2v_core.errors import BadInputError
 from ..i2v_core.families import FamilyFacts
 from ..i2v_core.families.pictures import first_picture
-from ..i2v_core.files import file_errors, whole_file
+from ..i2v_core.files import atomic_file, file_errors
 from . import host, host_files
 
 LISTS = (".csv", ".jsonl", ".ndjson")
@@ -143,7 +143,7 @@ def _saved_images(images_FHWC: Tensor) -> Iterator[Path]:
         name = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()[:12]
         path = folder / f"image_{name}.png"
         if not path.is_file():
-            with whole_file(path) as temporary, file_errors(path):
+            with atomic_file(path) as temporary, file_errors(path):
                 picture.save(temporary, format="PNG")
         yield path
 

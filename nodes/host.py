@@ -21,7 +21,7 @@ from ..i2v_core.errors import ModelFolderError
 from ..i2v_core.families import Architecture, I2VModel
 from ..i2v_core.memory.calibration import CalibrationStore, calibration_key
 from ..i2v_core.memory.device import DeviceFacts, device_facts
-from ..i2v_core.memory.leaks import survivors_logged
+from ..i2v_core.memory.leaks import live_tensors_logged
 from ..i2v_core.placement.attention import AttentionBackend
 from ..i2v_core.planning.adjust import refit
 from ..i2v_core.planning.margin import needed_bytes
@@ -159,7 +159,7 @@ def stage(
         free_bytes=lambda: int(management.get_free_memory(device)),
     )
     try:
-        with survivors_logged(name.value) if _DEBUG_MEMORY else nullcontext():
+        with live_tensors_logged(name.value) if _DEBUG_MEMORY else nullcontext():
             yield fitting, runtime, notes
     finally:
         management.soft_empty_cache()

@@ -27,7 +27,7 @@ PACK = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PACK))
 
 from i2v_core.chunking import LayerRunner  # noqa: E402
-from i2v_core.decoding import ONE_WHOLE_FRAME  # noqa: E402
+from i2v_core.decoding import ONE_FRAME_UNTILED  # noqa: E402
 from i2v_core.errors import BadInputError, I2VError  # noqa: E402
 from i2v_core.families import I2VModel, Placed, autoencoder_kl, family_of, load_model  # noqa: E402
 from i2v_core.families.pictures import cover, to_tensor  # noqa: E402
@@ -132,7 +132,7 @@ def _latents(model: I2VModel, picture: Image.Image) -> Tensor:
     vae = Placed(module=module, device=device, dtype=torch.float32, runner=LayerRunner())
     with torch.no_grad():
         centred = autoencoder_kl.centred(to_tensor(picture))
-        return autoencoder_kl.encode_mode(vae, centred, ONE_WHOLE_FRAME, on_chunk=lambda: None) * scale
+        return autoencoder_kl.encode_mode(vae, centred, ONE_FRAME_UNTILED, on_chunk=lambda: None) * scale
 
 
 def _read(folder: Path) -> Iterator[Image.Image]:

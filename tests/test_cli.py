@@ -206,7 +206,7 @@ def test_quantised_weights_need_less_host_memory_and_are_named(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((*WAN, "--weights", "q4_z"), "'Q4_Z' is no format of weights"),
+        ((*WAN, "--weights", "q4_z"), "'Q4_Z' is not a weight format"),
         ((*WAN, "--weights", "absent.gguf"), "there is no file absent.gguf"),
         ((*SMALL, "--vram", "8GiB", "--weights", "q4_k"), "I2VGen-XL takes no quantised weights"),
     ],

@@ -20,7 +20,7 @@ from i2v_core import stages
 from i2v_core.errors import RanOutError
 from i2v_core.families import I2VModel, Prompt, VideoSize, load_model
 from i2v_core.memory.device import device_facts
-from i2v_core.memory.leaks import Alive, LiveTensorReport, live_tensors, traced
+from i2v_core.memory.leaks import LiveTensorReport, TensorTotals, live_tensors, traced
 from i2v_core.planning.plan import Plan
 from i2v_core.planning.planner import make_plan
 from i2v_core.planning.request import Budget, Request
@@ -125,13 +125,13 @@ def resident_bytes() -> int:
 @contextmanager
 def nothing_stays(device: torch.device) -> Iterator[Callable[[int], None]]:
     """Gives what is to be told of each run that is done. When the context ends, memory is as after the warm-up."""
-    told: list[tuple[Alive, int, int]] = []
+    told: list[tuple[TensorTotals, int, int]] = []
     survivors = LiveTensorReport()
 
     def done(number: int) -> None:
         if number in (WARM_UP, RUNS - 1):
             allocated = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-            told.append((Alive.of(live_tensors()), resident_bytes(), allocated))
+            told.append((TensorTotals.of(live_tensors()), resident_bytes(), allocated))
 
     yield done
     (before, before_resident, before_allocated), (after, after_resident, after_allocated) = told
@@ -157,7 +157,7 @@ def test_a_leak_is_found_and_named() -> None:
         view = kept[0][:10]
         garbage = torch.ones(50)
         del garbage
-        assert Alive.of(survivors.tensors()) == Alive(2, 300 * 100 * 4)
+        assert TensorTotals.of(survivors.tensors()) == TensorTotals(2, 300 * 100 * 4)
         report = survivors.report()
         assert "2 tensors of 0.1 MiB are alive that were not before" in report
         assert "(300, 100) in float32 on cpu, 117.2 KiB" in report

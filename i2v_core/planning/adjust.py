@@ -45,7 +45,7 @@ def with_tile(plan: Plan, tile_pixels: int, overlap_pixels: int) -> Plan:
         )
     if not tile_pixels:
         return plan
-    if not family_of(plan.request.architecture).cuts_frames(plan.request.architecture):
+    if not family_of(plan.request.architecture).supports_tiling(plan.request.architecture):
         raise BadInputError(
             f"a tile of {tile_pixels} pixels is not possible: this model's autoencoder cannot be cut exactly",
             "set the tile size to 0",

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from ..decoding import ONE_WHOLE_FRAME, TilingSettings
+from ..decoding import ONE_FRAME_UNTILED, TilingSettings
 from ..families import family_of
 from ..units import GIB, MIB
 from .plan import DecodeSettings, EncodeSettings, StagePrediction
@@ -63,7 +63,7 @@ def cheapest_decode(
 
 
 def encode_candidates(request: Request) -> tuple[Sequence[EncodeSettings], ...]:
-    whole, tiles = [ONE_WHOLE_FRAME], _tiles(request, 1)
+    whole, tiles = [ONE_FRAME_UNTILED], _tiles(request, 1)
     return (
         [EncodeSettings(picture=it) for it in (*whole, *tiles)],
         [EncodeSettings(picture=it, streamed=True) for it in (*whole, *tiles, *_offloaded(tiles))],
@@ -85,8 +85,8 @@ def decode_in_tiles(request: Request, tile_pixels: int) -> TilingSettings:
 
 
 def _decode_chunk_sizes(request: Request) -> Sequence[int]:
-    of_use = _PIXELS_OF_USE // (request.size.width_pixels * request.size.height_pixels)
-    return family_of(request.architecture).decode_chunk_sizes(request.size, of_use)
+    max_useful = _PIXELS_OF_USE // (request.size.width_pixels * request.size.height_pixels)
+    return family_of(request.architecture).decode_chunk_sizes(request.size, max_useful)
 
 
 def with_maps_offloaded(pieces: TilingSettings) -> list[TilingSettings]:
@@ -99,7 +99,7 @@ def with_maps_offloaded(pieces: TilingSettings) -> list[TilingSettings]:
 
 def _tiles(request: Request, frames: int) -> list[TilingSettings]:
     """So many frames in tiles, from one that holds a frame whole on; none where the autoencoder cannot be cut."""
-    if not family_of(request.architecture).cuts_frames(request.architecture):
+    if not family_of(request.architecture).supports_tiling(request.architecture):
         return []
     side_pixels = prod((request.size.width_pixels, request.size.height_pixels)) ** 0.5
     return [TilingSettings(chunk_size=frames, tile_pixels=it) for it in _TILES_PIXELS if it < 2 * side_pixels]

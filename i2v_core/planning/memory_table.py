@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..decoding import ONE_WHOLE_FRAME, TilingSettings
+from ..decoding import ONE_FRAME_UNTILED, TilingSettings
 from ..families import Architecture, VideoSize, family_of
 from ..units import MIB
 from .autoencoder_candidates import decode_in_tiles
@@ -73,7 +73,7 @@ def _row(request: Request, dtype: torch.dtype) -> MemoryRow:
 
 def _decode_pieces(request: Request) -> TilingSettings:
     tiles = decode_in_tiles(request, _TILE_PIXELS)
-    return ONE_WHOLE_FRAME if tiles.chunk_size == 1 else replace(tiles, maps_bytes=0)
+    return ONE_FRAME_UNTILED if tiles.chunk_size == 1 else replace(tiles, maps_bytes=0)
 
 
 def _stock_bytes(request: Request, dtype: torch.dtype) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..chunking import ChunkSettings
-from ..decoding import ONE_WHOLE_FRAME, TilingSettings
+from ..decoding import ONE_FRAME_UNTILED, TilingSettings
 from ..errors import PlanMismatchError
 from ..families import Architecture
 from ..memory.device import DeviceFacts
@@ -66,7 +66,7 @@ class EncodeSettings:
     """
 
     streamed: bool = False
-    picture: TilingSettings = ONE_WHOLE_FRAME
+    picture: TilingSettings = ONE_FRAME_UNTILED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from math import prod
 
 import torch
 
-from ..decoding import ONE_WHOLE_FRAME, TilingSettings
+from ..decoding import ONE_FRAME_UNTILED, TilingSettings
 from ..families import Architecture, VideoSize, Workload, family_of
 from ..placement.storage import WeightStorage
 from .plan import DecodeSettings, EncodeSettings, SamplePrediction, SampleSettings, Stage, StagePrediction
@@ -69,7 +69,7 @@ def predict_encode(
                 size=request.size if workload.depends_on_size else family.facts.default_size,
                 guidance=request.guidance,
                 # What does not depend on the pieces is predicted once for all pieces.
-                pieces=settings.picture if workload.by_layer else ONE_WHOLE_FRAME,
+                pieces=settings.picture if workload.by_layer else ONE_FRAME_UNTILED,
             ),
             compute_dtype,
             streamed=settings.streamed,

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from ..chunking import ChunkSettings, LayerCall, LayerRunner, ShapeOnlyRunner, Unit
-from ..decoding import ONE_WHOLE_FRAME
+from ..decoding import ONE_FRAME_UNTILED
 from ..families import Architecture, Placed, VideoSize, Workload, family_of
 from ..memory.meter import StorageMeter, fused_attention, rounded_bytes
 from ..memory.shapes import KnownShapes
-from ..placement.precision import computing_dtypes
+from ..placement.precision import compute_dtypes
 from ..placement.quantized import stored_bytes
 from ..placement.swap import all_tensors, own_tensors
 
@@ -47,7 +47,7 @@ def skeleton(architecture: Architecture, component: str, dtype: torch.dtype) -> 
         # Not `module.to`: diffusers' own warns of a cast that loses precision, of which there is none on meta. Some
         # parameters are made of numbers, and so on the CPU.
         module = nn.Module.to(module, META, dtype).requires_grad_(False)
-    dtype_of = computing_dtypes(module, dtype)
+    dtype_of = compute_dtypes(module, dtype)
     for tensor in all_tensors(module):
         tensor.data = tensor.data.to(dtype_of(tensor))
     return module
@@ -62,7 +62,9 @@ def weights_bytes(architecture: Architecture, component: str, dtype: torch.dtype
 def loaded_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
     """Bytes that the model takes of host memory once loaded, if its weights are stored in `dtype`."""
     family = family_of(architecture)
-    workloads = family.encode_workloads(architecture, family.facts.default_size, guidance=True, pieces=ONE_WHOLE_FRAME)
+    workloads = family.encode_workloads(
+        architecture, family.facts.default_size, guidance=True, tiling=ONE_FRAME_UNTILED
+    )
     denoisers = {it.component for it in family.denoisers(architecture)}
     components = {*denoisers, family.decoder, *(workload.component for workload in workloads)}
     return sum(weights_bytes(architecture, component, dtype) for component in components)
@@ -107,7 +109,7 @@ class OutlinedCall:
     after_bytes: int
 
     def cut(self, times: int) -> TracedCall:
-        call = self.call.cut(times * self.call.limit_bytes)
+        call = self.call.with_limit(times * self.call.limit_bytes)
         around_bytes = self.before_bytes if call.workspace_holds_result else self.after_bytes
         return TracedCall(
             unit=call.unit,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError
-from ..files import file_errors, set_aside, whole_file
+from ..files import atomic_file, file_errors, set_aside
 from .state import LoopState, Remembered, Scalar
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class CheckpointFile:
         """Writes the state, whole or not at all; what was wrong, in words, if it could not be written."""
         try:
             content = _to_bytes(self._key, state)
-            with whole_file(self.path) as temporary, file_errors(self.path):
+            with atomic_file(self.path) as temporary, file_errors(self.path):
                 temporary.write_bytes(content)
         except FileError as error:
             logger.warning("%s", error)

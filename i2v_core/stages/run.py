@@ -16,7 +16,7 @@ from ..errors import RanOutError
 from ..families import I2VModel, Placed
 from ..memory.device import is_out_of_memory
 from ..memory.stage_meter import StageMeter, stage_meter
-from ..placement.offload import give_pinned_back
+from ..placement.offload import release_pinned_memory
 from ..placement.placed import placed
 from ..placement.storage import WeightStorage, resident
 from ..placement.streaming import streamed, streamed_leaves
@@ -190,7 +190,7 @@ def _pinned_given_back(device: torch.device) -> Generator[None]:
         yield
     finally:
         if device.type == "cuda":
-            give_pinned_back()
+            release_pinned_memory()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from av.error import FFmpegError
 from torch import Tensor
 
 from ..errors import BadInputError, FileError
-from ..files import file_errors, whole_file
+from ..files import atomic_file, file_errors
 from .formats import VideoSettings
 from .frames import Pixels, each_frame, with_even_sides
 from .writers import Writer, make_writer
@@ -99,7 +99,7 @@ def open_video(path: Path, settings: VideoSettings, metadata: Mapping[str, str] 
         FileError: the path cannot be written; said before the first frame where that can be known.
         BadInputError: there were no frames, or no proper ones.
     """
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         sink = VideoSink(path, temporary, settings, metadata or {})
         try:
             yield sink

@@ -1,7 +1,4 @@
-"""Calls of PyTorch's, on what lies on the card and what does not: CUDA's rules.
-
-The numbers are worked out by the CPU.
-"""
+"""PyTorch calls on tensors of the emulated card, computed on the CPU under CUDA's rules."""
 
 from __future__ import annotations
 
@@ -39,11 +36,11 @@ _VALUES = {
     torch.equal,
     torch.allclose,
 }
-"""What the host has to wait for the values of."""
+"""Calls that read values, for which the host must wait."""
 
 
-class Births(TorchDispatchMode):
-    """Puts what operations make on the card while `on_card`."""
+class Allocations(TorchDispatchMode):
+    """Puts tensors that operations allocate on the card, while `on_card` is true."""
 
     def __init__(self, card: EmulatedCard) -> None:
         super().__init__()
@@ -67,11 +64,11 @@ class Births(TorchDispatchMode):
 
 
 class Calls(TorchFunctionMode):
-    """Sees every call of PyTorch's from Python: where its tensors lie, and where what it makes is to lie."""
+    """Intercepts every PyTorch call from Python, to track which device its inputs and results are on."""
 
-    def __init__(self, card: EmulatedCard, births: Births) -> None:
+    def __init__(self, card: EmulatedCard, allocations: Allocations) -> None:
         super().__init__()
-        self._card, self._births = card, births
+        self._card, self._allocations = card, allocations
 
     def __torch_function__(
         self,
@@ -101,7 +98,7 @@ class Calls(TorchFunctionMode):
                 result = result.clone()
                 made = [result]
         for tensor in made:
-            if goes_to_card:  # some are made without an operation that can be seen, as by `torch.tensor`
+            if goes_to_card:  # some are allocated without a visible operation, as by `torch.tensor`
                 self._card.put(tensor)
             elif pinned:
                 self._card.pin(tensor)
@@ -110,14 +107,14 @@ class Calls(TorchFunctionMode):
 
     @contextmanager
     def _placing(self, on_card: bool) -> Generator[None]:
-        before, self._births.on_card = self._births.on_card, on_card
+        before, self._allocations.on_card = self._allocations.on_card, on_card
         try:
             yield
         finally:
-            self._births.on_card = before
+            self._allocations.on_card = before
 
     def _check(self, func: Callable[..., Any], args: tuple[Any, ...], given: list[Tensor]) -> None:
-        """What CUDA refuses."""
+        """Raise the errors that CUDA raises for tensors on different devices."""
         if func in _MOVES or func in _ACROSS or getattr(func, "__name__", "") in ("__get__", "__set__"):
             return
         if func in (torch.Tensor.numpy, torch.Tensor.__array__) and self._card.holds(args[0]):
@@ -131,8 +128,9 @@ class Calls(TorchFunctionMode):
 
     @contextmanager
     def _staged(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[None]:
-        """While a copy between host and card is made of what does not lie alike, its contiguous form is on the card
-        too. Conversions are the host's, but for copies that it does not wait for.
+        """Hold the contiguous staging tensor on the card that CUDA needs for a copy between different layouts.
+
+        Conversions of dtype happen on the host, but for asynchronous copies.
         """
         source = args[-1] if func in _COPIES else None
         if not isinstance(source, Tensor) or self._card.holds(source) == self._card.holds(args[0]):
@@ -156,7 +154,7 @@ class Calls(TorchFunctionMode):
         made: list[Tensor],
         written: list[Tensor],
     ) -> None:
-        """Tell the streams, unless nobody has looked into any memory."""
+        """Record the call's reads and writes with the streams, if there are any."""
         takes_values = func in _VALUES or func in (torch.Tensor.numpy, torch.Tensor.__array__)
         if not (made or written or takes_values):
             return
@@ -174,7 +172,7 @@ class Calls(TorchFunctionMode):
 def _called(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]
 ) -> tuple[Any, list[Tensor], list[Tensor]]:
-    """The result, the tensors in it that are new, and those of the given ones that were written to."""
+    """Run a call; returns its result, the new tensors in it, and the given tensors that it wrote to."""
     versions = [tensor._version for tensor in given]
     known = {storage_key(tensor) for tensor in given}
     result = func(*args, **kwargs)
@@ -186,7 +184,7 @@ def _called(
 def _asked_device(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], card: EmulatedCard
 ) -> tuple[torch.device | None, tuple[Any, ...], dict[str, Any]]:
-    """The device that a call names, and the call for the CPU instead."""
+    """Return the device that a call names, and the call's arguments for the CPU instead."""
     asked: torch.device | None = None
     if kwargs.get("device") is not None:
         asked = torch.device(kwargs["device"])

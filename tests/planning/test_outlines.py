@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from i2v_core.chunking import ChunkSettings, LayerCall, ShapeOnlyRunner
-from i2v_core.decoding import ONE_WHOLE_FRAME, TilingSettings
+from i2v_core.decoding import ONE_FRAME_UNTILED, TilingSettings
 from i2v_core.families import FAMILIES, Placed, VideoSize, Workload, bundled_architecture, bundled_models, family_of
 from i2v_core.memory.device import DeviceFacts
 from i2v_core.memory.meter import StorageMeter
@@ -74,7 +74,7 @@ def of_autoencoder(model: str, size: VideoSize, pieces: TilingSettings) -> list[
 @pytest.mark.parametrize("maps_bytes", [None, 16 * MIB, 0])
 def test_one_outline_does_for_all_tiles(model: str, maps_bytes: int | None) -> None:
     size = VideoSize(width_pixels=416, height_pixels=224, frames=5)
-    frames = family_of(bundled_architecture(model)).decode_chunk_sizes(size, of_use=1)[-1]
+    frames = family_of(bundled_architecture(model)).decode_chunk_sizes(size, max_useful=1)[-1]
     smallest = TilingSettings(chunk_size=frames, tile_pixels=1, maps_bytes=maps_bytes)
     module = skeleton(bundled_architecture(model), "vae", torch.bfloat16)
     outlines = [outline_bands(module, it, torch.bfloat16) for it in of_autoencoder(model, size, smallest)]
@@ -128,4 +128,4 @@ def test_the_picture_is_encoded_whole_where_that_fits() -> None:
     request = Request(architecture=bundled_architecture("wan2.1-i2v-14b"), size=size, precision="fp32")
     plan = find_plan(request, Budget(free_bytes=5 * GIB), DeviceFacts(device="cpu", name="cpu", precisions=()))
     assert plan is not None
-    assert plan.encode.picture == ONE_WHOLE_FRAME
+    assert plan.encode.picture == ONE_FRAME_UNTILED

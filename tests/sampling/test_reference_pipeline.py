@@ -19,7 +19,7 @@ from diffusers.pipelines.deprecated.i2vgen_xl import pipeline_i2vgen_xl
 from PIL import Image
 
 from i2v_core.chunking import LayerRunner
-from i2v_core.decoding import ONE_WHOLE_FRAME
+from i2v_core.decoding import ONE_FRAME_UNTILED
 from i2v_core.families import FAMILIES, I2VModel, Placed, Prompt, VideoSize, family_of, load_model
 from i2v_core.families.clip import encode_text, tokenize
 from i2v_core.families.folder import read_json
@@ -64,7 +64,7 @@ def place(model: I2VModel) -> Any:
 def conditioning(model: I2VModel, picture: Image.Image, size: VideoSize = SIZE) -> Any:
     with torch.no_grad():
         return family_of(model.architecture).encode(
-            model, prompt_of(picture), size, True, ONE_WHOLE_FRAME, place(model), lambda: None
+            model, prompt_of(picture), size, True, ONE_FRAME_UNTILED, place(model), lambda: None
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import MissingPackageError
-from ...files import file_errors, whole_file
+from ...files import atomic_file, file_errors
 from ...units import MIB
 from .events import Span
 from .leak_detector import MemoryTrend
@@ -52,7 +52,7 @@ def draw_batch(spans: Sequence[Span], figures: BatchMetrics, path: Path) -> None
         _draw_trend(panel, trend)
     figure.suptitle(_title(figures), color=_TEXT, fontsize=12)
     canvas: Any = FigureCanvasAgg(figure)
-    with whole_file(path) as temporary, file_errors(path):
+    with atomic_file(path) as temporary, file_errors(path):
         canvas.print_figure(temporary, format="png", dpi=_DOTS_PER_INCH)
 
 
