@@ -41,7 +41,7 @@ class DoesNotFitError(I2VError):
 
 
 class RanOutError(DoesNotFitError):
-    """A stage ran out of device memory, and there was no thriftier way left to go on."""
+    """A stage ran out of device memory, even with the lowest-memory settings."""
 
 
 class PlanMismatchError(I2VError):

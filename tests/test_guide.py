@@ -1,4 +1,4 @@
-"""The guide's table of what fits which card: every cell is what the planner says."""
+"""The guide's table of what fits which card agrees with the planner in every cell."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GUIDE = (PACK / "docs" / "guide.md").read_text("utf-8")
 
 
 def table() -> list[tuple[int, str, str]]:
-    """(GB of the card, size, what the guide says) of every cell."""
+    """Return the card's GB, the size and the text of every cell."""
     _, _, section = GUIDE.partition("## Which settings for which card")
     header, *rows = re.findall(r"^\| (.+) \|$", section.partition("\n## ")[0], re.MULTILINE)
     sizes = header.split(" | ")[1:]
@@ -28,7 +28,7 @@ def table() -> list[tuple[int, str, str]]:
 
 
 def said_of(plan: Plan) -> str:
-    """A cell of the table."""
+    """Format a plan as a cell of the table."""
     if plan.sample.offload_skips:
         way = "parked"
     elif plan.sample.streamed:

@@ -1,4 +1,4 @@
-"""The vision encoder, taught on its own to name the colours and shapes in a picture.
+"""The vision encoder, trained on its own to name the colours and shapes in a picture.
 
 Shapes: ``pictures_BCHW`` in [-1, 1] at any size, ``embeds_BD`` projected embeddings.
 """
@@ -45,7 +45,7 @@ def build_feature_extractor(settings: VisionSettings) -> CLIPImageProcessor:
 
 @torch.no_grad()
 def embed_pictures(encoder: CLIPVisionModelWithProjection, pictures_BCHW: torch.Tensor) -> torch.Tensor:
-    """Embeddings (B, D); does to tensors what the feature extractor does to files."""
+    """Return embeddings (B, D), preparing tensors as the feature extractor prepares files."""
     # Resized in float32: half precision has no antialiasing on the CPU.
     ready = _normalised(pictures_BCHW.float(), encoder.config.image_size)
     return encoder(ready.to(encoder.dtype)).image_embeds
@@ -87,7 +87,7 @@ def _normalised(pictures_BCHW: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _present(scene: Scene) -> torch.Tensor:
-    """One flag for every colour, then one for every shape."""
+    """Return one flag per colour, then one per shape."""
     colours = {sprite.colour for sprite in scene.sprites}
     shapes = {sprite.shape for sprite in scene.sprites}
     return torch.tensor([float(name in colours) for name in COLOURS] + [float(name in shapes) for name in SHAPES])
