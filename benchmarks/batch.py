@@ -151,13 +151,13 @@ def main() -> None:
     device = device_facts(torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
     answer = measure(options)
     print_table(answer)
-    chosen = {name: getattr(options, name) for name in ("jobs", "rounds", "size", "frames", "steps", "vram")}
+    options_used = {name: getattr(options, name) for name in ("jobs", "rounds", "size", "frames", "steps", "vram")}
     content = {
         "device": device.name,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "model": options.model.name,
-        **chosen,
+        **options_used,
         **answer,
     }
     kind = "together" if options.together else "batch"

@@ -103,32 +103,36 @@ def subject(model: str, size: tuple[int, int], device: torch.device, dtype: torc
     return Subject(vae=vae.to(device, dtype), samples=samples.to(device, dtype))
 
 
-def decoders(chosen: Subject, tiles: list[int], comfyui: Path | None) -> Iterator[tuple[str, Decode]]:
-    yield "whole frame", chosen.tiled(TilingSettings(chunk_size=1))
+def decoders(autoencoder: Subject, tiles: list[int], comfyui: Path | None) -> Iterator[tuple[str, Decode]]:
+    yield "whole frame", autoencoder.tiled(TilingSettings(chunk_size=1))
     for tile in tiles:
-        yield f"tiles of {tile}", chosen.tiled(TilingSettings(chunk_size=1, tile_pixels=tile))
+        yield f"tiles of {tile}", autoencoder.tiled(TilingSettings(chunk_size=1, tile_pixels=tile))
     yield (
         f"tiles of {tiles[-1]}, maps offloaded",
-        chosen.tiled(TilingSettings(chunk_size=1, tile_pixels=tiles[-1], maps_bytes=0)),
+        autoencoder.tiled(TilingSettings(chunk_size=1, tile_pixels=tiles[-1], maps_bytes=0)),
     )
     for tile in tiles:
-        yield f"diffusers, blended tiles of {tile}", chosen.blended(tile)
-    if comfyui is not None and chosen.vae.config.norm_num_groups == 32:  # the only configuration that ComfyUI supports
-        decode_in_host = hosted(chosen, comfyui)
+        yield f"diffusers, blended tiles of {tile}", autoencoder.blended(tile)
+    if (
+        comfyui is not None and autoencoder.vae.config.norm_num_groups == 32
+    ):  # the only configuration that ComfyUI supports
+        decode_in_host = comfyui_decoder(autoencoder, comfyui)
         for tile in tiles:
             yield f"ComfyUI VAEDecodeTiled, {tile}", decode_in_host(tile)
 
 
-def hosted(chosen: Subject, comfyui: Path) -> Callable[[int], Decode]:
+def comfyui_decoder(autoencoder: Subject, comfyui: Path) -> Callable[[int], Decode]:
     """ComfyUI's own VAE of the same weights, with its default overlap of 64 pixels (a quarter of small tiles)."""
     sys.path.insert(0, str(comfyui))
     from comfy.cli_args import args  # pyright: ignore[reportMissingImports]
 
-    args.cpu = chosen.samples.device.type == "cpu"
+    args.cpu = autoencoder.samples.device.type == "cpu"
     import comfy.model_management  # pyright: ignore[reportMissingImports]
     import comfy.sd  # pyright: ignore[reportMissingImports]
 
-    vae = comfy.sd.VAE(sd={name: it.cpu() for name, it in chosen.vae.state_dict().items()}, dtype=chosen.samples.dtype)
+    vae = comfy.sd.VAE(
+        sd={name: it.cpu() for name, it in autoencoder.vae.state_dict().items()}, dtype=autoencoder.samples.dtype
+    )
     comfy.model_management.load_models_gpu(
         [vae.patcher]
     )  # placed before, so that the peak counts only what is added to the weights
@@ -136,7 +140,7 @@ def hosted(chosen: Subject, comfyui: Path) -> Callable[[int], Decode]:
     def decode_tiled(tile: int) -> Decode:
         overlap = min(64, tile // 4) // 8
         return lambda: vae.decode_tiled(
-            chosen.samples.float().cpu(), tile_x=tile // 8, tile_y=tile // 8, overlap=overlap
+            autoencoder.samples.float().cpu(), tile_x=tile // 8, tile_y=tile // 8, overlap=overlap
         ).cpu()
 
     return decode_tiled
@@ -192,11 +196,11 @@ def main() -> None:
     dtype = getattr(torch, given.dtype or ("float16" if device.type == "cuda" else "float32"))
     width, height = (int(side) for side in given.size.split("x"))
     with torch.no_grad():
-        chosen = subject(given.model, (width, height), device, dtype)
-        measured(chosen.tiled(TilingSettings(chunk_size=1)), device)  # warms up
+        autoencoder = subject(given.model, (width, height), device, dtype)
+        measured(autoencoder.tiled(TilingSettings(chunk_size=1)), device)  # warms up
         rows: list[Row] = []
         whole: tuple[Tensor, float] | None = None
-        for name, decode in tqdm(list(decoders(chosen, given.tile or [256, 128], given.comfyui)), unit="decoder"):
+        for name, decode in tqdm(list(decoders(autoencoder, given.tile or [256, 128], given.comfyui)), unit="decoder"):
             frame, peak_bytes, seconds = measured(decode, device)
             whole = whole or (frame, seconds)
             rows.append(row(name, frame, peak_bytes, seconds, *whole))

@@ -102,19 +102,20 @@ def _measured(row: Row, stage: StageRow) -> Columns:
 
 def traced_lines(row: Row) -> str:
     """Format one line: the plan's predicted peaks and settings."""
-    chosen = row.settings
-    if chosen is None:
+    settings = row.settings
+    if settings is None:
         return _refused(row, TRACED_HEADS)
     return line(
         (
             row.size,
             f"{row.cap_gib:g}",
             *(format_gib(stage.predicted_bytes) for stage in row.stages),
-            "one pass" if chosen["batched_guidance"] else "two passes",
-            _shown(chosen["workspace_bytes"], format_gib),
-            ", ".join(chosen["streamed"]) or "–",
-            "in host memory" if chosen["offload_skips"] else "on the device",
-            f"{chosen['decode_chunk_size']}" + (f", tiles of {chosen['tile_size']}" if chosen["tile_size"] else ""),
+            "one pass" if settings["batched_guidance"] else "two passes",
+            _shown(settings["workspace_bytes"], format_gib),
+            ", ".join(settings["streamed"]) or "–",
+            "in host memory" if settings["offload_skips"] else "on the device",
+            f"{settings['decode_chunk_size']}"
+            + (f", tiles of {settings['tile_size']}" if settings["tile_size"] else ""),
         )
     )
 

@@ -229,7 +229,7 @@ def test_each_fallback_takes_less_and_none_comes_twice(plan: Plan) -> None:
 
 
 def test_approximate_fallbacks_only_where_they_are_allowed(plan: Plan) -> None:
-    """Without host memory to stream from, the last fallback is weights in 8 bits."""
+    """Leave no host memory to stream from: the last fallback is then weights in 8 bits."""
     plan = replace(plan, budget=replace(plan.budget, host_free_bytes=plan.prediction(Stage.SAMPLE).host_bytes))
     allowed = replace(plan, request=replace(plan.request, allow_approximate=True))
 

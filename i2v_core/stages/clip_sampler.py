@@ -72,10 +72,10 @@ class SampleRequest:
     """State to continue from. None: the clip's checkpoint if there is one, else the beginning."""
 
     check_cancelled: Callable[[], None] = nothing
-    """As `Runtime.check_cancelled`, for this clip alone."""
+    """Same as `Runtime.check_cancelled`, for this clip alone."""
 
     on_progress: Callable[[int, int, Tensor | None], None] = no_progress
-    """As `Runtime.on_progress`, for this clip alone."""
+    """Same as `Runtime.on_progress`, for this clip alone."""
 
 
 class ClipSampler:

@@ -161,7 +161,7 @@ def _distance(one: Rgb, other: Rgb) -> float:
 def combinations(scene: Scene, travel: float) -> list[tuple[str, ...]]:
     """List every choice of one action per shape that moves some shape and in which the shapes never meet."""
     choices = itertools.product(ACTIONS, repeat=len(scene.sprites))
-    return [chosen for chosen in choices if set(chosen) != {"stays"} and _allowed(scene.sprites, chosen, travel)]
+    return [actions for actions in choices if set(actions) != {"stays"} and _allowed(scene.sprites, actions, travel)]
 
 
 def motion_of(action: str, travel: float) -> Point:

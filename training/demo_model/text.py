@@ -70,17 +70,17 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
 
 
 def train_text_encoder(settings: Settings, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    chosen = settings.text
+    text_settings = settings.text
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
-    encoder = build_text_encoder(chosen, tokenizer)
-    probes = nn.ModuleList(nn.Linear(chosen.width, sum(CLASSES)) for _ in range(1 + MAX_CLAUSES))
+    encoder = build_text_encoder(text_settings, tokenizer)
+    probes = nn.ModuleList(nn.Linear(text_settings.width, sum(CLASSES)) for _ in range(1 + MAX_CLAUSES))
     weights = [*encoder.parameters(), *probes.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=chosen.learning_rate, betas=(0.9, 0.98), weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(chosen.steps))
-    bar = tqdm(range(chosen.steps), desc="text", unit="step")
+    optimizer = torch.optim.AdamW(weights, lr=text_settings.learning_rate, betas=(0.9, 0.98), weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(text_settings.steps))
+    bar = tqdm(range(text_settings.steps), desc="text", unit="step")
     for step in bar:
-        ids, targets = _batch(rng, tokenizer, chosen)
+        ids, targets = _batch(rng, tokenizer, text_settings)
         states = text_states(encoder, ids)
         logits = torch.stack([probe(states) for probe in probes], dim=2)
         loss, right = _probe_loss(logits, targets)

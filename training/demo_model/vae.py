@@ -38,18 +38,18 @@ def build_vae(settings: VaeSettings, size: int) -> AutoencoderKL:
 
 def train_vae(settings: Settings) -> AutoencoderKL:
     """Train a codec whose latents have zero mean and unit deviation."""
-    chosen, size = settings.vae, settings.clip.size
+    vae_settings, size = settings.vae, settings.clip.size
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
-    pool = _draw_pool(rng, chosen.pool, size)
-    vae = build_vae(chosen, size)
-    optimizer = MuonAdamW(vae, chosen.learning_rate)
-    rate = warm_cosine(chosen.steps)
+    pool = _draw_pool(rng, vae_settings.pool, size)
+    vae = build_vae(vae_settings, size)
+    optimizer = MuonAdamW(vae, vae_settings.learning_rate)
+    rate = warm_cosine(vae_settings.steps)
     threads = ThreadTuner()
-    bar = tqdm(range(chosen.steps), desc="VAE", unit="step")
+    bar = tqdm(range(vae_settings.steps), desc="VAE", unit="step")
     for step in bar:
-        pictures = _unpack(pool[rng.integers(len(pool), size=chosen.batch)])
-        loss, mse = _loss(vae, pictures, chosen.kl_weight)
+        pictures = _unpack(pool[rng.integers(len(pool), size=vae_settings.batch)])
+        loss, mse = _loss(vae, pictures, vae_settings.kl_weight)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step(rate(step))
