@@ -121,7 +121,7 @@ def test_a_run_that_was_cancelled_on_a_card_resumes(
         runtime = replace(RUNTIME, device=goes_on)
         found, report = stages.sample(model, plan, conditioning, settings, runtime, every_step)
     assert torch.equal(found, expected)
-    assert "went on" in " ".join(report.notes)
+    assert "resumed" in " ".join(report.notes)
     assert not card.races, card.races[0]
 
 
