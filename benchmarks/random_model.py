@@ -1,4 +1,4 @@
-"""A model of the published size without its weights: for what does not depend on their values."""
+"""A model of the published size with random weights, for measurements that do not depend on their values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEED = 1
 
 
 def random_model(device: torch.device) -> I2VModel:
-    """The published architecture with random weights in fp16, in host memory."""
+    """Build the published architecture with random weights in fp16, in host memory."""
     torch.manual_seed(SEED)
     names = {DENOISER, FAMILY.decoder}
     workloads = FAMILY.encode_workloads(
@@ -37,7 +37,7 @@ def random_model(device: torch.device) -> I2VModel:
 
 
 def random_conditioning(size: VideoSize) -> Conditioning:
-    """What the encoders would give, in shape."""
+    """Return random conditioning of the shapes that the encoders return."""
     generator = torch.Generator().manual_seed(SEED)
     width = ARCHITECTURE.config("unet")["cross_attention_dim"]
     length = ARCHITECTURE.config("tokenizer")["model_max_length"]

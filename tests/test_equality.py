@@ -1,4 +1,4 @@
-"""Every way to save memory, alone and all together, against the model's own forward: 20 steps with guidance."""
+"""Every memory-saving setting, alone and all together, against the model's own forward: 20 steps with guidance."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ PROMPT = Prompt(
     negative_text="blue",
     fps=8,
 )
-# Of this little, the larger layers of the small model take several chunks.
+# So little that the larger layers of the small model are cut into several chunks.
 WORKSPACE_BYTES = 50_000
 WAYS = {
     "chunked": SampleSettings(compute_dtype=torch.float32, batched_guidance=True, workspace_bytes=WORKSPACE_BYTES),
     "sequential": SampleSettings(compute_dtype=torch.float32, batched_guidance=False),
     "streamed": SampleSettings(compute_dtype=torch.float32, batched_guidance=True, streamed=True),
-    "parked": SampleSettings(compute_dtype=torch.float32, batched_guidance=True, offload_skips=True),
+    "offloaded": SampleSettings(compute_dtype=torch.float32, batched_guidance=True, offload_skips=True),
     "together": SampleSettings(
         compute_dtype=torch.float32,
         batched_guidance=False,
@@ -56,7 +56,7 @@ WAYS = {
     ),
 }
 TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
-# What weights in 8 bits change, from what they must change at least to have been used.
+# Bounds of the difference that weights in 8 bits make: at least the lower one, if they were used at all.
 APPROXIMATE = [(WeightStorage.INT8, 1e-3, 2e-2), (WeightStorage.FP8, 3e-3, 5e-2)]
 
 
@@ -83,7 +83,7 @@ def conditioning(model: I2VModel, plan: Plan) -> Conditioning:
 
 @pytest.fixture(scope="module")
 def plain(model: I2VModel, conditioning: Conditioning) -> Callable[[str], Tensor]:
-    """The host's LATENT of the model's own forward, both guidance branches in one pass, by precision."""
+    """Return the host's LATENT of the model's own forward by precision, with both guidance branches in one pass."""
     family, size = family_of(model.architecture), conditioning.size
     denoisers = family.denoisers(model.architecture)
     assert conditioning.negative is not None
@@ -119,7 +119,7 @@ def plain(model: I2VModel, conditioning: Conditioning) -> Callable[[str], Tensor
 
 @pytest.mark.parametrize(
     ("subject", "way"),
-    [(name, way) for name, it in SUBJECTS.items() for way in WAYS if it.denoiser.has_skips or way != "parked"],
+    [(name, way) for name, it in SUBJECTS.items() for way in WAYS if it.denoiser.has_skips or way != "offloaded"],
     indirect=["subject"],
 )
 @pytest.mark.parametrize("precision", TOLERANCES)
@@ -132,11 +132,11 @@ def test_equals_the_models_own_forward(
     precision: str,
 ) -> None:
     settings = replace(WAYS[way], compute_dtype=PRECISIONS[precision])
-    pieces = 0
+    chunks = 0
 
     def count() -> None:
-        nonlocal pieces
-        pieces += 1
+        nonlocal chunks
+        chunks += 1
 
     runtime = stages.Runtime(device=CPU, check_cancelled=count)
     result, _ = stages.sample(model, replace(plan, sample=settings), conditioning, settings_for(model), runtime)
@@ -146,7 +146,7 @@ def test_equals_the_models_own_forward(
     if settings.workspace_bytes is not None:
         passes = STEPS if settings.batched_guidance else 2 * STEPS
         layers = predict_sample(plan.request, settings).layers
-        assert pieces > 1.2 * layers * passes, "the workspace should cut layers up"
+        assert chunks > 1.2 * layers * passes, "the workspace should chunk layers"
 
 
 @pytest.mark.parametrize(("precision", "streamed"), [("fp32", False), ("bf16", True)])

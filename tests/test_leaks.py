@@ -1,4 +1,4 @@
-"""A hundred runs in one process, with cancels and failures among them, leave what they found."""
+"""A hundred runs in one process, some cancelled or failing, leave memory as they found it."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ PROMPT = Prompt(image_FHWC=torch.rand(1, 70, 90, 3), text="a red circle", negati
 
 
 class StopError(Exception):
-    """What a caller raises to cancel."""
+    """Raised by the caller to cancel."""
 
 
 def quiet() -> None:
-    """Let a run go on."""
+    """Let a run continue."""
 
 
 def cancel() -> None:
@@ -50,7 +50,7 @@ def run_out() -> None:
 
 
 def at(call: int, act: Callable[[], None], *, again: bool = False) -> Callable[[], None]:
-    """Acts when it is called for that time, or from then on."""
+    """Return a function that calls `act` at the given call, or from then on."""
     calls = 0
 
     def check() -> None:
@@ -63,7 +63,7 @@ def at(call: int, act: Callable[[], None], *, again: bool = False) -> Callable[[
 
 
 def plans(model: I2VModel, device: torch.device) -> list[Plan]:
-    """Of every size: whole in place, and in small pieces with weights streamed and skip connections parked."""
+    """Make plans of several sizes: unchunked with resident weights, and chunked, streamed and with skips offloaded."""
     found: list[Plan] = []
     for width, height, frames in SIZES:
         size = VideoSize(width_pixels=width, height_pixels=height, frames=frames)
@@ -83,7 +83,7 @@ def plans(model: I2VModel, device: torch.device) -> list[Plan]:
 
 
 def video(model: I2VModel, plan: Plan, runtime: stages.Runtime, *, as_stream: bool) -> Tensor:
-    """The frames of one run."""
+    """Run all stages; return the frames."""
     settings = stages.SamplerSettings(steps=2, cfg=3.0, seed=1, scheduler="unipc")
     conditioning, _ = stages.encode(model, plan, PROMPT, runtime)
     samples, _ = stages.sample(model, plan, conditioning, settings, runtime)
@@ -94,7 +94,7 @@ def video(model: I2VModel, plan: Plan, runtime: stages.Runtime, *, as_stream: bo
 
 
 def runs(model: I2VModel, device: torch.device) -> Iterator[int]:
-    """The number of each run that is done. About half of them go wrong; the others give the right frames."""
+    """Yield the number of each finished run. About half of them fail; the others give the right frames."""
     choose = random.Random(0)
     all_plans = plans(model, device)
     runtime = stages.Runtime(device=device)
@@ -116,7 +116,7 @@ def runs(model: I2VModel, device: torch.device) -> Iterator[int]:
 
 
 def resident_bytes() -> int:
-    """What the process holds of host memory, once the C library has given back what is free."""
+    """Return the process's resident host memory, after the C library has released what is free."""
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
     return psutil.Process().memory_info().rss
@@ -124,7 +124,7 @@ def resident_bytes() -> int:
 
 @contextmanager
 def nothing_stays(device: torch.device) -> Iterator[Callable[[int], None]]:
-    """Gives what is to be told of each run that is done. When the context ends, memory is as after the warm-up."""
+    """Yield a callback for each finished run. Checks when the context ends that memory is as after the warm-up."""
     told: list[tuple[TensorTotals, int, int]] = []
     survivors = LiveTensorReport()
 

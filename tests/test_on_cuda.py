@@ -39,7 +39,7 @@ IMAGE = torch.rand(1, 70, 90, 3, generator=torch.Generator().manual_seed(0))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """How the stages go, in any precision."""
+    """Settings of all stages, without the precision."""
 
     sample: SampleSettings
     encode: EncodeSettings
@@ -48,7 +48,7 @@ class Way:
 
 IN_PLACE = SampleSettings(compute_dtype=torch.float32, batched_guidance=True)
 WORKSPACE_BYTES = 50_000
-THRIFTIEST = replace(
+LOWEST_MEMORY = replace(
     IN_PLACE, batched_guidance=False, workspace_bytes=WORKSPACE_BYTES, streamed=True, offload_skips=True
 )
 WHOLE = TilingSettings(chunk_size=2)
@@ -64,8 +64,8 @@ WAYS = {
         encode=EncodeSettings(streamed=False, picture=replace(TILES, maps_bytes=100 * KIB)),
         decode=DecodeSettings(streamed=False, frames=replace(TILES, maps_bytes=100 * KIB)),
     ),
-    "thriftiest": Way(
-        sample=THRIFTIEST,
+    "lowest memory": Way(
+        sample=LOWEST_MEMORY,
         encode=EncodeSettings(streamed=True, picture=TILES),
         decode=DecodeSettings(streamed=True, frames=TILES),
     ),
@@ -79,7 +79,7 @@ def model(subject_folder: Path) -> I2VModel:
 
 @pytest.fixture
 def card() -> Iterator[EmulatedCard]:
-    """It must be left empty, with nothing pinned for it, and nothing on it may have been used without a wait."""
+    """Provide a card that must be left empty, with nothing pinned for it and no tensor used before its copy ended."""
     gc.collect()
     with emulated_cuda() as card:
         yield card
@@ -111,7 +111,7 @@ def settings_of(model: I2VModel, steps: int = STEPS) -> stages.SamplerSettings:
 
 
 def made(model: I2VModel, plan: Plan) -> tuple[tuple[Tensor, Tensor], list[stages.StageReport]]:
-    """Latents and frames, and what the stages report. What a stage leaves to be collected would count for the next."""
+    """Run all stages, collecting garbage in between, which the next would count; return latents, frames and reports."""
     runtime = stages.Runtime(device=plan.device.torch_device)
     gc.collect()
     text = "a red circle" if "text" in family_of(model.architecture).facts.optional_inputs else ""
@@ -128,7 +128,7 @@ def made(model: I2VModel, plan: Plan) -> tuple[tuple[Tensor, Tensor], list[stage
 def test_a_card_gives_what_the_cpu_gives_and_takes_as_much(
     model: I2VModel, subject: Subject, card: EmulatedCard, way: str, precision: str
 ) -> None:
-    lying = [tensor.data_ptr() for module in model.modules.values() for tensor in all_tensors(module)]
+    stored = [tensor.data_ptr() for module in model.modules.values() for tensor in all_tensors(module)]
     found, reports = made(model, plan_of(model, subject, WAYS[way], CARD, precision))
     expected, counted = made(model, plan_of(model, subject, WAYS[way], CPU, precision))
     for result, reference in zip(found, expected, strict=True):
@@ -139,13 +139,13 @@ def test_a_card_gives_what_the_cpu_gives_and_takes_as_much(
         most = 1.02 * of_cpu.measured_peak_bytes + 4 * KIB
         assert 0.9 * of_cpu.measured_peak_bytes <= report.measured_peak_bytes <= most
         assert report.measured_peak_bytes <= 1.06 * report.predicted_peak_bytes
-    assert lying == [tensor.data_ptr() for module in model.modules.values() for tensor in all_tensors(module)]
+    assert stored == [tensor.data_ptr() for module in model.modules.values() for tensor in all_tensors(module)]
 
 
 def test_the_host_waits_for_the_card_a_few_times_a_step_and_not_for_each_layer(
     model: I2VModel, subject: Subject, card: EmulatedCard
 ) -> None:
-    plan = plan_of(model, subject, WAYS["thriftiest"], CARD)
+    plan = plan_of(model, subject, WAYS["lowest memory"], CARD)
     runtime = stages.Runtime(device=CARD)
     conditioning, _ = stages.encode(model, plan, Prompt(image_FHWC=IMAGE, text=""), runtime)
 
@@ -158,7 +158,7 @@ def test_the_host_waits_for_the_card_a_few_times_a_step_and_not_for_each_layer(
     assert (waits(6) - waits(3)) / 3 <= 15 < layer_calls
 
 
-def test_sampling_steps_down_on_a_card_that_is_too_small(model: I2VModel, subject: Subject) -> None:
+def test_sampling_falls_back_on_a_card_that_is_too_small(model: I2VModel, subject: Subject) -> None:
     plan = plan_of(model, subject, WAYS["whole"], CARD)
     expected, _ = made(model, plan_of(model, subject, WAYS["whole"], CPU))
     runtime = stages.Runtime(device=CARD)
@@ -173,7 +173,7 @@ def test_sampling_steps_down_on_a_card_that_is_too_small(model: I2VModel, subjec
 
 
 def test_clips_are_sampled_together(model: I2VModel, subject: Subject, card: EmulatedCard) -> None:
-    plan = plan_of(model, subject, WAYS["thriftiest"], CARD)
+    plan = plan_of(model, subject, WAYS["lowest memory"], CARD)
     both = replace(plan, request=replace(plan.request, clips=2))
     runtime = stages.Runtime(device=CARD)
     conditioning, _ = stages.encode(model, plan, Prompt(image_FHWC=IMAGE, text=""), runtime)

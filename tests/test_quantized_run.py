@@ -1,4 +1,4 @@
-"""Wan from GGUF and fp8 files, through the stages: equal to diffusers' own GGUF model, within what is predicted."""
+"""Wan from GGUF and fp8 files, through all stages: equal to diffusers' own GGUF model, within the predicted memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SIZE = VideoSize(width_pixels=96, height_pixels=64, frames=9)
 PROMPT = Prompt(image_FHWC=torch.rand(1, 70, 90, 3, generator=torch.Generator().manual_seed(0)), text="a red circle")
 SAMPLER = stages.SamplerSettings(steps=3, cfg=4.0, seed=1, scheduler="unipc")
 VECTORS_BYTES = 8 * KIB
-"""For what predictions leave out: scales and shifts, of one number a channel, and attention's of one a token."""
+"""Allowance for what predictions leave out: scales and shifts per channel, attention's values per token."""
 Q5_0, F32 = QuantizationType.Q5_0, QuantizationType.F32
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +54,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantised:
-    """A small Wan 2.1 whose transformer came from a file, and that file."""
+    """A small Wan 2.1 with its transformer from a file, and that file."""
 
     model: I2VModel
     file: Path
@@ -74,7 +74,7 @@ def wan(
 
 
 def plain_transformer(wan: Quantised, dtype: torch.dtype) -> Any:
-    """What another program has of the same file: diffusers' own GGUF model, or all numbers as floats."""
+    """Load the file as other programs do: with diffusers' own GGUF model, or dequantized to floats."""
     if wan.file.suffix == ".gguf":
         return read_by_diffusers(wan.file, wan.model.folder, dtype)
     ours = wan.model.modules["transformer"]
@@ -101,7 +101,7 @@ def changed(plan: Plan, **settings: Any) -> Plan:
 
 
 def prediction_of(wan: Quantised, transformer: Any, precision: str, settings: ChunkSettings | None) -> Tensor:
-    """One pass for fixed random inputs: by the transformer's own forward, or in pieces with weights streamed."""
+    """Run one pass on fixed random inputs: with the transformer's own forward, or chunked with streamed weights."""
     from i2v_core.placement.streaming import streamed
 
     family, dtype = family_of(wan.model.architecture), PRECISIONS[precision]
@@ -128,9 +128,7 @@ def prediction_of(wan: Quantised, transformer: Any, precision: str, settings: Ch
 
 
 @pytest.mark.parametrize(("precision", "most"), [("fp32", 2e-6), ("bf16", 2e-2)])
-def test_pieces_with_streamed_weights_give_what_the_file_gives_plainly(
-    wan: Quantised, precision: str, most: float
-) -> None:
+def test_chunks_with_streamed_weights_equal_the_plain_forward(wan: Quantised, precision: str, most: float) -> None:
     plain = plain_transformer(wan, PRECISIONS[precision])
     if wan.file.suffix == ".gguf":
         expected = prediction_of(wan, plain, precision, None)
@@ -168,8 +166,8 @@ def test_sampling_takes_what_is_predicted(wan: Quantised, streamed: bool, worksp
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_what_restoring_takes_is_foreseen(save_wan: Callable[..., None], tmp_path: Path, streamed: bool) -> None:
-    """With layers so wide that restoring a weight takes more than its layer does with so few tokens."""
+def test_memory_of_dequantizing_is_predicted(save_wan: Callable[..., None], tmp_path: Path, streamed: bool) -> None:
+    """Use layers so wide that dequantizing a weight takes more memory than the layer does with so few tokens."""
     save_wan_of_blocks(save_wan, tmp_path)
     wide = tiny_transformer(num_attention_heads=8, added_kv_proj_dim=256, ffn_dim=2048)
     wide.save_config(tmp_path / "transformer")
@@ -187,10 +185,8 @@ def test_what_restoring_takes_is_foreseen(save_wan: Callable[..., None], tmp_pat
     assert scratch_bytes > 0.2 * predicted.peak_bytes
 
 
-def test_experts_from_two_files_take_turns_within_what_is_predicted(
-    save_wan: Callable[..., None], tmp_path: Path
-) -> None:
-    """One in 4 bits, the other in fp8: the prediction is that of the larger."""
+def test_experts_from_two_files_take_turns_within_the_prediction(save_wan: Callable[..., None], tmp_path: Path) -> None:
+    """Store one in 4 bits, the other in fp8: the prediction is that of the larger."""
     folder = tmp_path / "a14b"
     experts = save_wan_of_blocks(save_wan, folder, layout="wan2.2-a14b")
     files = {
@@ -210,7 +206,7 @@ def test_experts_from_two_files_take_turns_within_what_is_predicted(
     assert predict_sample(as_floats, plan.sample).peak_bytes > predicted_bytes
 
 
-def test_the_least_plan_runs_on_a_card_of_its_size(wan: Quantised, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lowest_memory_plan_runs_on_a_card_of_its_size(wan: Quantised, monkeypatch: pytest.MonkeyPatch) -> None:
     request = Request(architecture=wan.model.architecture, size=SIZE, precision="bf16")
     usable_bytes = needed_bytes(min_peak(request, CPU), CPU)
     plan = make_plan(request, Budget(free_bytes=usable_bytes), CPU)
@@ -251,7 +247,7 @@ def test_weights_take_less_than_as_floats_in_every_way(wan: Quantised) -> None:
 
 
 def test_layers_say_where_their_weights_are(wan: Quantised) -> None:
-    """Every quantised weight is in some layer call: none is ever met as bytes."""
+    """Check that every quantised weight is in some layer call: no layer gets it as bytes."""
     trace = trace_denoiser(wan.model.architecture, SIZE, 1, torch.bfloat16, ChunkSettings(workspace_bytes=64 * KIB))
     met = {weight for call in trace.calls for module in call.modules for weight in quantized_weights(module)}
     assert met == set(quantized_weights(trace.module))
@@ -259,7 +255,7 @@ def test_layers_say_where_their_weights_are(wan: Quantised) -> None:
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_on_a_card_the_result_is_the_cpus(wan: Quantised, streamed: bool) -> None:
-    """Restored on the card: nothing is on two devices, and no copy is used before its end."""
+    """Dequantize on the card: nothing mixes devices, and no copy is used before it ends."""
     plan = changed(planned(wan, "bf16"), streamed=streamed, workspace_bytes=50_000)
     conditioning, _ = stages.encode(wan.model, plan, PROMPT, RUNTIME)
     expected, counted = stages.sample(wan.model, plan, conditioning, SAMPLER, RUNTIME)

@@ -1,4 +1,4 @@
-"""The report of a run: what is written, and what is left where it cannot be."""
+"""The report of a run: its content, and errors when it cannot be written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The three stages, one after another, and what stops them."""
+"""The three stages in sequence, their errors and cancellation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCHEDULERS = [choice.name for choice in FAMILIES["i2vgen-xl"].facts.schedulers]
 
 
 class StopError(Exception):
-    """What a caller raises to cancel."""
+    """Raised by the caller to cancel."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_the_same_seed_gives_the_same_video(
 ) -> None:
     settings = replace(SETTINGS, scheduler=scheduler)
     first, _ = stages.sample(model, plan, conditioning, settings, RUNTIME)
-    torch.rand(7)  # whatever else draws from the global generator
+    torch.rand(7)  # other code may draw from the global generator
     again, _ = stages.sample(model, plan, conditioning, settings, RUNTIME)
     other, _ = stages.sample(model, plan, conditioning, replace(settings, seed=5), RUNTIME)
     assert torch.equal(first, again)
@@ -129,7 +129,7 @@ def test_a_cancel_acts_inside_a_step_and_leaves_the_model_as_it_was(
     assert torch.equal(stages.sample(model, plan, conditioning, SETTINGS, RUNTIME)[0], samples)
 
 
-def test_what_does_not_belong_together_is_refused(
+def test_a_plan_for_another_size_is_refused(
     model: I2VModel, plan: Plan, conditioning: Conditioning, samples: torch.Tensor
 ) -> None:
     longer = plan_for(model, frames=5)

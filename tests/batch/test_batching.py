@@ -390,7 +390,7 @@ def test_after_a_kill_each_goes_on_from_its_own_checkpoint(
         again.run()
         assert again.states() == {JobState.DONE: 1 + CLIPS}
         reports = [str(job.report) for job in again.store.jobs()]
-        assert sum("went on from step 2 of 4" in report for report in reports) >= 1
+        assert sum("resumed from step 2 of 4" in report for report in reports) >= 1
         made = [spec for spec in specs if (again.output / spec.output_name).exists()]
         assert set(map(id, specs[1:])) <= set(map(id, made))
         assert are_right(again, specs[1:], frames_alone)

@@ -235,7 +235,7 @@ def test_a_job_that_is_paused_goes_on_from_its_step(
     again.run()
     report = again.store.job(first).report
     assert report is not None
-    assert "went on from step 3 of 8" in str(report)
+    assert "resumed from step 3 of 8" in str(report)
 
 
 def test_while_the_queue_is_paused_nothing_is_begun(make_batch: MakeBatch, make_job: MakeJob) -> None:

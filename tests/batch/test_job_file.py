@@ -113,7 +113,7 @@ def test_a_bad_row_is_named_and_the_others_are_there(folder: Path, row: str, pro
         ("priority", "1e9", "priority of 1e+09"),
         ("scheduler", "best", "no scheduler 'best'"),
         ("precision", "fp4", "'fp4' is not a precision"),
-        ("format", "avi", "'avi' is no video format"),
+        ("format", "avi", "'avi' is not a video format"),
         ("quality", "99", "quality of 99"),
         ("allow_approximate", "maybe", "'maybe'"),
     ],

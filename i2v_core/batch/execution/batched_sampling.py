@@ -67,8 +67,8 @@ class BatchedSampling:
                     [self._clip(flight) for flight in self.flights],
                     runner.runtime(self._check),
                     runner.checkpointing,
-                    pays=lambda seconds: self.grouping.pays(self.kind, len(self.flights), seconds),
-                    left=lambda index, error: self.left(self.flights[index], error),
+                    is_worthwhile=lambda seconds: self.grouping.pays(self.kind, len(self.flights), seconds),
+                    on_left=lambda index, error: self.left(self.flights[index], error),
                 )
         finally:
             alone = runner.desk.leave(admission)
