@@ -19,7 +19,7 @@ from i2v_core.memory.device import device_facts
 from i2v_core.placement.storage import WeightStorage
 from i2v_core.planning.plan import DecodeSettings, EncodeSettings, Plan, SampleSettings, Stage
 from i2v_core.planning.planner import make_plan
-from i2v_core.planning.predict import predict_decode, predict_encode, predict_sample
+from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.sampling.context import ContextWindows
 from i2v_core.stages import StageReport
@@ -57,13 +57,13 @@ class Maker:
         """Everything whole and in fp32, changed as the way says, with the peaks predicted for that."""
         guidance = self._settings.cfg != 1
         request = Request(architecture=self._model.architecture, size=self._size, guidance=guidance, precision="fp32")
-        plain = replace(
+        plain = with_settings(
             make_plan(request, Budget(free_bytes=GIB), device_facts(CPU)),
             encode=EncodeSettings(),
             sample=SampleSettings(compute_dtype=torch.float32, batched_guidance=True),
-            decode=DecodeSettings(frames=TilingSettings(chunk_size=self._size.frames)),
+            decode=DecodeSettings(tiling=TilingSettings(chunk_size=self._size.frames)),
         )
-        return _predicted(way(plain))
+        return way(plain)
 
     def make(self, plan: Plan, picture_CHW: Tensor, text: str) -> Made:
         """One clip; the noise depends on the seed alone."""
@@ -77,53 +77,44 @@ class Maker:
         return Made(clip_FCHW=clip_FCHW, reports=(encoding, sampling, decoding))
 
 
-def _predicted(plan: Plan) -> Plan:
-    dtype = plan.sample.compute_dtype
-    predictions = (
-        predict_encode(plan.request, plan.encode, dtype),
-        predict_sample(plan.request, plan.sample),
-        predict_decode(plan.request, plan.decode, dtype),
-    )
-    return replace(plan, predictions=predictions)
-
-
 def plain(plan: Plan) -> Plan:
     return plan
 
 
 def chunked(plan: Plan) -> Plan:
     """Layers in pieces, one guidance branch at a time, skip connections parked, one frame decoded at a time."""
-    sample = replace(plan.sample, workspace_bytes=WORKSPACE_BYTES, batched_guidance=False, offload_skips=True)
-    return replace(plan, sample=sample, decode=replace(plan.decode, frames=TilingSettings(chunk_size=1)))
+    sample = replace(plan.sample.settings, workspace_bytes=WORKSPACE_BYTES, batched_guidance=False, offload_skips=True)
+    return with_settings(plan, sample=sample, decode=DecodeSettings(tiling=TilingSettings(chunk_size=1)))
 
 
 def streamed(plan: Plan) -> Plan:
-    return replace(
+    return with_settings(
         plan,
-        encode=replace(plan.encode, streamed=True),
-        sample=replace(plan.sample, streamed=True),
-        decode=replace(plan.decode, streamed=True),
+        encode=replace(plan.encode.settings, streamed=True),
+        sample=replace(plan.sample.settings, streamed=True),
+        decode=replace(plan.decode.settings, streamed=True),
     )
 
 
 def tiled(plan: Plan) -> Plan:
     """Frames decoded layer by layer in bands of rows, of which none waits on the device."""
-    return replace(plan, decode=replace(plan.decode, frames=TilingSettings(chunk_size=1, tile_pixels=32, maps_bytes=0)))
+    tiling = TilingSettings(chunk_size=1, tile_pixels=32, maps_bytes=0)
+    return with_settings(plan, decode=DecodeSettings(tiling=tiling))
 
 
 def precision(dtype: torch.dtype) -> Callable[[Plan], Plan]:
-    return lambda plan: replace(plan, sample=replace(plan.sample, compute_dtype=dtype))
+    return lambda plan: with_settings(plan, sample=replace(plan.sample.settings, compute_dtype=dtype))
 
 
 def windowed(plan: Plan) -> Plan:
     """The denoiser sees half of the clip at a time, sharing a quarter with the next: approximate, as plans have it."""
     length = family_of(plan.request.architecture).facts.latent_size(plan.request.size).latent_frames // 2
     context = ContextWindows(context_length=length, context_overlap=length // 4)
-    return replace(plan, sample=replace(plan.sample, context=context))
+    return with_settings(plan, sample=replace(plan.sample.settings, context=context))
 
 
 def stored(storage: WeightStorage) -> Callable[[Plan], Plan]:
-    return lambda plan: replace(plan, sample=replace(plan.sample, weight_storage=storage))
+    return lambda plan: with_settings(plan, sample=replace(plan.sample.settings, weight_storage=storage))
 
 
 WAYS: dict[str, Callable[[Plan], Plan]] = {

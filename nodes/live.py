@@ -12,9 +12,11 @@ from ..i2v_core.families import Architecture, WeightFiles, read_architecture
 from ..i2v_core.placement.precision import AUTO
 from ..i2v_core.placement.storage import WeightStorage
 from ..i2v_core.planning.approximations import Approximation
+from ..i2v_core.planning.fit_limit import FitLimit
 from ..i2v_core.planning.margin import needed_bytes
 from ..i2v_core.planning.plan import Plan, StagePrediction
-from ..i2v_core.planning.planner import find_plan, fits, lowest_memory_stages, make_plan
+from ..i2v_core.planning.planner import find_plan, make_plan
+from ..i2v_core.planning.search import fits, lowest_memory_stages
 from ..i2v_core.planning.suggestions import NothingFitsError, Suggestions
 from ..i2v_core.units import GIB, MIB, format_gib
 from ..i2v_core.words import Message, message
@@ -106,13 +108,13 @@ def _refusing(asked: PlannerInputs, stages: Iterable[StagePrediction]) -> str:
 
 def _ways(plan: Plan) -> list[str]:
     """How the denoiser runs, as names that the page has texts for."""
-    ways = [plan.precision, "whole" if plan.sample.workspace_bytes is None else "pieces"]
-    return [*ways, "streamed"] if plan.sample.streamed else ways
+    ways = [plan.precision, "whole" if plan.sample.settings.workspace_bytes is None else "pieces"]
+    return [*ways, "streamed"] if plan.sample.settings.streamed else ways
 
 
 def _given_up(plan: Plan) -> list[JSON]:
     """What is approximate, in words."""
-    approximation, found = Approximation.of(plan.sample), list[Message]()
+    approximation, found = Approximation.of(plan.sample.settings), list[Message]()
     formats = [*plan.request.architecture.stored_formats]
     if approximation.weight_storage is not WeightStorage.AS_COMPUTED:
         formats.append(approximation.weight_storage.value)
@@ -147,7 +149,7 @@ def _other_fixes(asked: PlannerInputs, near: Suggestions) -> Iterable[tuple[str,
     if near.approximation:
         yield f"allow {near.approximation}", {"allow_approximate": True}
     automatic = replace(asked.request, precision=AUTO)
-    if automatic != asked.request and fits(automatic, asked.budget, asked.device):
+    if automatic != asked.request and fits(automatic, asked.device, FitLimit.of(asked.budget, asked.device)):
         yield "automatic precision", {"precision": AUTO}
     # More than is free cannot be had.
     if near.budget_bytes <= asked.budget.free_bytes and asked.budget.usable_bytes < near.budget_bytes:

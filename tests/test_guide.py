@@ -29,13 +29,13 @@ def table() -> list[tuple[int, str, str]]:
 
 def said_of(plan: Plan) -> str:
     """A cell of the table."""
-    if plan.sample.offload_skips:
+    if plan.sample.settings.offload_skips:
         way = "parked"
-    elif plan.sample.streamed:
+    elif plan.sample.settings.streamed:
         way = "streamed"
     else:
-        way = "whole" if plan.sample.workspace_bytes is None else "pieces"
-    tiles = ", tiles" if plan.decode.frames.tile_pixels else ""
+        way = "whole" if plan.sample.settings.workspace_bytes is None else "pieces"
+    tiles = ", tiles" if plan.decode.settings.tiling.tile_pixels else ""
     return f"{plan.peak_bytes / GIB:.2f} {way}{tiles}"
 
 

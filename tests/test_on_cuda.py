@@ -23,7 +23,7 @@ from i2v_core.placement.storage import WeightStorage
 from i2v_core.placement.swap import all_tensors
 from i2v_core.planning.plan import DecodeSettings, EncodeSettings, Plan, SampleSettings, Stage
 from i2v_core.planning.planner import make_plan
-from i2v_core.planning.predict import predict_decode, predict_encode, predict_sample
+from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.units import GIB, KIB
 from tests.emulated_cuda import CARD, EmulatedCard, emulated_cuda
@@ -48,7 +48,7 @@ class Way:
 
 IN_PLACE = SampleSettings(compute_dtype=torch.float32, batched_guidance=True)
 WORKSPACE_BYTES = 50_000
-THRIFTIEST = replace(
+LOWEST_MEMORY = replace(
     IN_PLACE, batched_guidance=False, workspace_bytes=WORKSPACE_BYTES, streamed=True, offload_skips=True
 )
 WHOLE = TilingSettings(chunk_size=2)
@@ -56,18 +56,18 @@ TILES = TilingSettings(chunk_size=2, tile_pixels=32, maps_bytes=0)
 WAYS = {
     "whole": Way(
         sample=IN_PLACE,
-        encode=EncodeSettings(streamed=False, picture=WHOLE),
-        decode=DecodeSettings(streamed=False, frames=WHOLE),
+        encode=EncodeSettings(streamed=False, tiling=WHOLE),
+        decode=DecodeSettings(streamed=False, tiling=WHOLE),
     ),
     "8 bits": Way(
         sample=replace(IN_PLACE, weight_storage=WeightStorage.FP8, workspace_bytes=WORKSPACE_BYTES),
-        encode=EncodeSettings(streamed=False, picture=replace(TILES, maps_bytes=100 * KIB)),
-        decode=DecodeSettings(streamed=False, frames=replace(TILES, maps_bytes=100 * KIB)),
+        encode=EncodeSettings(streamed=False, tiling=replace(TILES, maps_bytes=100 * KIB)),
+        decode=DecodeSettings(streamed=False, tiling=replace(TILES, maps_bytes=100 * KIB)),
     ),
-    "thriftiest": Way(
-        sample=THRIFTIEST,
-        encode=EncodeSettings(streamed=True, picture=TILES),
-        decode=DecodeSettings(streamed=True, frames=TILES),
+    "lowest memory": Way(
+        sample=LOWEST_MEMORY,
+        encode=EncodeSettings(streamed=True, tiling=TILES),
+        decode=DecodeSettings(streamed=True, tiling=TILES),
     ),
 }
 
@@ -97,13 +97,7 @@ def plan_of(model: I2VModel, subject: Subject, way: Way, device: torch.device, p
     sample = replace(
         way.sample, compute_dtype=dtype, offload_skips=way.sample.offload_skips and subject.denoiser.has_skips
     )
-    for prediction in (
-        predict_encode(request, way.encode, dtype),
-        predict_sample(request, sample),
-        predict_decode(request, way.decode, dtype),
-    ):
-        plan = plan.with_prediction(prediction)
-    return replace(plan, encode=way.encode, sample=sample, decode=way.decode)
+    return with_settings(plan, encode=way.encode, sample=sample, decode=way.decode)
 
 
 def settings_of(model: I2VModel, steps: int = STEPS) -> stages.SamplerSettings:
@@ -145,7 +139,7 @@ def test_a_card_gives_what_the_cpu_gives_and_takes_as_much(
 def test_the_host_waits_for_the_card_a_few_times_a_step_and_not_for_each_layer(
     model: I2VModel, subject: Subject, card: EmulatedCard
 ) -> None:
-    plan = plan_of(model, subject, WAYS["thriftiest"], CARD)
+    plan = plan_of(model, subject, WAYS["lowest memory"], CARD)
     runtime = stages.Runtime(device=CARD)
     conditioning, _ = stages.encode(model, plan, Prompt(image_FHWC=IMAGE, text=""), runtime)
 
@@ -154,7 +148,7 @@ def test_the_host_waits_for_the_card_a_few_times_a_step_and_not_for_each_layer(
         stages.sample(model, plan, conditioning, settings_of(model, steps), runtime)
         return card.streams.waits - before
 
-    layer_calls = predict_sample(plan.request, plan.sample).layer_calls
+    layer_calls = plan.sample.prediction.layer_calls
     assert (waits(6) - waits(3)) / 3 <= 15 < layer_calls
 
 
@@ -173,7 +167,7 @@ def test_sampling_steps_down_on_a_card_that_is_too_small(model: I2VModel, subjec
 
 
 def test_clips_are_sampled_together(model: I2VModel, subject: Subject, card: EmulatedCard) -> None:
-    plan = plan_of(model, subject, WAYS["thriftiest"], CARD)
+    plan = plan_of(model, subject, WAYS["lowest memory"], CARD)
     both = replace(plan, request=replace(plan.request, clips=2))
     runtime = stages.Runtime(device=CARD)
     conditioning, _ = stages.encode(model, plan, Prompt(image_FHWC=IMAGE, text=""), runtime)

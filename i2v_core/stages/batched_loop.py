@@ -54,7 +54,7 @@ class BatchedLoop:
 
     def _run_with(self, one: Denoiser) -> None:
         """The steps that are this denoiser's."""
-        run, family, chosen = self._run, self._family, self._run.plan.sample
+        run, family, chosen = self._run, self._family, self._run.plan.sample.settings
         spill = SysmemFallbackDetector(run.runtime.free_bytes)
         first = self.behind()[0]
         run.begin(first.loop.steps_done, first.clip.settings.steps)
@@ -90,7 +90,7 @@ class BatchedLoop:
         def placed(inputs: TensorMap) -> TensorMap:
             return {name: tensor.to(denoiser.device, denoiser.dtype, copy=True) for name, tensor in inputs.items()}
 
-        chosen, frames = self._run.plan.sample, clips[0].frames
+        chosen, frames = self._run.plan.sample.settings, clips[0].frames
         context = chosen.context
         told = [it.clip.conditioning for it in clips]
         return Guidance(

@@ -162,7 +162,7 @@ def check_finite(plan: Plan, samples: Tensor) -> None:
 
 def _checkpoint_key(run: StageRun, clip: SampleRequest) -> str:
     """Everything that the result depends on beyond rounding."""
-    chosen, settings = run.plan.sample, clip.settings
+    chosen, settings = run.plan.sample.settings, clip.settings
     parts = {
         "model": run.model.architecture.fingerprint,
         "weights": weights_identity(run.model.folder, run.model.files),

@@ -52,7 +52,7 @@ class DecodeStream:
     def _decode_until_full(self) -> Generator[Tensor, None, str | None]:
         """The frames from where the stream is at; if the device runs out of memory, its message in the end."""
         run, family = self._run, self._family
-        pieces = run.plan.decode.frames
+        pieces = run.plan.decode.settings.tiling
         run.begin(self._done, self.total_frames)
         try:
             with run.place(family.decoder, by_layer=pieces.by_layer) as decoder:

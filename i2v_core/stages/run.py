@@ -49,8 +49,8 @@ class StageRun:
         """The component on the device, or coming there leaf by leaf or layer by layer where the plan streams it."""
         self.runtime.check_cancelled()
         module, device = self.model.modules[component], self.runtime.device
-        dtype = component_dtype(self.model.architecture, component, self.plan.sample.compute_dtype, self._stage)
-        storage = self.plan.sample.weight_storage if self._stage is Stage.SAMPLE else WeightStorage.AS_COMPUTED
+        dtype = component_dtype(self.model.architecture, component, self.plan.compute_dtype, self._stage)
+        storage = self.plan.sample.settings.weight_storage if self._stage is Stage.SAMPLE else WeightStorage.AS_COMPUTED
 
         def ready(runner: LayerRunner) -> Placed:
             return Placed(module=module, device=device, dtype=dtype, runner=runner)
@@ -99,8 +99,8 @@ class StageRun:
         free_bytes = self.runtime.free_bytes()
         free = "" if free_bytes is None else f", and {format_gib(free_bytes)} are free"
         return RanOutError(
-            f"{self._stage.value} ran out of device memory {where}, in the thriftiest way there is: it needs {needed}"
-            f"{free} ({problem})",
+            f"{self._stage.value} ran out of device memory {where}, even with the lowest-memory settings: it needs "
+            f"{needed}{free} ({problem})",
             remedy(self.plan, self._stage),
         )
 
@@ -156,8 +156,7 @@ class StageRun:
 
     @property
     def _streamed(self) -> bool:
-        settings = {Stage.ENCODE: self.plan.encode, Stage.SAMPLE: self.plan.sample, Stage.DECODE: self.plan.decode}
-        return settings[self._stage].streamed
+        return self.plan.stages[self._stage].settings.streamed
 
 
 def retry_with_fallback(run: StageRun, attempt: Callable[[], Result], where: Callable[[], str]) -> Result:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from i2v_core.batch.devices.admission import AdmissionController, AdmissionRequest, DeviceMemory, blocking_reason
+from i2v_core.batch.devices.admission import AdmissionController, AdmissionRequest, blocking_reason
+from i2v_core.memory.device_memory import DeviceMemory
 from i2v_core.planning.plan import Stage
 from i2v_core.units import GIB
 
@@ -19,12 +20,12 @@ def request(job: int, stage: Stage, gib: float, number: int = 0, since: int = 0)
     return AdmissionRequest(job=job, stage=stage, needed_bytes=int(gib * GIB), number=number or job, since=since)
 
 
-ROOM = DeviceMemory(total_bytes=12 * GIB, others_bytes=2 * GIB, reserve_bytes=2 * GIB)
+ROOM = DeviceMemory(free_bytes=10 * GIB, others_bytes=2 * GIB, reserve_bytes=2 * GIB)
 
 
 def test_room_is_what_is_left_by_others_and_the_reserve() -> None:
     assert ROOM.usable_bytes == 8 * GIB
-    assert DeviceMemory(total_bytes=GIB, others_bytes=2 * GIB).usable_bytes == 0
+    assert DeviceMemory(free_bytes=GIB, reserve_bytes=2 * GIB).usable_bytes == 0
 
 
 def test_who_waits_is_told_for_what() -> None:
@@ -112,7 +113,7 @@ def test_threads_are_let_in_as_room_comes() -> None:
 
 def test_a_wait_ends_when_other_programs_free_memory_or_it_is_cancelled() -> None:
     free = threading.Event()
-    desk = AdmissionController(lambda: DeviceMemory(total_bytes=(8 if free.is_set() else 2) * GIB))
+    desk = AdmissionController(lambda: DeviceMemory(free_bytes=(8 if free.is_set() else 2) * GIB))
 
     class CancelError(Exception):
         pass

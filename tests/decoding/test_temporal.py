@@ -16,11 +16,11 @@ from i2v_core.chunking import DistinctPieces, LayerRunner
 from i2v_core.decoding import TilingSettings, decode_clip_into, encode_mode
 from i2v_core.families import Placed, VideoSize, bundled_architecture, family_of
 from i2v_core.placement.streaming import streamed
-from i2v_core.planning.autoencoder_candidates import decode_candidates, decode_in_tiles
+from i2v_core.planning.candidates import decode_candidates, decode_tiling
 from i2v_core.planning.plan import DecodeSettings
 from i2v_core.planning.predict import predict_decode
 from i2v_core.planning.request import Request
-from i2v_core.planning.trace import outline_bands, skeleton, tracing
+from i2v_core.planning.trace import autoencoder_template, skeleton, tracing
 from i2v_core.units import GIB, KIB, MIB
 from tests.measures import relative_rms
 
@@ -119,7 +119,7 @@ def test_an_outline_finds_the_peak_of_a_full_trace(
     family, size = family_of(PUBLISHED), VideoSize(width_pixels=520, height_pixels=320, frames=14)
     pieces = TilingSettings(chunk_size=size.frames, tile_pixels=tile_pixels, maps_bytes=maps_bytes)
     workload, vae = family.decode_workload(size, pieces), skeleton(PUBLISHED, "vae", dtype)
-    outlined = max(call.activation_bytes for call in outline_bands(vae, workload, dtype).cut(1).calls)
+    outlined = max(call.activation_bytes for call in autoencoder_template(vae, workload, dtype).for_workspace(1).calls)
     with tracing() as meter:
         workload.run(Placed(module=vae, device=META, dtype=dtype, runner=DistinctPieces()))
     assert meter.peak_bytes - 512 * KIB <= outlined <= 1.02 * meter.peak_bytes
@@ -130,8 +130,8 @@ def test_a_clip_decodes_in_little_memory(width: int, height: int, frames: int) -
     """The published model in fp16, with its weights; its own forward takes 28 GiB for 25 frames."""
     request = Request(architecture=PUBLISHED, size=VideoSize(width_pixels=width, height_pixels=height, frames=frames))
     for tile_pixels, maps_bytes, limit_gib in ((128, 0, 0.4), (512, 512 * MIB, 1.4)):
-        pieces = decode_in_tiles(request, tile_pixels)
-        way = DecodeSettings(frames=replace(pieces, maps_bytes=maps_bytes))
+        pieces = decode_tiling(request, tile_pixels)
+        way = DecodeSettings(tiling=replace(pieces, maps_bytes=maps_bytes))
         assert predict_decode(request, way, torch.float16).peak_bytes <= limit_gib * GIB
 
 
@@ -139,4 +139,4 @@ def test_no_way_takes_less_than_all_frames_at_once() -> None:
     """Fewer would not be exact."""
     size = VideoSize(width_pixels=1024, height_pixels=576, frames=25)
     ways = decode_candidates(Request(architecture=PUBLISHED, size=size))
-    assert {way.frames.chunk_size for group in ways for way in group} == {25}
+    assert {way.tiling.chunk_size for group in ways for way in group} == {25}

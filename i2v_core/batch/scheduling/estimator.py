@@ -9,7 +9,7 @@ from ...families import Architecture
 from ...memory.device import DeviceFacts
 from ...planning.cost import sample_cost
 from ...planning.margin import needed_bytes
-from ...planning.plan import Plan, SamplePrediction, Stage
+from ...planning.plan import Plan, Stage
 from ...planning.planner import make_plan
 from ...planning.request import Budget, Request
 from ...planning.suggestions import NothingFitsError
@@ -51,10 +51,9 @@ def work(plan: Plan, steps: int) -> dict[Stage, float]:
     """How much each stage has to do, in megapixels: of the picture, of frames times steps and guidance branches, with
     what the plan's way costs, and of frames.
     """
-    size, prediction = plan.request.size, plan.prediction(Stage.SAMPLE)
-    assert isinstance(prediction, SamplePrediction)
+    size = plan.request.size
     picture = size.width_pixels * size.height_pixels / _MEGAPIXEL
-    cost = 1 + sample_cost(plan.request, plan.sample, prediction)
+    cost = 1 + sample_cost(plan.request, plan.sample)
     return {
         Stage.ENCODE: picture,
         Stage.SAMPLE: size.frames * picture * steps * plan.request.branches * cost,
