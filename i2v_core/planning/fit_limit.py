@@ -14,8 +14,10 @@ from .request import Budget
 class FitLimit:
     """The most memory that a stage may need.
 
-    limit = FitLimit.of(budget, device)
-    limit.allows(prediction)
+        limit = FitLimit.of(budget, device)
+        limit.allows(prediction)
+
+    The planner, fallbacks, suggestions and batches all ask this.
     """
 
     device_bytes: int

@@ -170,9 +170,11 @@ def with_settings(
     sample: SampleSettings | None = None,
     decode: DecodeSettings | None = None,
 ) -> Plan:
-    """The plan with these settings and, for all stages, the predictions they lead to; they need not fit its budget.
+    """The plan with these settings, and with predictions for them in all stages.
 
-    with_settings(plan, sample=replace(plan.sample.settings, streamed=True))
+        with_settings(plan, sample=replace(plan.sample.settings, streamed=True))
+
+    Whether they fit the budget is not checked.
     """
     encode = plan.encode.settings if encode is None else encode
     sample = plan.sample.settings if sample is None else sample
