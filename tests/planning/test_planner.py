@@ -18,9 +18,9 @@ from i2v_core.memory.device_memory import DeviceMemory
 from i2v_core.planning.adjust import refit, with_tile
 from i2v_core.planning.fit_limit import FitLimit
 from i2v_core.planning.margin import expected_bytes, needed_bytes, uncertainty_bytes
-from i2v_core.planning.plan import Plan, Stage
+from i2v_core.planning.plan import Plan, Stage, StagePlan
 from i2v_core.planning.planner import make_plan
-from i2v_core.planning.report import plan_reasons, report
+from i2v_core.planning.report import plan_as_dict, plan_reasons, report
 from i2v_core.planning.request import Budget, Request
 from i2v_core.planning.search import fits
 from i2v_core.planning.suggestions import NothingFitsError
@@ -163,6 +163,18 @@ def test_the_report_tells_stages_binding_stage_and_reasons(architecture: Archite
     assert all(reason in text for reason in plan_reasons(plan))
     over = make_plan(plan.request, Budget(free_bytes=GIB, limit_bytes=2 * GIB), CPU)
     assert any("more than is free" in reason for reason in plan_reasons(over))
+
+
+def test_whatever_follows_from_a_stage_changes_with_it(architecture: Architecture) -> None:
+    plan = plan_for(architecture)
+    settings = replace(plan.sample.settings, workspace_bytes=64 * KIB, streamed=True)
+    prediction = replace(plan.sample.prediction, chunk_size=1, activation_bytes=2 * GIB)
+    changed = plan.with_stage(StagePlan(settings, prediction))
+    assert (changed.chunk_size, changed.peak_bytes) == (1, prediction.peak_bytes)
+    assert changed.prediction(Stage.SAMPLE) is prediction
+    assert (changed.encode, changed.decode) == (plan.encode, plan.decode)
+    assert any("for: denoiser" in reason for reason in plan_reasons(changed))
+    assert plan_as_dict(changed)["streamed"] == ["sample"]
 
 
 def test_a_plan_is_kept_while_it_fits_and_made_again_when_it_does_not(architecture: Architecture) -> None:
