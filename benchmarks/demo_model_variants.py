@@ -19,7 +19,7 @@ from i2v_core.memory.device import device_facts
 from i2v_core.placement.storage import WeightStorage
 from i2v_core.planning.plan import DecodeSettings, EncodeSettings, Plan, SampleSettings, Stage
 from i2v_core.planning.planner import make_plan
-from i2v_core.planning.predict import predict_decode, predict_encode, predict_sample
+from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.sampling.context import ContextWindows
 from i2v_core.stages import StageReport
@@ -57,13 +57,13 @@ class ClipMaker:
         """Plan everything unchunked in fp32, apply the variant, and predict the peaks."""
         guidance = self._settings.cfg != 1
         request = Request(architecture=self._model.architecture, size=self._size, guidance=guidance, precision="fp32")
-        plain = replace(
+        plain = with_settings(
             make_plan(request, Budget(free_bytes=GIB), device_facts(CPU)),
             encode=EncodeSettings(),
             sample=SampleSettings(compute_dtype=torch.float32, batched_guidance=True),
-            decode=DecodeSettings(frames=TilingSettings(chunk_size=self._size.frames)),
+            decode=DecodeSettings(tiling=TilingSettings(chunk_size=self._size.frames)),
         )
-        return _predicted(variant(plain))
+        return variant(plain)
 
     def make(self, plan: Plan, picture_CHW: Tensor, text: str) -> Clip:
         """Sample one clip; the noise depends on the seed alone."""
@@ -77,53 +77,44 @@ class ClipMaker:
         return Clip(clip_FCHW=clip_FCHW, reports=(encoding, sampling, decoding))
 
 
-def _predicted(plan: Plan) -> Plan:
-    dtype = plan.sample.compute_dtype
-    predictions = (
-        predict_encode(plan.request, plan.encode, dtype),
-        predict_sample(plan.request, plan.sample),
-        predict_decode(plan.request, plan.decode, dtype),
-    )
-    return replace(plan, predictions=predictions)
-
-
 def plain(plan: Plan) -> Plan:
     return plan
 
 
 def chunked(plan: Plan) -> Plan:
     """Chunk layers, run one guidance branch at a time, offload skip connections, decode one frame at a time."""
-    sample = replace(plan.sample, workspace_bytes=WORKSPACE_BYTES, batched_guidance=False, offload_skips=True)
-    return replace(plan, sample=sample, decode=replace(plan.decode, frames=TilingSettings(chunk_size=1)))
+    sample = replace(plan.sample.settings, workspace_bytes=WORKSPACE_BYTES, batched_guidance=False, offload_skips=True)
+    return with_settings(plan, sample=sample, decode=DecodeSettings(tiling=TilingSettings(chunk_size=1)))
 
 
 def streamed(plan: Plan) -> Plan:
-    return replace(
+    return with_settings(
         plan,
-        encode=replace(plan.encode, streamed=True),
-        sample=replace(plan.sample, streamed=True),
-        decode=replace(plan.decode, streamed=True),
+        encode=replace(plan.encode.settings, streamed=True),
+        sample=replace(plan.sample.settings, streamed=True),
+        decode=replace(plan.decode.settings, streamed=True),
     )
 
 
 def tiled(plan: Plan) -> Plan:
     """Decode frames layer by layer in tiles of rows, with all feature maps in host memory."""
-    return replace(plan, decode=replace(plan.decode, frames=TilingSettings(chunk_size=1, tile_pixels=32, maps_bytes=0)))
+    tiling = TilingSettings(chunk_size=1, tile_pixels=32, maps_bytes=0)
+    return with_settings(plan, decode=DecodeSettings(tiling=tiling))
 
 
 def precision(dtype: torch.dtype) -> Callable[[Plan], Plan]:
-    return lambda plan: replace(plan, sample=replace(plan.sample, compute_dtype=dtype))
+    return lambda plan: with_settings(plan, sample=replace(plan.sample.settings, compute_dtype=dtype))
 
 
 def windowed(plan: Plan) -> Plan:
     """Use context windows of half the clip that overlap by a quarter of their length, as approximate plans do."""
     length = family_of(plan.request.architecture).facts.latent_size(plan.request.size).latent_frames // 2
     context = ContextWindows(context_length=length, context_overlap=length // 4)
-    return replace(plan, sample=replace(plan.sample, context=context))
+    return with_settings(plan, sample=replace(plan.sample.settings, context=context))
 
 
 def stored(storage: WeightStorage) -> Callable[[Plan], Plan]:
-    return lambda plan: replace(plan, sample=replace(plan.sample, weight_storage=storage))
+    return lambda plan: with_settings(plan, sample=replace(plan.sample.settings, weight_storage=storage))
 
 
 VARIANTS: dict[str, Callable[[Plan], Plan]] = {

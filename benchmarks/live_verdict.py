@@ -33,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from i2v_core.families import bundled_architecture, bundled_models, family_of
 from i2v_core.memory.device import DeviceFacts
 from i2v_core.planning.cards import CARDS
-from i2v_core.planning.planner import find_plan, lowest_memory_stages, make_plan
+from i2v_core.planning.planner import find_plan, make_plan
 from i2v_core.planning.request import Budget, Request
+from i2v_core.planning.search import lowest_memory_stages
 from i2v_core.planning.suggestions import NothingFitsError
 from i2v_core.units import MIB
 

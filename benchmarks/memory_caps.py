@@ -59,6 +59,7 @@ from i2v_core.placement.streaming import streamed
 from i2v_core.planning.margin import needed_bytes
 from i2v_core.planning.plan import Plan, Stage
 from i2v_core.planning.planner import make_plan
+from i2v_core.planning.report import plan_as_dict
 from i2v_core.planning.request import Budget, Request
 from i2v_core.sampling.loop import Guidance, SampleLoop
 from i2v_core.sampling.noise import initial_noise
@@ -130,7 +131,7 @@ def run_stock(model: I2VModel, size: VideoSize, steps: int, device: torch.device
 def run_encoders(model: I2VModel, plan: Plan, device: torch.device) -> int:
     """Run the encoders; return the measured peak of the encode stage."""
     request = plan.request
-    workloads = FAMILY.encode_workloads(ARCHITECTURE, request.size, request.guidance, plan.encode.picture)
+    workloads = FAMILY.encode_workloads(ARCHITECTURE, request.size, request.guidance, plan.encode.settings.tiling)
     with open_stage_run(Stage.ENCODE, model, plan, stages.Runtime(device=device)) as run:
         for workload in workloads:
             with run.place(workload.component, by_layer=workload.by_layer) as component:
@@ -142,13 +143,13 @@ def run_encoders(model: I2VModel, plan: Plan, device: torch.device) -> int:
 def weight_traffic(model: I2VModel, plan: Plan, device: torch.device) -> float:
     """Return the weights copied in one denoiser pass, once the order of layers is known, over the denoiser's size."""
     unet = model.modules[DENOISER]
-    branches = plan.request.branches if plan.sample.batched_guidance else 1
+    branches = plan.request.branches if plan.sample.settings.batched_guidance else 1
     workload = FAMILY.denoise_workload(ARCHITECTURE, plan.request.size, branches)
     loaded_bytes: list[int] = []
     with (
         torch.no_grad(),
         streamed(unet, device, DTYPE) as stream,
-        FAMILY.chunked(unet, plan.sample.chunk_settings, runner=stream, on_chunk=lambda: None),
+        FAMILY.chunked(unet, plan.sample.settings.chunk_settings, runner=stream, on_chunk=lambda: None),
     ):
         for _ in range(3):  # the second pass fetches the third's first layer ahead
             workload.run(Placed(module=unet, device=device, dtype=DTYPE, runner=stream))
@@ -202,7 +203,7 @@ def measured_row(model: I2VModel, plan: Plan, cap_gib: float, stock: Stock | Non
         step_seconds=clock.step_seconds,
         ratio_to_stock=clock.step_seconds / stock.step_seconds if stock else None,
         difference_from_stock=relative_rms(results["samples"], stock.latents) if stock else None,
-        traffic=weight_traffic(model, plan, device) if plan.sample.streamed else None,
+        traffic=weight_traffic(model, plan, device) if plan.sample.settings.streamed else None,
     )
 
 
@@ -213,7 +214,7 @@ def relative_rms(result: Tensor, reference: Tensor) -> float:
 def choices(plan: Plan) -> dict[str, Any]:
     sampling = ("batched_guidance", "workspace_bytes", "streamed", "offload_skips", "weight_storage", "chunk_size")
     frames = ("encode_tile_size", "decode_chunk_size", "tile_size", "maps_bytes")
-    return {name: value for name, value in plan.as_dict().items() if name in (*sampling, *frames)}
+    return {name: value for name, value in plan_as_dict(plan).items() if name in (*sampling, *frames)}
 
 
 def traced_row(plan: Plan, cap_gib: float) -> Row:

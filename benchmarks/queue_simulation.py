@@ -28,9 +28,10 @@ from scipy.optimize import linprog
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from i2v_core.batch.devices.admission import AdmissionRequest, DeviceMemory, blocking_reason  # noqa: E402
+from i2v_core.batch.devices.admission import AdmissionRequest, blocking_reason  # noqa: E402
 from i2v_core.batch.scheduling.device_queues import DeviceQueues  # noqa: E402
 from i2v_core.batch.scheduling.policy import AGEING_SECONDS, LOADED_FACTOR, PendingJob, Policy, ResourceEstimate, weight  # noqa: E402
+from i2v_core.memory.device_memory import DeviceMemory  # noqa: E402
 from i2v_core.planning.plan import Stage  # noqa: E402
 from i2v_core.units import GIB  # noqa: E402
 
@@ -151,7 +152,7 @@ def make_jobs(count: int, cards: dict[str, Card], rng: random.Random) -> list[Pe
 
 def start(world: World, card: Card, now: float) -> None:
     """Start the card's next job, if there is one for it."""
-    memory = DeviceMemory(total_bytes=card.kind.gib * GIB, reserve_bytes=int(0.75 * GIB))
+    memory = DeviceMemory(free_bytes=card.kind.gib * GIB, reserve_bytes=int(0.75 * GIB))
 
     def fits(job: PendingJob) -> bool:
         request = AdmissionRequest(

@@ -20,7 +20,7 @@ from .memory.device import DeviceFacts
 from .placement.precision import AUTO, PRECISIONS, precision_name
 from .planning.memory_table import memory_table
 from .planning.planner import make_plan
-from .planning.report import report
+from .planning.report import plan_as_dict, report
 from .planning.request import Budget, Request
 from .planning.suggestions import NothingFitsError
 from .planning.trace import loaded_bytes
@@ -110,7 +110,7 @@ def _plan(options: argparse.Namespace) -> int:
         }
         _print(options, answer, str(refusal))
         return REFUSED
-    choices = plan.as_dict()
+    choices = plan_as_dict(plan)
     summary = {key: choices.pop(key) for key in ("stages", "peak_bytes", "binding_stage", "reasons")}
     _print(options, {"fits": True, "plan": choices, **summary, "nearest": None}, report(plan))
     return FITS

@@ -13,6 +13,7 @@ from .errors import BadInputError
 from .files import atomic_file, file_errors
 from .memory.timeline import Timeline
 from .planning.plan import Plan
+from .planning.report import plan_as_dict
 from .units import format_gib
 
 _VERSION = 1
@@ -123,7 +124,7 @@ def write_run_report(video: Path, report: RunReport) -> Path:
     content = {
         "version": _VERSION,
         "video": video.name,
-        "plan": report.plan.as_dict() if report.plan else None,
+        "plan": plan_as_dict(report.plan) if report.plan else None,
         "stages": list(report.stages),
         "seconds": sum(float(stage["seconds"]) for stage in report.stages),
     }

@@ -12,7 +12,7 @@ from ..i2v_core.families import I2VModel
 from ..i2v_core.placement.precision import AUTO, PRECISIONS
 from ..i2v_core.planning.cards import CARDS, SYSTEM_SHARE_BYTES, THIS_MACHINE
 from ..i2v_core.planning.planner import make_plan
-from ..i2v_core.planning.report import report
+from ..i2v_core.planning.report import plan_as_dict, report
 from ..i2v_core.units import GIB, format_gib, parse_bytes
 from . import host
 from .hysteresis import HysteresisReading
@@ -90,11 +90,11 @@ class VRAMBudget(io.ComfyNode):
             plan,
             text,
             plan.chunk_size,
-            plan.decode.frames.tile_pixels,
+            plan.decode.settings.tiling.tile_pixels,
             0,
             plan.peak_bytes / GIB,
             plan.precision,
-            ui={"text": [text], "i2v_plan": [plan.as_dict()]},
+            ui={"text": [text], "i2v_plan": [plan_as_dict(plan)]},
         )
 
 

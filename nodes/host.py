@@ -138,7 +138,7 @@ def stage(
     device = plan.device.torch_device
     management.free_memory(needed_bytes(plan.prediction(name), plan.device) + plan.budget.reserve_bytes, device)
     # What is free in fact: the host may have been unable to unload as much as it was asked to.
-    fitting = refit(plan, name, int(management.get_free_memory(device)))
+    fitting = refit(plan, name, replace(plan.budget, free_bytes=int(management.get_free_memory(device))))
     if fitting is not plan:
         notes.append(
             f"less memory is free than when the plan was made ({format_gib(fitting.budget.free_bytes)}): "

@@ -12,9 +12,11 @@ from ..i2v_core.families import Architecture, WeightFiles, read_architecture
 from ..i2v_core.placement.precision import AUTO
 from ..i2v_core.placement.storage import WeightStorage
 from ..i2v_core.planning.approximations import Approximation
+from ..i2v_core.planning.fit_limit import FitLimit
 from ..i2v_core.planning.margin import needed_bytes
 from ..i2v_core.planning.plan import Plan, StagePrediction
-from ..i2v_core.planning.planner import find_plan, fits, lowest_memory_stages, make_plan
+from ..i2v_core.planning.planner import find_plan, make_plan
+from ..i2v_core.planning.search import fits, lowest_memory_stages
 from ..i2v_core.planning.suggestions import NothingFitsError, Suggestions
 from ..i2v_core.units import GIB, MIB, format_gib
 from ..i2v_core.words import Message, message
@@ -106,13 +108,13 @@ def _misfit_verdict(inputs: PlannerInputs, stages: Iterable[StagePrediction]) ->
 
 def _run_modes(plan: Plan) -> list[str]:
     """Return how the denoiser runs, as keys of the page's texts."""
-    modes = [plan.precision, "whole" if plan.sample.workspace_bytes is None else "pieces"]
-    return [*modes, "streamed"] if plan.sample.streamed else modes
+    modes = [plan.precision, "whole" if plan.sample.settings.workspace_bytes is None else "pieces"]
+    return [*modes, "streamed"] if plan.sample.settings.streamed else modes
 
 
 def _approximations(plan: Plan) -> list[JSON]:
     """Return what makes the result approximate, as messages for the page."""
-    approximation, found = Approximation.of(plan.sample), list[Message]()
+    approximation, found = Approximation.of(plan.sample.settings), list[Message]()
     formats = [*plan.request.architecture.stored_formats]
     if approximation.weight_storage is not WeightStorage.AS_COMPUTED:
         formats.append(approximation.weight_storage.value)
@@ -147,7 +149,7 @@ def _other_fixes(inputs: PlannerInputs, suggestions: Suggestions) -> Iterable[tu
     if suggestions.approximation:
         yield f"allow {suggestions.approximation}", {"allow_approximate": True}
     automatic = replace(inputs.request, precision=AUTO)
-    if automatic != inputs.request and fits(automatic, inputs.budget, inputs.device):
+    if automatic != inputs.request and fits(automatic, inputs.device, FitLimit.of(inputs.budget, inputs.device)):
         yield "automatic precision", {"precision": AUTO}
     # Suggest a larger budget only if that much is free.
     if suggestions.budget_bytes <= inputs.budget.free_bytes and inputs.budget.usable_bytes < suggestions.budget_bytes:

@@ -19,7 +19,7 @@ from i2v_core.memory.device import device_facts
 from i2v_core.memory.stage_meter import stage_meter
 from i2v_core.planning.plan import DecodeSettings, Plan, Stage
 from i2v_core.planning.planner import make_plan
-from i2v_core.planning.predict import predict_decode
+from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.stages import run as stage_run
 from i2v_core.units import GIB, MIB
@@ -52,9 +52,7 @@ def expected(model: I2VModel, plan: Plan, samples: Tensor) -> Tensor:
 
 
 def with_decode(plan: Plan, frames: TilingSettings, *, streamed: bool = False) -> Plan:
-    settings = DecodeSettings(frames=frames, streamed=streamed)
-    prediction = predict_decode(plan.request, settings, plan.sample.compute_dtype)
-    return replace(plan, decode=settings, predictions=(*plan.predictions[:2], prediction))
+    return with_settings(plan, decode=DecodeSettings(tiling=frames, streamed=streamed))
 
 
 def weights(model: I2VModel) -> list[int]:

@@ -20,7 +20,7 @@ from i2v_core.placement.precision import PRECISIONS
 from i2v_core.placement.storage import WeightStorage
 from i2v_core.planning.plan import Plan, SampleSettings
 from i2v_core.planning.planner import make_plan
-from i2v_core.planning.predict import predict_sample
+from i2v_core.planning.predict import predict_sample, with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.sampling.loop import Guidance, SampleLoop
 from i2v_core.sampling.noise import initial_noise
@@ -139,7 +139,7 @@ def test_equals_the_models_own_forward(
         chunks += 1
 
     runtime = stages.Runtime(device=CPU, check_cancelled=count)
-    result, _ = stages.sample(model, replace(plan, sample=settings), conditioning, settings_for(model), runtime)
+    result, _ = stages.sample(model, with_settings(plan, sample=settings), conditioning, settings_for(model), runtime)
     assert relative_rms(result, plain(precision)) <= TOLERANCES[precision]
     if precision != "fp32":
         assert relative_rms(result, plain("fp32")) <= 1.1 * relative_rms(plain(precision), plain("fp32"))
@@ -164,6 +164,6 @@ def test_weights_in_8_bits_come_close_to_the_models_own_forward(
 ) -> None:
     settings = replace(WAYS["chunked"], compute_dtype=PRECISIONS[precision], weight_storage=storage, streamed=streamed)
     result, _ = stages.sample(
-        model, replace(plan, sample=settings), conditioning, settings_for(model), stages.Runtime(device=CPU)
+        model, with_settings(plan, sample=settings), conditioning, settings_for(model), stages.Runtime(device=CPU)
     )
     assert least <= relative_rms(result, plain("fp32")) <= most

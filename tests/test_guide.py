@@ -29,13 +29,13 @@ def table() -> list[tuple[int, str, str]]:
 
 def expected_cell(plan: Plan) -> str:
     """The text that a cell of the table should have."""
-    if plan.sample.offload_skips:
+    if plan.sample.settings.offload_skips:
         settings = "offloaded"
-    elif plan.sample.streamed:
+    elif plan.sample.settings.streamed:
         settings = "streamed"
     else:
-        settings = "unchunked" if plan.sample.workspace_bytes is None else "chunked"
-    tiles = ", tiles" if plan.decode.frames.tile_pixels else ""
+        settings = "unchunked" if plan.sample.settings.workspace_bytes is None else "chunked"
+    tiles = ", tiles" if plan.decode.settings.tiling.tile_pixels else ""
     return f"{plan.peak_bytes / GIB:.2f} {settings}{tiles}"
 
 

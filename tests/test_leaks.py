@@ -23,6 +23,7 @@ from i2v_core.memory.device import device_facts
 from i2v_core.memory.leaks import LiveTensorReport, TensorTotals, live_tensors, traced
 from i2v_core.planning.plan import Plan
 from i2v_core.planning.planner import make_plan
+from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.units import GIB, MIB
 
@@ -70,13 +71,13 @@ def plans(model: I2VModel, device: torch.device) -> list[Plan]:
         request = Request(architecture=model.architecture, size=size, precision="fp32")
         plan = make_plan(request, Budget(free_bytes=GIB), device_facts(device))
         sample = replace(
-            plan.sample, streamed=True, offload_skips=True, workspace_bytes=MIB // 8, batched_guidance=False
+            plan.sample.settings, streamed=True, offload_skips=True, workspace_bytes=MIB // 8, batched_guidance=False
         )
-        streamed = replace(
+        streamed = with_settings(
             plan,
-            encode=replace(plan.encode, streamed=True),
+            encode=replace(plan.encode.settings, streamed=True),
             sample=sample,
-            decode=replace(plan.decode, streamed=True),
+            decode=replace(plan.decode.settings, streamed=True),
         )
         found += [plan, streamed]
     return found

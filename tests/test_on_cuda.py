@@ -23,7 +23,7 @@ from i2v_core.placement.storage import WeightStorage
 from i2v_core.placement.swap import all_tensors
 from i2v_core.planning.plan import DecodeSettings, EncodeSettings, Plan, SampleSettings, Stage
 from i2v_core.planning.planner import make_plan
-from i2v_core.planning.predict import predict_decode, predict_encode, predict_sample
+from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.units import GIB, KIB
 from tests.emulated_cuda import CARD, EmulatedCard, emulated_cuda
@@ -56,18 +56,18 @@ TILES = TilingSettings(chunk_size=2, tile_pixels=32, maps_bytes=0)
 WAYS = {
     "whole": Way(
         sample=IN_PLACE,
-        encode=EncodeSettings(streamed=False, picture=WHOLE),
-        decode=DecodeSettings(streamed=False, frames=WHOLE),
+        encode=EncodeSettings(streamed=False, tiling=WHOLE),
+        decode=DecodeSettings(streamed=False, tiling=WHOLE),
     ),
     "8 bits": Way(
         sample=replace(IN_PLACE, weight_storage=WeightStorage.FP8, workspace_bytes=WORKSPACE_BYTES),
-        encode=EncodeSettings(streamed=False, picture=replace(TILES, maps_bytes=100 * KIB)),
-        decode=DecodeSettings(streamed=False, frames=replace(TILES, maps_bytes=100 * KIB)),
+        encode=EncodeSettings(streamed=False, tiling=replace(TILES, maps_bytes=100 * KIB)),
+        decode=DecodeSettings(streamed=False, tiling=replace(TILES, maps_bytes=100 * KIB)),
     ),
     "lowest memory": Way(
         sample=LOWEST_MEMORY,
-        encode=EncodeSettings(streamed=True, picture=TILES),
-        decode=DecodeSettings(streamed=True, frames=TILES),
+        encode=EncodeSettings(streamed=True, tiling=TILES),
+        decode=DecodeSettings(streamed=True, tiling=TILES),
     ),
 }
 
@@ -97,13 +97,7 @@ def plan_of(model: I2VModel, subject: Subject, way: Way, device: torch.device, p
     sample = replace(
         way.sample, compute_dtype=dtype, offload_skips=way.sample.offload_skips and subject.denoiser.has_skips
     )
-    for prediction in (
-        predict_encode(request, way.encode, dtype),
-        predict_sample(request, sample),
-        predict_decode(request, way.decode, dtype),
-    ):
-        plan = plan.with_prediction(prediction)
-    return replace(plan, encode=way.encode, sample=sample, decode=way.decode)
+    return with_settings(plan, encode=way.encode, sample=sample, decode=way.decode)
 
 
 def settings_of(model: I2VModel, steps: int = STEPS) -> stages.SamplerSettings:
@@ -154,7 +148,7 @@ def test_the_host_waits_for_the_card_a_few_times_a_step_and_not_for_each_layer(
         stages.sample(model, plan, conditioning, settings_of(model, steps), runtime)
         return card.streams.waits - before
 
-    layer_calls = predict_sample(plan.request, plan.sample).layer_calls
+    layer_calls = plan.sample.prediction.layer_calls
     assert (waits(6) - waits(3)) / 3 <= 15 < layer_calls
 
 

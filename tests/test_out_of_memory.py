@@ -23,9 +23,9 @@ from i2v_core.errors import RanOutError
 from i2v_core.families import Conditioning, I2VModel, Placed, Prompt, VideoSize, load_model
 from i2v_core.memory.device import device_facts
 from i2v_core.planning.fallback import next_fallback
-from i2v_core.planning.plan import DecodeSettings, Plan, Stage
+from i2v_core.planning.plan import DecodeSettings, EncodeSettings, Plan, Stage
 from i2v_core.planning.planner import make_plan
-from i2v_core.planning.predict import predict_decode, predict_sample
+from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.sampling import sysmem_fallback
 from i2v_core.stages.run import StageRun
@@ -141,9 +141,7 @@ def test_a_failure_at_every_kind_of_layer_in_the_first_a_middle_and_the_last_ste
     fail: Any,
     survived: Counter[str],
 ) -> None:
-    settings = replace(plan.sample, streamed=streamed)
-    prediction = predict_sample(plan.request, settings)
-    chosen = replace(plan, sample=settings, predictions=(plan.predictions[0], prediction, plan.predictions[2]))
+    chosen = with_settings(plan, sample=replace(plan.sample.settings, streamed=streamed))
     kinds = kinds_of_calls(model, chosen, conditioning, fail)
     before = weights(model)
     for kind in dict.fromkeys(kinds):
@@ -156,7 +154,7 @@ def test_a_failure_at_every_kind_of_layer_in_the_first_a_middle_and_the_last_ste
             assert torch.allclose(samples, expected, atol=2e-5), (kind, step)
             assert shown == [1, 2, 3, 4, 5]  # no step was taken twice
             assert f"at step {step - 1} of 5" in report.notes[0]
-            assert report.plan.prediction(Stage.SAMPLE).peak_bytes < prediction.peak_bytes
+            assert report.plan.prediction(Stage.SAMPLE).peak_bytes < chosen.prediction(Stage.SAMPLE).peak_bytes
             assert weights(model) == before
             survived["out of memory in a layer"] += 1
 
@@ -238,8 +236,8 @@ def test_approximate_fallbacks_only_where_they_are_allowed(plan: Plan) -> None:
             current = lower
         return current
 
-    assert last(plan).sample.weight_storage is plan.sample.weight_storage
-    assert last(allowed).sample.weight_storage is not plan.sample.weight_storage
+    assert last(plan).sample.settings.weight_storage is plan.sample.settings.weight_storage
+    assert last(allowed).sample.settings.weight_storage is not plan.sample.settings.weight_storage
     assert last(allowed).prediction(Stage.SAMPLE).peak_bytes < last(plan).prediction(Stage.SAMPLE).peak_bytes
 
 
@@ -255,10 +253,8 @@ def test_encode_and_decode_continue_too(
 ) -> None:
     """Inject one failure at every third of their layer calls."""
     tiles = TilingSettings(chunk_size=1, tile_pixels=64)
-    encode = replace(plan.encode, picture=tiles, streamed=streamed)
-    decode = DecodeSettings(frames=tiles, streamed=streamed)
-    prediction = predict_decode(plan.request, decode, torch.float32)
-    chosen = replace(plan, encode=encode, decode=decode, predictions=(*plan.predictions[:2], prediction))
+    encode = EncodeSettings(tiling=tiles, streamed=streamed)
+    chosen = with_settings(plan, encode=encode, decode=DecodeSettings(tiling=tiles, streamed=streamed))
     samples = torch.randn(4, 4, 8, 9, generator=torch.Generator().manual_seed(5))
     frames = stages.decode(model, chosen, samples, RUNTIME)[0]
     for occurrence in range(1, 40, 3):

@@ -24,10 +24,11 @@ from i2v_core.placement.quantized import quantized_weights
 from i2v_core.planning.approximations import approximations
 from i2v_core.planning.margin import needed_bytes
 from i2v_core.planning.plan import Plan, Stage
-from i2v_core.planning.planner import make_plan, min_peak
-from i2v_core.planning.predict import predict_sample
-from i2v_core.planning.report import report
+from i2v_core.planning.planner import make_plan
+from i2v_core.planning.predict import predict_sample, with_settings
+from i2v_core.planning.report import plan_as_dict, report
 from i2v_core.planning.request import Budget, Request
+from i2v_core.planning.search import min_peak
 from i2v_core.planning.trace import trace_denoiser
 from i2v_core.units import GIB, KIB
 from tests.emulated_cuda import CARD, emulated_cuda
@@ -96,8 +97,7 @@ def planned(wan: Quantised, precision: str) -> Plan:
 
 
 def changed(plan: Plan, **settings: Any) -> Plan:
-    sample = replace(plan.sample, **settings)
-    return replace(plan, sample=sample).with_prediction(predict_sample(plan.request, sample))
+    return with_settings(plan, sample=replace(plan.sample.settings, **settings))
 
 
 def prediction_of(wan: Quantised, transformer: Any, precision: str, settings: ChunkSettings | None) -> Tensor:
@@ -203,7 +203,7 @@ def test_experts_from_two_files_take_turns_within_the_prediction(save_wan: Calla
     assert sampled.measured_peak_bytes - VECTORS_BYTES <= predicted_bytes <= 1.08 * sampled.measured_peak_bytes
     only_low = model.architecture.with_stored({**model.architecture.stored, "transformer": {}})
     as_floats = replace(request, architecture=only_low)
-    assert predict_sample(as_floats, plan.sample).peak_bytes > predicted_bytes
+    assert predict_sample(as_floats, plan.sample.settings).peak_bytes > predicted_bytes
 
 
 def test_the_lowest_memory_plan_runs_on_a_card_of_its_size(wan: Quantised, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def test_the_report_says_that_the_weights_are_approximate(wan: Quantised) -> Non
     plan = planned(wan, "bf16")
     (formats,) = {", ".join(wan.model.architecture.stored_formats)}
     assert f"{formats} weights: approximate" in report(plan)
-    assert plan.as_dict()["file_formats"] == list(wan.model.architecture.stored_formats)
+    assert plan_as_dict(plan)["file_formats"] == list(wan.model.architecture.stored_formats)
 
 
 def test_no_plan_reduces_them_further(wan: Quantised) -> None:
@@ -239,7 +239,7 @@ def test_weights_take_less_than_as_floats_in_every_way(wan: Quantised) -> None:
     exact = replace(request, architecture=request.architecture.with_stored({}))
     plan = planned(wan, "bf16")
     for streamed in (False, True):
-        settings = replace(plan.sample, streamed=streamed, workspace_bytes=64 * KIB)
+        settings = replace(plan.sample.settings, streamed=streamed, workspace_bytes=64 * KIB)
         quantised, floats = predict_sample(request, settings), predict_sample(exact, settings)
         assert quantised.peak_bytes < floats.peak_bytes or streamed
         if streamed:

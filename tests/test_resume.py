@@ -20,6 +20,7 @@ from i2v_core.families import FAMILIES, Conditioning, I2VModel, Prompt, VideoSiz
 from i2v_core.memory.device import device_facts
 from i2v_core.planning.plan import Plan
 from i2v_core.planning.planner import make_plan
+from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.sampling import checkpoint
 from i2v_core.sampling.checkpoint import Checkpointing, CheckpointWhen
@@ -154,7 +155,8 @@ def test_another_plan_may_resume(
     """Include plans with other chunking and streaming."""
     expected, _ = stages.sample(model, plan, conditioning, SETTINGS, RUNTIME)
     assert cancelled(model, plan, conditioning, SETTINGS, 3, every_step)
-    other = replace(plan, sample=replace(plan.sample, streamed=True, batched_guidance=False, workspace_bytes=65536))
+    sample = replace(plan.sample.settings, streamed=True, batched_guidance=False, workspace_bytes=65536)
+    other = with_settings(plan, sample=sample)
     samples, report = stages.sample(model, other, conditioning, SETTINGS, RUNTIME, every_step)
     assert report.notes
     assert torch.allclose(samples, expected, atol=2e-5)

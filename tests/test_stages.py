@@ -13,8 +13,9 @@ from i2v_core.decoding import TilingSettings
 from i2v_core.errors import BadInputError, PlanMismatchError
 from i2v_core.families import FAMILIES, Architecture, Conditioning, I2VModel, Prompt, VideoSize, load_model
 from i2v_core.memory.device import device_facts
-from i2v_core.planning.plan import Plan
+from i2v_core.planning.plan import DecodeSettings, Plan
 from i2v_core.planning.planner import make_plan
+from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.units import GIB
 
@@ -105,7 +106,7 @@ def test_progress_shows_every_step_and_every_chunk(
     assert seen == [(1, 3, True), (2, 3, True), (3, 3, True)]
     seen.clear()
     stages.decode(
-        model, replace(plan, decode=replace(plan.decode, frames=TilingSettings(chunk_size=3))), samples, runtime
+        model, with_settings(plan, decode=DecodeSettings(tiling=TilingSettings(chunk_size=3))), samples, runtime
     )
     assert seen == [(3, 4, False), (4, 4, False)]
 

@@ -54,7 +54,7 @@ class BatchedLoop:
 
     def _run_with(self, part: Denoiser) -> None:
         """Place one of the model's denoisers and take steps while the timestep is in its range."""
-        run, family, chosen = self._run, self._family, self._run.plan.sample
+        run, family, chosen = self._run, self._family, self._run.plan.sample.settings
         detector = SysmemFallbackDetector(run.runtime.free_bytes)
         first = self.furthest_behind()[0]
         run.begin(first.loop.steps_done, first.request.settings.steps)
@@ -90,7 +90,7 @@ class BatchedLoop:
         def placed(inputs: TensorMap) -> TensorMap:
             return {name: tensor.to(denoiser.device, denoiser.dtype, copy=True) for name, tensor in inputs.items()}
 
-        chosen, frames = self._run.plan.sample, clips[0].frames
+        chosen, frames = self._run.plan.sample.settings, clips[0].frames
         context = chosen.context
         conditionings = [it.request.conditioning for it in clips]
         return Guidance(

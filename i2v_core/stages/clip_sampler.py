@@ -178,7 +178,7 @@ def check_finite(plan: Plan, samples: Tensor) -> None:
 
 def _checkpoint_key(run: StageRun, request: SampleRequest) -> str:
     """Identify everything that the result depends on, beyond rounding."""
-    chosen, settings = run.plan.sample, request.settings
+    chosen, settings = run.plan.sample.settings, request.settings
     parts = {
         "model": run.model.architecture.fingerprint,
         "weights": weights_identity(run.model.folder, run.model.files),

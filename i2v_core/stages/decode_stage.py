@@ -52,7 +52,7 @@ class DecodeStream:
     def _decode_until_out_of_memory(self) -> Generator[Tensor, None, str | None]:
         """Yield the frames that are left; return the error's message if the device runs out of memory."""
         run, family = self._run, self._family
-        tiling = run.plan.decode.frames
+        tiling = run.plan.decode.settings.tiling
         run.begin(self._done, self.total_frames)
         try:
             with run.place(family.decoder, by_layer=tiling.by_layer) as decoder:

@@ -20,7 +20,7 @@ def encode(model: I2VModel, plan: Plan, prompt: Prompt, runtime: Runtime) -> tup
             run.note(f"{family.facts.display_name} takes no {name.replace('_', ' ')}: it is ignored")
 
         def attempt() -> Conditioning:
-            tiling, on_chunk = run.plan.encode.picture, run.runtime.check_cancelled
+            tiling, on_chunk = run.plan.encode.settings.tiling, run.runtime.check_cancelled
             return family.encode(model, prompt, request.size, request.guidance, tiling, run.place, on_chunk)
 
         conditioning = retry_with_fallback(run, attempt, where=lambda: "before its end")

@@ -52,8 +52,8 @@ class StageRun:
         """Place a component on the device while the context lasts: whole, or streamed by leaf or layer as planned."""
         self.runtime.check_cancelled()
         module, device = self.model.modules[component], self.runtime.device
-        dtype = component_dtype(self.model.architecture, component, self.plan.sample.compute_dtype, self._stage)
-        storage = self.plan.sample.weight_storage if self._stage is Stage.SAMPLE else WeightStorage.AS_COMPUTED
+        dtype = component_dtype(self.model.architecture, component, self.plan.compute_dtype, self._stage)
+        storage = self.plan.sample.settings.weight_storage if self._stage is Stage.SAMPLE else WeightStorage.AS_COMPUTED
 
         def ready(runner: LayerRunner) -> Placed:
             return Placed(module=module, device=device, dtype=dtype, runner=runner)
@@ -162,8 +162,7 @@ class StageRun:
 
     @property
     def _streamed(self) -> bool:
-        settings = {Stage.ENCODE: self.plan.encode, Stage.SAMPLE: self.plan.sample, Stage.DECODE: self.plan.decode}
-        return settings[self._stage].streamed
+        return self.plan.stages[self._stage].settings.streamed
 
 
 def retry_with_fallback(run: StageRun, attempt: Callable[[], Result], where: Callable[[], str]) -> Result:

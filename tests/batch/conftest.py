@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from i2v_core.batch.devices.admission import DeviceMemory
 from i2v_core.batch.jobs.job import JobSpec
 from i2v_core.batch.jobs.store import JobStore
 from i2v_core.families import Architecture, I2VModel, VideoSize, load_model
 from i2v_core.memory.device import DeviceFacts, device_facts
+from i2v_core.memory.device_memory import DeviceMemory
 from i2v_core.memory.meter import StorageMeter
 from i2v_core.memory.stage_meter import CountingStageMeter, StageMeter
 from i2v_core.placement.attention import AttentionBackend
@@ -144,7 +144,7 @@ class EmulatedDevice:
         return device_facts(self.torch_device)
 
     def room(self) -> DeviceMemory:
-        return DeviceMemory(total_bytes=self.card.limit_bytes, others_bytes=self.others_bytes)
+        return DeviceMemory(free_bytes=self.card.limit_bytes - self.others_bytes, others_bytes=self.others_bytes)
 
     @contextmanager
     def stage(self, stage: Stage, plan: Plan) -> Iterator[None]:

@@ -14,12 +14,12 @@ from i2v_core.batch.devices.admission import (
     AdmissionController,
     AdmissionRequest,
     BlockingCause,
-    DeviceMemory,
     NoRoomError,
     blocking_reason,
 )
 from i2v_core.batch.devices.device import DeviceStatus
 from i2v_core.batch.monitoring.messages import blocking_text, waiting_texts
+from i2v_core.memory.device_memory import DeviceMemory
 from i2v_core.planning.plan import Stage
 from i2v_core.units import GIB
 
@@ -28,12 +28,12 @@ def request(job: int, stage: Stage, gib: float, number: int = 0, since: int = 0)
     return AdmissionRequest(job=job, stage=stage, needed_bytes=int(gib * GIB), number=number or job, since=since)
 
 
-ROOM = DeviceMemory(total_bytes=12 * GIB, others_bytes=2 * GIB, reserve_bytes=2 * GIB)
+ROOM = DeviceMemory(free_bytes=10 * GIB, others_bytes=2 * GIB, reserve_bytes=2 * GIB)
 
 
 def test_room_is_what_is_left_by_others_and_the_reserve() -> None:
     assert ROOM.usable_bytes == 8 * GIB
-    assert DeviceMemory(total_bytes=GIB, others_bytes=2 * GIB).usable_bytes == 0
+    assert DeviceMemory(free_bytes=GIB, reserve_bytes=2 * GIB).usable_bytes == 0
 
 
 def test_a_wait_has_its_reason_in_figures_and_in_words() -> None:
@@ -133,7 +133,7 @@ def test_threads_are_let_in_as_room_comes() -> None:
 
 def test_a_wait_ends_when_other_programs_free_memory_or_it_is_cancelled() -> None:
     free = threading.Event()
-    controller = AdmissionController(lambda: DeviceMemory(total_bytes=(8 if free.is_set() else 2) * GIB))
+    controller = AdmissionController(lambda: DeviceMemory(free_bytes=(8 if free.is_set() else 2) * GIB))
 
     class CancelError(Exception):
         pass
@@ -157,7 +157,7 @@ def test_a_wait_ends_when_other_programs_free_memory_or_it_is_cancelled() -> Non
 
 
 def test_a_wait_for_other_programs_ends_with_its_reason() -> None:
-    full = DeviceMemory(total_bytes=4 * GIB, others_bytes=3 * GIB)
+    full = DeviceMemory(free_bytes=GIB, others_bytes=3 * GIB)
     controller = AdmissionController(lambda: full)
     with pytest.raises(NoRoomError) as failure:
         controller.admit(1, Stage.SAMPLE, 2 * GIB, lambda: None, memory_wait_seconds=0.0)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from i2v_core.batch.devices.admission import DeviceMemory
 from i2v_core.batch.execution.batching import BatchingPolicy, batch_key, planned_together, predicted_gain
 from i2v_core.batch.execution.ready_queue import ReadyQueue
 from i2v_core.batch.execution.running_job import RunningJob
@@ -21,10 +20,12 @@ from i2v_core.batch.jobs.store import JobStore
 from i2v_core.batch.monitoring.events import EventKind
 from i2v_core.families import Conditioning, I2VModel
 from i2v_core.memory.device import device_facts
+from i2v_core.memory.device_memory import DeviceMemory
 from i2v_core.planning.margin import needed_bytes
 from i2v_core.planning.plan import Plan, Stage
-from i2v_core.planning.planner import make_plan, min_peak
+from i2v_core.planning.planner import make_plan
 from i2v_core.planning.request import Budget, Request
+from i2v_core.planning.search import min_peak
 from i2v_core.sampling.checkpoint import CheckpointWhen
 
 from .conftest import EmulatedDevice, MakeJob, SharedCard
@@ -76,15 +77,15 @@ def grouping_of(
     flight: RunningJob, most: int | None = None, room: int = ROOMY, step_seconds: float = 1.0
 ) -> BatchingPolicy:
     """Of a device on which a job of the shape has run alone."""
-    grouping = BatchingPolicy(lambda: DeviceMemory(total_bytes=room), most)
+    grouping = BatchingPolicy(lambda: DeviceMemory(free_bytes=room), most)
     grouping.sampled_alone(batch_key(flight), [0.0, step_seconds, 2 * step_seconds])
     return grouping
 
 
 def test_where_weights_stream_it_pays_and_where_they_are_in_place_it_does_not(make_flight: MakeFlight) -> None:
     streamed, in_place = make_flight(), make_flight(budget=100)
-    assert streamed.plan.sample.streamed
-    assert not in_place.plan.sample.streamed
+    assert streamed.plan.sample.settings.streamed
+    assert not in_place.plan.sample.settings.streamed
     pair, three = (planned_together(streamed.plan, clips) for clips in (2, 3))
     assert pair is not None
     assert three is not None
@@ -129,7 +130,7 @@ def test_a_group_is_planned_within_the_budget_and_leaves_room_to_overlap(make_fl
 
 def test_the_first_of_a_shape_goes_alone_and_shows_how_long_a_step_takes(make_flight: MakeFlight) -> None:
     flight = make_flight()
-    grouping = BatchingPolicy(lambda: DeviceMemory(total_bytes=ROOMY), None)
+    grouping = BatchingPolicy(lambda: DeviceMemory(free_bytes=ROOMY), None)
     assert grouping.expected(flight) == 4
     assert grouping.plan(flight, 4) is None
     grouping.sampled_alone(batch_key(flight), [5.0])  # a single step, which warms up

@@ -21,7 +21,7 @@ from i2v_core.placement.streaming import streamed
 from i2v_core.planning.plan import DecodeSettings, EncodeSettings, Stage
 from i2v_core.planning.predict import predict_decode, predict_encode
 from i2v_core.planning.request import Request
-from i2v_core.planning.trace import outline_bands, skeleton, tracing
+from i2v_core.planning.trace import autoencoder_template, skeleton, tracing
 from i2v_core.units import GIB, KIB, MIB
 from tests.distinct_chunks import DistinctChunks
 from tests.measures import relative_rms
@@ -193,7 +193,8 @@ def test_a_shape_only_trace_finds_the_peak_of_a_full_trace(
     encode = family.encode_workloads(PUBLISHED, size, guidance=False, tiling=tiling)[-1]
     workload = {Stage.ENCODE: encode, Stage.DECODE: family.decode_workload(size, tiling)}[stage]
     vae = skeleton(PUBLISHED, "vae", dtype)
-    shape_only_peak = max(call.activation_bytes for call in outline_bands(vae, workload, dtype).cut(1).calls)
+    calls = autoencoder_template(vae, workload, dtype).for_workspace(1).calls
+    shape_only_peak = max(call.activation_bytes for call in calls)
     with tracing() as meter:
         workload.run(Placed(module=vae, device=META, dtype=dtype, runner=DistinctChunks()))
     assert meter.peak_bytes - 64 * KIB <= shape_only_peak <= 1.02 * meter.peak_bytes
@@ -207,9 +208,9 @@ def test_large_frames_decode_in_little_memory(side: int, maps_bytes: int, limit_
     size = VideoSize(width_pixels=side, height_pixels=side, frames=32)
     tiling = TilingSettings(chunk_size=1, tile_pixels=128, maps_bytes=maps_bytes)
     request = Request(architecture=PUBLISHED, size=size)
-    decode = predict_decode(request, DecodeSettings(frames=tiling), torch.float16)
+    decode = predict_decode(request, DecodeSettings(tiling=tiling), torch.float16)
     assert decode.activation_bytes <= limit_gib * GIB
-    encode = predict_encode(request, EncodeSettings(picture=tiling, streamed=True), torch.float16)
+    encode = predict_encode(request, EncodeSettings(tiling=tiling, streamed=True), torch.float16)
     assert encode.activation_bytes <= (limit_gib + 0.1) * GIB
 
 

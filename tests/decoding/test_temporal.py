@@ -16,11 +16,11 @@ from i2v_core.chunking import LayerRunner
 from i2v_core.decoding import TilingSettings, decode_clip_into, encode_mode
 from i2v_core.families import Placed, VideoSize, bundled_architecture, family_of
 from i2v_core.placement.streaming import streamed
-from i2v_core.planning.autoencoder_candidates import decode_candidates, decode_in_tiles
+from i2v_core.planning.candidates import decode_candidates, decode_tiling
 from i2v_core.planning.plan import DecodeSettings
 from i2v_core.planning.predict import predict_decode
 from i2v_core.planning.request import Request
-from i2v_core.planning.trace import outline_bands, skeleton, tracing
+from i2v_core.planning.trace import autoencoder_template, skeleton, tracing
 from i2v_core.units import GIB, KIB, MIB
 from tests.distinct_chunks import DistinctChunks
 from tests.measures import relative_rms
@@ -120,7 +120,8 @@ def test_a_shape_only_trace_finds_the_peak_of_a_full_trace(
     family, size = family_of(PUBLISHED), VideoSize(width_pixels=520, height_pixels=320, frames=14)
     tiling = TilingSettings(chunk_size=size.frames, tile_pixels=tile_pixels, maps_bytes=maps_bytes)
     workload, vae = family.decode_workload(size, tiling), skeleton(PUBLISHED, "vae", dtype)
-    shape_only_peak = max(call.activation_bytes for call in outline_bands(vae, workload, dtype).cut(1).calls)
+    calls = autoencoder_template(vae, workload, dtype).for_workspace(1).calls
+    shape_only_peak = max(call.activation_bytes for call in calls)
     with tracing() as meter:
         workload.run(Placed(module=vae, device=META, dtype=dtype, runner=DistinctChunks()))
     assert meter.peak_bytes - 512 * KIB <= shape_only_peak <= 1.02 * meter.peak_bytes
@@ -131,8 +132,8 @@ def test_a_clip_decodes_in_little_memory(width: int, height: int, frames: int) -
     """Predicts the published model in fp16, weights included; its own forward takes 28 GiB for 25 frames."""
     request = Request(architecture=PUBLISHED, size=VideoSize(width_pixels=width, height_pixels=height, frames=frames))
     for tile_pixels, maps_bytes, limit_gib in ((128, 0, 0.4), (512, 512 * MIB, 1.4)):
-        tiling = decode_in_tiles(request, tile_pixels)
-        candidate = DecodeSettings(frames=replace(tiling, maps_bytes=maps_bytes))
+        tiling = decode_tiling(request, tile_pixels)
+        candidate = DecodeSettings(tiling=replace(tiling, maps_bytes=maps_bytes))
         assert predict_decode(request, candidate, torch.float16).peak_bytes <= limit_gib * GIB
 
 
@@ -140,4 +141,4 @@ def test_every_candidate_decodes_all_frames_at_once() -> None:
     """Fewer frames at a time would not give the exact result."""
     size = VideoSize(width_pixels=1024, height_pixels=576, frames=25)
     groups = decode_candidates(Request(architecture=PUBLISHED, size=size))
-    assert {candidate.frames.chunk_size for group in groups for candidate in group} == {25}
+    assert {candidate.tiling.chunk_size for group in groups for candidate in group} == {25}

@@ -25,12 +25,13 @@ from i2v_core.families import Architecture, I2VModel, Prompt, VideoSize, family_
 from i2v_core.memory.device import device_facts
 from i2v_core.memory.stage_meter import stage_meter
 from i2v_core.placement.storage import WeightStorage
-from i2v_core.planning.autoencoder_candidates import decode_candidates, encode_candidates
+from i2v_core.planning.candidates import decode_candidates, encode_candidates
 from i2v_core.planning.margin import needed_bytes
-from i2v_core.planning.plan import DecodeSettings, Plan, SampleSettings, Stage
-from i2v_core.planning.planner import make_plan, min_peak
-from i2v_core.planning.predict import predict_decode, predict_encode, predict_sample
+from i2v_core.planning.plan import DecodeSettings, Plan, Stage
+from i2v_core.planning.planner import make_plan
+from i2v_core.planning.predict import predict_sample, with_settings
 from i2v_core.planning.request import Budget, Request
+from i2v_core.planning.search import min_peak
 from i2v_core.planning.suggestions import NothingFitsError
 from i2v_core.sampling.context import ContextWindows
 from i2v_core.units import GIB, KIB
@@ -177,11 +178,11 @@ def test_the_random_cases_take_every_way_that_plans_have(model_folders: Callable
         for name, subject in SUBJECTS.items()
         for case in random_cases()[::2]
     ]
-    assert {plan.sample.streamed for plan in plans} == {True, False}
-    assert {plan.sample.batched_guidance for plan in plans if plan.request.guidance} == {True, False}
-    assert {plan.sample.workspace_bytes is None for plan in plans} == {True, False}
-    assert {plan.encode.streamed for plan in plans} == {True, False}
-    assert {plan.decode.frames.by_layer for plan in plans} == {True, False}
+    assert {plan.sample.settings.streamed for plan in plans} == {True, False}
+    assert {plan.sample.settings.batched_guidance for plan in plans if plan.request.guidance} == {True, False}
+    assert {plan.sample.settings.workspace_bytes is None for plan in plans} == {True, False}
+    assert {plan.encode.settings.streamed for plan in plans} == {True, False}
+    assert {plan.decode.settings.tiling.by_layer for plan in plans} == {True, False}
     assert {plan.binding_stage.stage for plan in plans} == set(Stage)
 
 
@@ -201,23 +202,19 @@ def test_an_approximate_plan_runs_on_a_card_that_is_too_small_for_any_exact_one(
     )
     allowed = replace(request, allow_approximate=True)
     plain = make_plan(request, Budget(free_bytes=GIB), CPU)
-    host_bytes = predict_sample(request, replace(plain.sample, streamed=True)).host_bytes - 1
+    host_bytes = predict_sample(request, replace(plain.sample.settings, streamed=True)).host_bytes - 1
     least, most = (needed_bytes(min_peak(it, CPU, host_bytes), CPU) for it in (allowed, request))
     budget = Budget(free_bytes=rng.randint(least, most - 1), host_free_bytes=host_bytes)
     with pytest.raises(NothingFitsError):
         make_plan(request, budget, CPU)
     plan = make_plan(allowed, budget, CPU)
-    assert plan.sample.context is not None or plan.sample.weight_storage is not WeightStorage.AS_COMPUTED
+    assert (
+        plan.sample.settings.context is not None or plan.sample.settings.weight_storage is not WeightStorage.AS_COMPUTED
+    )
     put_in_card(plan.budget.usable_bytes)
     frames, reports = run(model, plan)
     assert torch.isfinite(frames).all()
     check_predictions(plan, reports)
-
-
-def with_sample(plan: Plan, settings: SampleSettings) -> Plan:
-    prediction = predict_sample(plan.request, settings)
-    predictions = tuple(prediction if it.stage is Stage.SAMPLE else it for it in plan.predictions)
-    return replace(plan, sample=settings, predictions=predictions)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -228,8 +225,8 @@ def test_weights_in_any_storage_take_what_is_predicted(
 ) -> None:
     request = Request(architecture=model.architecture, size=subject.size(72, 64, 3), precision=precision)
     plan = make_plan(request, Budget(free_bytes=GIB), CPU)
-    sample = replace(plan.sample, weight_storage=storage, streamed=streamed, workspace_bytes=64 * KIB)
-    plan = with_sample(plan, sample)
+    sample = replace(plan.sample.settings, weight_storage=storage, streamed=streamed, workspace_bytes=64 * KIB)
+    plan = with_settings(plan, sample=sample)
     put_in_card(max(needed_bytes(it, CPU) for it in plan.predictions))
     check_predictions(plan, run(model, plan)[1])
 
@@ -243,10 +240,10 @@ def test_windows_take_what_is_predicted(
     request = Request(architecture=model.architecture, size=size, precision=precision)
     plan = make_plan(request, Budget(free_bytes=GIB), CPU)
     context = ContextWindows(context_length=8, context_overlap=2)
-    plan = with_sample(plan, replace(plan.sample, context=context, batched_guidance=batched))
+    plan = with_settings(plan, sample=replace(plan.sample.settings, context=context, batched_guidance=batched))
     assert (
         plan.prediction(Stage.SAMPLE).peak_bytes
-        < predict_sample(request, replace(plan.sample, context=None)).peak_bytes
+        < predict_sample(request, replace(plan.sample.settings, context=None)).peak_bytes
     )
     put_in_card(max(needed_bytes(it, CPU) for it in plan.predictions))
     check_predictions(plan, run(model, plan)[1])
@@ -258,7 +255,7 @@ def test_a_plan_takes_windows_where_nothing_else_fits_and_runs_on_that_card(
     model, size = i2vgen_xl, VideoSize(width_pixels=96, height_pixels=72, frames=32)
     request = Request(architecture=model.architecture, size=size, precision="bf16", allow_approximate=True)
     plan = make_plan(request, Budget(free_bytes=needed_bytes(min_peak(request, CPU), CPU)), CPU)
-    assert plan.sample.context is not None
+    assert plan.sample.settings.context is not None
     put_in_card(plan.budget.usable_bytes)
     frames, reports = run(model, plan)
     assert torch.isfinite(frames).all()
@@ -294,8 +291,8 @@ def test_a_plan_parks_skips_where_nothing_else_fits_and_runs_on_that_card(
     model, size = model_with_wide_skips, VideoSize(width_pixels=96, height_pixels=96, frames=24)
     request = Request(architecture=model.architecture, size=size, precision="fp32", guidance=guidance)
     plan = make_plan(request, Budget(free_bytes=needed_bytes(min_peak(request, CPU), CPU)), CPU)
-    assert plan.sample.offload_skips
-    unparked = predict_sample(request, replace(plan.sample, offload_skips=False))
+    assert plan.sample.settings.offload_skips
+    unparked = predict_sample(request, replace(plan.sample.settings, offload_skips=False))
     assert needed_bytes(unparked, CPU) > plan.budget.usable_bytes
     put_in_card(plan.budget.usable_bytes)
     frames, reports = run(model, plan)
@@ -335,16 +332,9 @@ def samples_like(subject: Subject, size: VideoSize) -> Tensor:
 
 def every_way(plan: Plan, stage: Stage) -> list[Plan]:
     """The plan with each way to run a stage."""
-    dtype = plan.sample.compute_dtype
     if stage is Stage.ENCODE:
-        return [
-            replace(plan, encode=way, predictions=(predict_encode(plan.request, way, dtype), *plan.predictions[1:]))
-            for way in chain(*encode_candidates(plan.request))
-        ]
-    return [
-        replace(plan, decode=way, predictions=(*plan.predictions[:2], predict_decode(plan.request, way, dtype)))
-        for way in chain(*decode_candidates(plan.request))
-    ]
+        return [with_settings(plan, encode=it) for it in chain(*encode_candidates(plan.request))]
+    return [with_settings(plan, decode=it) for it in chain(*decode_candidates(plan.request))]
 
 
 def tensors(model: I2VModel) -> dict[tuple[str, str], Tensor]:
@@ -367,11 +357,11 @@ def test_a_card_one_byte_too_small_costs_a_rung_and_leaves_the_model_as_it_was(
     subject: Subject, model: I2VModel, put_in_card: PutInCard, stage: Stage, streamed: bool
 ) -> None:
     plan = plan_for(subject, model, Case(size=(96, 72, 4), precision="bf16", guidance=True, budget=0.5))
-    plan = replace(
+    plan = with_settings(
         plan,
-        encode=replace(plan.encode, streamed=streamed),
-        sample=replace(plan.sample, streamed=streamed, offload_skips=True),
-        decode=DecodeSettings(frames=TilingSettings(chunk_size=2), streamed=streamed),
+        encode=replace(plan.encode.settings, streamed=streamed),
+        sample=replace(plan.sample.settings, streamed=streamed, offload_skips=True),
+        decode=DecodeSettings(tiling=TilingSettings(chunk_size=2), streamed=streamed),
     )
     expected, reports = run(model, plan)
     peak_bytes = {report.stage: report.measured_peak_bytes for report in reports}

@@ -22,7 +22,7 @@ from i2v_core.memory.stage_meter import stage_meter
 from i2v_core.planning.margin import needed_bytes
 from i2v_core.planning.plan import Plan, SampleSettings, Stage
 from i2v_core.planning.planner import make_plan
-from i2v_core.planning.predict import predict_sample
+from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.sampling.checkpoint import Checkpointing, CheckpointWhen
 from i2v_core.sampling.context import ContextWindows
@@ -67,8 +67,7 @@ def i2vgen_xl(tiny_folder: Path) -> I2VModel:
 def plan_of(model: I2VModel, subject: Subject, way: SampleSettings, clips: int = 1, frames: int = 3) -> Plan:
     request = Request(architecture=model.architecture, size=subject.size(64, 64, frames), precision="fp32")
     plan = make_plan(request, Budget(free_bytes=GIB), CPU)
-    request = replace(request, clips=clips)
-    return replace(plan.with_prediction(predict_sample(request, way)), request=request, sample=way)
+    return with_settings(replace(plan, request=replace(request, clips=clips)), sample=way)
 
 
 def clip_of(model: I2VModel, plan: Plan, number: int) -> stages.SampleRequest:

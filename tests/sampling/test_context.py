@@ -17,6 +17,7 @@ from i2v_core.families import Conditioning, I2VModel, Prompt, TensorMap, VideoSi
 from i2v_core.memory.device import device_facts
 from i2v_core.planning.plan import Plan
 from i2v_core.planning.planner import make_plan
+from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.sampling.context import ContextWindows, blend_weights, in_windows
 from i2v_core.units import GIB
@@ -115,7 +116,7 @@ def sampled(
 ) -> tuple[Tensor, int]:
     """Sample with windows; return the latents and the measured peak."""
     context = ContextWindows(context_length=length, context_overlap=overlap) if length else None
-    plan = replace(plan, sample=replace(plan.sample, context=context, batched_guidance=batched))
+    plan = with_settings(plan, sample=replace(plan.sample.settings, context=context, batched_guidance=batched))
     samples, report = stages.sample(model, plan, conditioning, SETTINGS, RUNTIME)
     return samples, report.measured_peak_bytes
 

@@ -15,6 +15,7 @@ from i2v_core.families import I2VModel, Prompt, load_model
 from i2v_core.memory.device import device_facts
 from i2v_core.planning.plan import DecodeSettings, EncodeSettings, Plan
 from i2v_core.planning.planner import make_plan
+from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.units import GIB
 from tests.measures import relative_rms
@@ -99,11 +100,13 @@ def test_frames_equal_those_of_the_pipeline_chunked_too(
     assert expected.shape == (FRAMES, HEIGHT, WIDTH, 3)
     assert expected.std() > 0.05
     assert relative_rms(ours(model, plan)[1], expected) <= 1e-5
-    tiles = TilingSettings(chunk_size=plan.decode.frames.chunk_size, tile_pixels=TILES, maps_bytes=0)
-    chunked = replace(
+    tiles = TilingSettings(chunk_size=plan.decode.settings.tiling.chunk_size, tile_pixels=TILES, maps_bytes=0)
+    chunked = with_settings(
         plan,
-        encode=EncodeSettings(picture=replace(tiles, chunk_size=1), streamed=True),
-        sample=replace(plan.sample, batched_guidance=False, workspace_bytes=50_000, streamed=True, offload_skips=True),
-        decode=DecodeSettings(frames=tiles, streamed=True),
+        encode=EncodeSettings(tiling=replace(tiles, chunk_size=1), streamed=True),
+        sample=replace(
+            plan.sample.settings, batched_guidance=False, workspace_bytes=50_000, streamed=True, offload_skips=True
+        ),
+        decode=DecodeSettings(tiling=tiles, streamed=True),
     )
     assert relative_rms(ours(model, chunked)[1], expected) <= 1e-5

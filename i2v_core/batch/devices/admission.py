@@ -14,25 +14,12 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import count
 
+from ...memory.device_memory import DeviceMemory
 from ...planning.plan import Stage
 
 _LAST_STAGE_FIRST = {Stage.DECODE: 0, Stage.SAMPLE: 1, Stage.ENCODE: 2}
 _POLL_SECONDS = 0.2
 """Other programs do not say when they free memory."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceMemory:
-    """A device's memory: all of it, what others take, and what is to stay free."""
-
-    total_bytes: int
-    others_bytes: int = 0
-    reserve_bytes: int = 0
-
-    @property
-    def usable_bytes(self) -> int:
-        """Bytes that all stages together may take."""
-        return max(0, self.total_bytes - self.others_bytes - self.reserve_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

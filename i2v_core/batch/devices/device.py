@@ -14,12 +14,13 @@ import torch
 from ...families import Architecture
 from ...memory.calibration import CalibrationStore, calibration_key
 from ...memory.device import DeviceFacts, device_facts, is_out_of_memory
+from ...memory.device_memory import DeviceMemory
 from ...placement.attention import AttentionBackend
 from ...planning.plan import Plan, Stage
 from ...planning.request import Budget
 from ...planning.trace import loaded_bytes
 from ...stages import StageReport
-from .admission import BlockingReason, DeviceMemory
+from .admission import BlockingReason
 
 
 class DeviceLostError(Exception):
@@ -113,13 +114,8 @@ class LocalDevice:
 
     def empty_budget(self) -> Budget:
         """Budget as long as no model is loaded."""
-        room = self.room()
         on_host = self.torch_device.type == "cpu"
-        return Budget(
-            free_bytes=room.usable_bytes + room.reserve_bytes,
-            reserve_bytes=self.reserve_bytes,
-            host_free_bytes=None if on_host else int(psutil.virtual_memory().available),
-        )
+        return Budget.of(self.room(), host_free_bytes=None if on_host else int(psutil.virtual_memory().available))
 
     def facts(self, architecture: Architecture) -> DeviceFacts:
         facts = device_facts(self.torch_device)
@@ -134,10 +130,12 @@ class LocalDevice:
             others_bytes = max(0, total_bytes - free_bytes - torch.cuda.memory_reserved(self.torch_device))
         else:
             total_bytes, others_bytes = int(psutil.virtual_memory().total), self._others_at_first_bytes
-        if self.limit_bytes is not None:
-            # The limit is on our own bytes, so those of others come on top of it.
-            total_bytes = min(total_bytes, others_bytes + self.limit_bytes)
-        return DeviceMemory(total_bytes=total_bytes, others_bytes=others_bytes, reserve_bytes=self.reserve_bytes)
+        return DeviceMemory(
+            free_bytes=total_bytes - others_bytes,
+            limit_bytes=self.limit_bytes,
+            reserve_bytes=self.reserve_bytes,
+            others_bytes=others_bytes,
+        )
 
     @contextmanager
     def stage(self, stage: Stage, plan: Plan) -> Generator[None]:  # noqa: ARG002

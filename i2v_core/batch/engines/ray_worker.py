@@ -14,9 +14,9 @@ import torch
 
 from ...families import Architecture
 from ...memory.device import DeviceFacts, device_facts
+from ...memory.device_memory import DeviceMemory
 from ...placement.attention import AttentionBackend
 from ...planning.request import Budget
-from ..devices.admission import DeviceMemory
 from ..devices.device import LocalDevice, with_model_loaded
 from ..jobs.job import JobSpec, JobState, StopRequest
 from ..jobs.store import JobStore
@@ -35,7 +35,6 @@ class Description:
     pid: int
     device_facts: DeviceFacts
     device_budget: Budget
-    device_room: DeviceMemory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +51,7 @@ class RemoteDevice:
         return self.description.device_facts
 
     def room(self) -> DeviceMemory:
-        return self.description.device_room
+        return self.description.device_budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +96,6 @@ class BatchWorker:
             pid=os.getpid(),
             device_facts=device_facts(self._device.torch_device),
             device_budget=self._device.empty_budget(),
-            device_room=self._device.room(),
         )
 
     def run(self, spec: dict[str, Any]) -> JobResult:

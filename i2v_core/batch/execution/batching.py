@@ -14,12 +14,13 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 from itertools import pairwise
 
+from ...memory.device_memory import DeviceMemory
 from ...planning.approximations import Approximation
 from ...planning.cost import sample_cost
-from ...planning.denoiser_candidates import cheapest_sample
+from ...planning.fit_limit import FitLimit
 from ...planning.margin import needed_bytes
-from ...planning.plan import Plan, SamplePrediction, Stage, StagePrediction
-from ..devices.admission import DeviceMemory
+from ...planning.plan import Plan, Stage
+from ...planning.search import cheapest_sample
 from ..scheduling.estimator import plan_key
 from .running_job import RunningJob
 
@@ -40,7 +41,7 @@ def batch_key(flight: RunningJob) -> Hashable:
     assert conditioning is not None
     branches = (conditioning.positive, conditioning.negative or {})
     inputs = tuple(tuple((name, it.shape) for name, it in branch.items()) for branch in branches)
-    return (plan_key(spec), spec.steps, spec.scheduler, flight.plan.sample, inputs)
+    return (plan_key(spec), spec.steps, spec.scheduler, flight.plan.sample.settings, inputs)
 
 
 class BatchingPolicy:
@@ -104,7 +105,7 @@ class BatchingPolicy:
     def _plan_of(self, flight: RunningJob, clips: int) -> Plan | None:
         """Where it fits what is free of others, and pays by what is known or predicted."""
         single = flight.plan
-        key = (single.request, single.sample, single.budget, clips)
+        key = (single.request, single.sample.settings, single.budget, clips)
         if key not in self._plans:
             self._plans[key] = planned_together(single, clips)
         plan = self._plans[key]
@@ -124,16 +125,10 @@ def planned_together(plan: Plan, clips: int) -> Plan | None:
     Where one clip leaves room to encode or decode others meanwhile, so do several.
     """
     request = replace(plan.request, clips=clips)
-    most_bytes = plan.budget.usable_bytes - _kept_for_others(plan)
-
-    def fits(prediction: StagePrediction) -> bool:
-        return needed_bytes(prediction, plan.device) <= most_bytes and plan.budget.host_allows(prediction.host_bytes)
-
-    found = cheapest_sample(request, plan.sample.compute_dtype, fits, Approximation.of(plan.sample))
-    if found is None:
-        return None
-    together = replace(plan.with_prediction(found.prediction), request=request, sample=found.settings)
-    return replace(together, chunk_size=found.prediction.chunk_size)
+    limit = FitLimit.of(plan.budget, plan.device)
+    limit = replace(limit, device_bytes=limit.device_bytes - _kept_for_others(plan))
+    sample = cheapest_sample(request, plan.compute_dtype, limit, Approximation.of(plan.sample.settings))
+    return None if sample is None else replace(plan, request=request, sample=sample)
 
 
 def predicted_gain(single: Plan, together: Plan, step_seconds: float | None = None) -> float:
@@ -142,20 +137,14 @@ def predicted_gain(single: Plan, together: Plan, step_seconds: float | None = No
     """
     gain = 1 - _cost_of_a_clip(together) / _cost_of_a_clip(single)
     if step_seconds is not None:
-        saved = _prediction(single).layer_calls - _prediction(together).layer_calls / together.request.clips
+        saved = single.sample.prediction.layer_calls - together.sample.prediction.layer_calls / together.request.clips
         gain += saved * _CALL_SECONDS / step_seconds
     return gain
 
 
 def _cost_of_a_clip(plan: Plan) -> float:
     """Its time, in units of the plain run's."""
-    return 1 + sample_cost(plan.request, plan.sample, _prediction(plan))
-
-
-def _prediction(plan: Plan) -> SamplePrediction:
-    prediction = plan.prediction(Stage.SAMPLE)
-    assert isinstance(prediction, SamplePrediction)
-    return prediction
+    return 1 + sample_cost(plan.request, plan.sample)
 
 
 def _kept_for_others(plan: Plan) -> int:

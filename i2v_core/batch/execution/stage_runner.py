@@ -117,7 +117,7 @@ class StageRunner:
             except NoRoomError as error:
                 words, room = blocking_text(error.reason), error.room
             try:
-                flight.plan = refit(flight.plan, stage, room.usable_bytes + room.reserve_bytes)
+                flight.plan = refit(flight.plan, stage, room)
             except (DoesNotFitError, BadInputError) as error:
                 raise RanOutError(f"{words}, which no plan fits", "close what holds device memory") from error
             flight.notes.append(f"planned again for {stage.value}: {words}")

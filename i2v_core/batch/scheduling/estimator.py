@@ -9,7 +9,7 @@ from ...families import Architecture
 from ...memory.device import DeviceFacts
 from ...planning.cost import sample_cost
 from ...planning.margin import needed_bytes
-from ...planning.plan import Plan, SamplePrediction, Stage
+from ...planning.plan import Plan, Stage
 from ...planning.planner import make_plan
 from ...planning.request import Budget, Request
 from ...planning.suggestions import NothingFitsError
@@ -53,10 +53,9 @@ def work(plan: Plan, steps: int) -> dict[Stage, float]:
     Encode has those of the picture, decode those of all frames, sample those of all frames for each step and guidance
     branch, times the cost of the plan's settings.
     """
-    size, prediction = plan.request.size, plan.prediction(Stage.SAMPLE)
-    assert isinstance(prediction, SamplePrediction)
+    size = plan.request.size
     picture = size.width_pixels * size.height_pixels / _MEGAPIXEL
-    cost = 1 + sample_cost(plan.request, plan.sample, prediction)
+    cost = 1 + sample_cost(plan.request, plan.sample)
     return {
         Stage.ENCODE: picture,
         Stage.SAMPLE: size.frames * picture * steps * plan.request.branches * cost,

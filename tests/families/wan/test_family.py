@@ -134,9 +134,9 @@ def test_the_published_models_fit_small_cards(name: str, size: tuple[int, int, i
     )
     assert predict_sample(request, STREAMED).peak_bytes <= most_gib * GIB
     tiling = TilingSettings(chunk_size=4, tile_pixels=128, maps_bytes=GIB)
-    decode = DecodeSettings(frames=tiling, streamed=True)
+    decode = DecodeSettings(tiling=tiling, streamed=True)
     assert predict_decode(request, decode, torch.bfloat16).peak_bytes <= 1.3 * GIB
-    encode = EncodeSettings(picture=tiling, streamed=True)
+    encode = EncodeSettings(tiling=tiling, streamed=True)
     assert predict_encode(request, encode, torch.bfloat16).peak_bytes <= 1.3 * GIB
 
 
