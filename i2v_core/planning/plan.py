@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import torch
 
 from ..chunking import ChunkSettings
-from ..decoding import TilingSettings
+from ..decoding import ONE_FRAME_UNTILED, TilingSettings
 from ..errors import PlanMismatchError
 from ..families import Architecture
 from ..memory.device import DeviceFacts
