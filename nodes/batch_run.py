@@ -10,7 +10,7 @@ from pathlib import Path
 import comfy.model_management as management
 import comfy.utils
 
-from ..i2v_core.batch.engines.local import Engine
+from ..i2v_core.batch.engines.local import LocalEngine
 from ..i2v_core.batch.engines.settings import EngineSettings
 from ..i2v_core.batch.jobs.job import JobRecord, JobSpec, JobState
 from ..i2v_core.batch.jobs.store import FilteredJobStore
@@ -33,12 +33,12 @@ class CurrentBatch:
     """The batch that runs now, or has run last in this host, for who looks at the queue."""
 
     def __init__(self) -> None:
-        self.engine: Engine | None = None
+        self.engine: LocalEngine | None = None
         self._watch: MetricsCollector | None = None
         self._last: BatchMetrics | None = None
 
     @contextmanager
-    def listing(self, engine: Engine, watch: MetricsCollector) -> Iterator[None]:
+    def listing(self, engine: LocalEngine, watch: MetricsCollector) -> Iterator[None]:
         """While the batch runs."""
         self.engine, self._watch = engine, watch
         try:
@@ -98,7 +98,7 @@ def run(
         watch.on_span(span)
         spans.append(span)
 
-    engine = Engine(
+    engine = LocalEngine(
         part,
         devices,
         EngineSettings(output=output, policy=rule),

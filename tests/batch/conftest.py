@@ -1,4 +1,4 @@
-"""What tests of the queue share."""
+"""Fixtures and an emulated card for tests of batches."""
 
 from __future__ import annotations
 
