@@ -196,6 +196,8 @@ class RayEngine(BatchEngine):
             self._let_go(job)
 
     def _conclude(self, job: _RemoteJob, result: JobResult) -> None:
+        if result.worker_lost:
+            self._replace(job.worker, is_alive=True)
         if result.state is JobState.DONE:
             thumbnail = self.work / f"{job.spec.key}.jpg"
             if thumbnail.exists():
@@ -207,17 +209,19 @@ class RayEngine(BatchEngine):
             self._lifecycle.release(job)
 
     def _on_lost(self, job: _RemoteJob, error: Exception) -> None:
-        """Fails the job of a lost worker, so that it continues elsewhere, and has the worker restarted."""
-        worker = job.worker
+        """Fails the job of a lost worker, so that it continues elsewhere, and has the worker replaced."""
         words = str(getattr(error, "cause", None) or error) or repr(error)
-        problem = words.splitlines()[0]
-        if worker.restarting is None:
-            if isinstance(error, self._ray.exceptions.RayTaskError):
-                # Its process lives, but can use its device no more.
-                self._ray.kill(worker.handle, no_restart=False)
-            worker.restarting = worker.handle.describe.remote()
-            self._announce_lost_device(worker.name, "the worker was lost; Ray restarts it")
-        self._lifecycle.fail(job, f"the worker was lost ({problem})", {})
+        self._replace(job.worker, is_alive=isinstance(error, self._ray.exceptions.RayTaskError))
+        self._lifecycle.fail(job, f"the worker was lost ({words.splitlines()[0]})", {})
+
+    def _replace(self, worker: _Worker, *, is_alive: bool) -> None:
+        """Has Ray restart a worker whose process has ended, or is alive but can run nothing more."""
+        if worker.restarting is not None:
+            return
+        if is_alive:
+            self._ray.kill(worker.handle, no_restart=False)
+        worker.restarting = worker.handle.describe.remote()
+        self._announce_lost_device(worker.name, "the worker was lost; Ray restarts it")
 
     def _on_restarted(self, worker: _Worker) -> None:
         try:

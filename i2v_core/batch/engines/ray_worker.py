@@ -19,7 +19,7 @@ from ...memory.device import DeviceFacts, device_facts
 from ...placement.attention import AttentionBackend
 from ...planning.request import Budget
 from ..devices.admission import DeviceMemory
-from ..devices.device import DeviceLostError, LocalDevice, with_model_loaded
+from ..devices.device import LocalDevice, with_model_loaded
 from ..jobs.job import JobSpec, JobState
 from ..jobs.store import JobStore
 from ..monitoring.events import Event, EventKind
@@ -67,6 +67,8 @@ class JobResult:
     report: dict[str, Any] | None
     """Reports of the stages, or of the failure."""
     measured_bytes: int | None
+    worker_lost: bool
+    """The worker can run nothing more in this process."""
 
 
 class BatchWorker:
@@ -102,11 +104,7 @@ class BatchWorker:
         )
 
     def run(self, spec: dict[str, Any]) -> JobResult:
-        """Runs a job and waits until it has ended here, in whatever way.
-
-        Raises:
-            DeviceLostError: this process can use its device no more.
-        """
+        """Runs a job until it has ended here. One that had not begun when the device was lost is returned as waiting."""
         (job_id,) = self._store.add([JobSpec.from_dict(spec)])
         with self._changed:
             self._ended.discard(job_id)
@@ -120,9 +118,13 @@ class BatchWorker:
             self._engine.wake()
             self._wait_for_end(job_id)
             job = self._store.job(job_id)
-        if self._has_lost_device() and job.state is JobState.FAILED:
-            raise DeviceLostError(job.problem)
-        return JobResult(state=job.state, problem=job.problem, report=job.report, measured_bytes=job.measured_bytes)
+        return JobResult(
+            state=job.state,
+            problem=job.problem,
+            report=job.report,
+            measured_bytes=job.measured_bytes,
+            worker_lost=self._engine.is_over or not self._engine.status(),
+        )
 
     def stop(self, key: str) -> None:
         """Stops a job that runs here or is about to. Its checkpoint is kept; the driver decides what becomes of it."""
@@ -140,13 +142,8 @@ class BatchWorker:
 
     def _wait_for_end(self, job_id: int) -> None:
         with self._changed:
-            while job_id not in self._ended:
-                if self._engine.is_over:
-                    raise DeviceLostError("the worker's engine has ended")
+            while job_id not in self._ended and not self._engine.is_over:
                 self._changed.wait(_POLL_SECONDS)
-
-    def _has_lost_device(self) -> bool:
-        return not self._engine.status()
 
     def _on_event(self, event: Event) -> None:
         if event.kind in _ENDED and event.job is not None:
