@@ -198,7 +198,7 @@ def test_jobs_are_taken_up_and_finished(make_batch: MakeBatch, make_job: MakeJob
     assert Counter(event.job for event in batch.of(EventKind.DONE)) == Counter(ids)
     for job, spec in zip(batch.store.jobs(), specs, strict=True):
         assert job.output == batch.output / spec.output_name
-        assert job.output.is_file()
+        assert (batch.output / spec.output_name).is_file()
         assert job.report is not None
         assert job.thumbnail is not None
         assert job.thumbnail.is_file()

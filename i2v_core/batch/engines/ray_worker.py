@@ -104,7 +104,7 @@ class BatchWorker:
         )
 
     def run(self, spec: dict[str, Any]) -> JobResult:
-        """Runs a job until it has ended here. One that had not begun when the device was lost is returned as waiting."""
+        """Runs a job until it has ended here. One that had not begun when the device is lost stays waiting."""
         (job_id,) = self._store.add([JobSpec.from_dict(spec)])
         with self._changed:
             self._ended.discard(job_id)
