@@ -21,6 +21,7 @@ from i2v_core.batch.engines import local, ray_driver
 from i2v_core.batch.engines.device_worker import device_worker
 from i2v_core.batch.engines.engine import BatchEngine
 from i2v_core.batch.engines.lease_keeper import LeaseKeeper
+from i2v_core.batch.engines.lifecycle import JobLifecycle
 from i2v_core.batch.engines.local import LocalEngine
 from i2v_core.batch.engines.ray_cluster import LOCAL
 from i2v_core.batch.engines.ray_driver import RayEngine
@@ -495,7 +496,31 @@ def test_progress_is_shown_while_a_job_runs(make_batch: MakeBatch, make_job: Mak
     assert seen.is_set()
 
 
-# Of a cluster alone.
+# On a cluster only.
+
+
+@pytest.mark.parametrize(("settings", "most"), [((2, None), 2), ((2, 3), 6), ((1, 3), 1)])
+def test_a_worker_is_handed_as_many_jobs_as_its_batches_take(
+    tmp_path: Path,
+    fake_ray: FakeRay,
+    make_job: MakeJob,
+    settings: tuple[int, int | None],
+    most: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    max_in_flight, clips = settings
+    batch, handed_out = Batch("ray", tmp_path, devices=1, max_in_flight=max_in_flight, clips_at_once=clips), list[int]()
+    take_up = JobLifecycle.take_up
+
+    def count(lifecycle: JobLifecycle, device: str, *args: object, **options: object) -> object:
+        if device == "worker 0":
+            handed_out.append(len(batch.engine.status()[0].jobs))
+        return take_up(lifecycle, device, *args, **options)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(JobLifecycle, "take_up", count)
+    batch.run(*map(make_job, range(8)))
+    assert max(handed_out) == most - 1
+    batch.store.close()
 
 
 def test_a_killed_worker_costs_an_attempt_and_is_restarted(

@@ -15,6 +15,7 @@ from typing import Any
 from ...errors import I2VError
 from ..devices.admission import AdmissionController
 from ..devices.device import DeviceStatus
+from ..execution.ready_queue import max_jobs
 from ..execution.running_job import HeldJob, StopReason
 from ..jobs.job import JobState
 from ..jobs.store import JobStore
@@ -79,6 +80,9 @@ class RayEngine(BatchEngine):
         self._ray = import_ray()
         self._address, self._cpu_workers = address, cpu_workers
         self._limit_bytes, self._reserve_bytes = limit_bytes, reserve_bytes
+        one_by_one = settings.max_in_flight == 1
+        self._max_jobs = max_jobs(settings.max_in_flight, 1 if one_by_one else settings.clips_at_once or 1)
+        """Of each worker. So many, that a batch of the size that was asked for can be made there."""
         self._workers: dict[str, _Worker] = {}
         self._by_ref: dict[Any, _RemoteJob] = {}
 
@@ -114,7 +118,7 @@ class RayEngine(BatchEngine):
     def _start_workers(self) -> None:
         settings = replace(self.settings, work=self.work)
         actor = self._ray.remote(BatchWorker)
-        threads = self.settings.max_in_flight + _SPARE_THREADS
+        threads = self._max_jobs + _SPARE_THREADS
         handles = [
             actor.options(max_restarts=_RESTARTS, max_concurrency=threads, **resources).remote(
                 settings, self._limit_bytes, self._reserve_bytes
@@ -164,7 +168,7 @@ class RayEngine(BatchEngine):
             workers = [worker for worker in workers if self._has_room(worker) and self._hand_out_to(worker)]
 
     def _has_room(self, worker: _Worker) -> bool:
-        return worker.restarting is None and len(self._jobs_of(worker)) < self.settings.max_in_flight
+        return worker.restarting is None and len(self._jobs_of(worker)) < self._max_jobs
 
     def _hand_out_to(self, worker: _Worker) -> bool:
         def prepare(assignment: Assignment, output: Path) -> _RemoteJob:

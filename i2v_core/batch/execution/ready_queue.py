@@ -95,5 +95,10 @@ class ReadyQueue:
     def _has_room(self) -> bool:
         # Before anything is sampled, a batch for now and one to follow it; then the one to follow.
         encode_ahead = self._encode_ahead if self._sampling else 2 * self._encode_ahead
-        max_in_flight = self._max_in_flight + 2 * (self._encode_ahead - 1)
+        max_in_flight = max_jobs(self._max_in_flight, self._encode_ahead)
         return self._encoding + len(self._ready) < encode_ahead and self._in_flight < max_in_flight
+
+
+def max_jobs(max_in_flight: int, clips: int) -> int:
+    """How many jobs may be in flight where `clips` are sampled together: two batches in place of two jobs."""
+    return max_in_flight + 2 * (clips - 1)
