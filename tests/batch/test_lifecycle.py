@@ -25,6 +25,7 @@ from i2v_core.batch.engines.lifecycle import JobLifecycle
 from i2v_core.batch.engines.local import LocalEngine
 from i2v_core.batch.engines.ray_cluster import LOCAL
 from i2v_core.batch.engines.ray_driver import RayEngine
+from i2v_core.batch.engines.ray_worker import BatchWorker, WorkerDescription
 from i2v_core.batch.engines.settings import EngineSettings
 from i2v_core.batch.execution.model_cache import ModelCache
 from i2v_core.batch.execution.running_job import RunningJob
@@ -52,7 +53,7 @@ RENEW_SECONDS, PATIENCE_SECONDS = 0.05, 60
 
 @dataclass
 class Stages:
-    """What the stubbed stages do: `run` is called in place of the first stage, `end` before the video is written."""
+    """The stubbed stages' actions: `run` in place of the first stage, `end` before the video is written."""
 
     run: Callable[[RunningJob], None] = lambda _: None
     end: Callable[[RunningJob], None] = lambda _: None
@@ -555,4 +556,21 @@ def test_a_batch_ends_when_every_worker_is_lost_for_good(
     with pytest.raises(Exception, match="every worker of the cluster is lost"):
         batch.run(make_job())
     assert batch.states() == {JobState.WAITING: 1}
+    batch.store.close()
+
+
+def test_a_worker_that_does_not_start_is_left_out(
+    tmp_path: Path, fake_ray: FakeRay, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describe = BatchWorker.describe
+
+    def fail_on_the_first(worker: BatchWorker) -> WorkerDescription:
+        if worker is fake_ray.actors[0].instance:
+            raise MemoryError
+        return describe(worker)
+
+    monkeypatch.setattr(BatchWorker, "describe", fail_on_the_first)
+    batch = Batch("ray", tmp_path, devices=2)
+    batch.run(make_job())
+    assert batch.states() == {JobState.DONE: 1}
     batch.store.close()

@@ -48,12 +48,12 @@ def test_a_worker_that_is_killed_costs_no_job(tmp_path: Path, make_job: MakeJob,
 
     engine = RayEngine(store, LOCAL, settings, cpu_workers=2, on_event=on_event)
     engine.start()
-    assert first_done.wait(120)
+    assert first_done.wait(300)
     pids = engine.worker_pids()
     assert len(set(pids.values())) == 2
     victim = next(job.device for job in store.jobs(JobState.RUNNING) if job.device)
     os.kill(pids[victim], signal.SIGKILL)
-    assert engine.join(120)
+    assert engine.join(300)
 
     assert [event.device for event in events if event.kind is EventKind.DEVICE_LOST] == [victim]
     states = [store.job(job_id).state for job_id in ids]

@@ -52,7 +52,7 @@ class DeviceWorker:
         return len(self._failed_jobs) >= _FAILURES_OF_A_FAILING_DEVICE
 
     def status(self, jobs: Sequence[int], too_large_now: int) -> DeviceStatus:
-        """What a page shows of the device.
+        """The device's status, for a page or a progress bar.
 
         Args:
             jobs: ids of those that it runs.

@@ -52,7 +52,7 @@ class BatchEngine(ABC):
 
     @abstractmethod
     def status(self) -> tuple[DeviceStatus, ...]:
-        """What each device does now; devices that are lost are left out."""
+        """Memory, jobs and waits of each device that is not lost."""
 
     @abstractmethod
     def _run_jobs(self) -> None:

@@ -1,4 +1,4 @@
-"""Where leases are renewed: an engine's jobs stay its own, stop when that is asked for, and stop when they are lost."""
+"""Renewing leases: an engine's jobs stay its own, stop on request, and stop when their lease is lost."""
 
 from __future__ import annotations
 

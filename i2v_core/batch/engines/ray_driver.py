@@ -24,7 +24,7 @@ from ..scheduling.scheduler import Assignment, Scheduler
 from .engine import BatchEngine
 from .lifecycle import found_report
 from .ray_cluster import connect, import_ray, worker_resources
-from .ray_worker import BatchWorker, JobResult, RemoteDevice
+from .ray_worker import BatchWorker, JobResult, RemoteDevice, WorkerDescription
 from .settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -80,9 +80,9 @@ class RayEngine(BatchEngine):
         self._ray = import_ray()
         self._address, self._cpu_workers = address, cpu_workers
         self._limit_bytes, self._reserve_bytes = limit_bytes, reserve_bytes
+        # So many for each worker, that a batch of the size that was asked for can be made there.
         one_by_one = settings.max_in_flight == 1
         self._max_jobs = max_jobs(settings.max_in_flight, 1 if one_by_one else settings.clips_at_once or 1)
-        """Of each worker. So many, that a batch of the size that was asked for can be made there."""
         self._workers: dict[str, _Worker] = {}
         self._by_ref: dict[Any, _RemoteJob] = {}
 
@@ -131,7 +131,12 @@ class RayEngine(BatchEngine):
             logger.warning("a worker has not started within %.0f s and is left out", _START_SECONDS)
             self._ray.kill(asked[ref])
         for index, ref in enumerate(ready):
-            device = RemoteDevice(name=f"worker {index}", description=self._ray.get(ref))
+            try:
+                description: WorkerDescription = self._ray.get(ref)
+            except self._ray.exceptions.RayError as error:
+                logger.warning("a worker has not started and is left out: %s", error)
+                continue
+            device = RemoteDevice(name=f"worker {index}", description=description)
             self._workers[device.name] = _Worker(device.name, asked[ref], device)
         if not self._workers:
             raise I2VError("no worker could be started on the cluster", "look at `ray status` and the workers' logs")

@@ -32,7 +32,7 @@ _POLL_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerDescription:
-    """What the driver must know of a worker's device to plan for it."""
+    """Facts about a worker's device that the driver needs to plan for it."""
 
     host: str
     pid: int

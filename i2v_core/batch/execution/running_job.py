@@ -76,14 +76,14 @@ class RunningJob(HeldJob):
     """Keeps the samples until the video is written, so that a retry only decodes."""
     conditioning: Conditioning | None = None
     state: LoopState | None = None
-    """Where sampling continues, for a job that left a batch."""
+    """State from which a job that left a batch continues to sample."""
     samples: Tensor | None = None
     reports: list[StageReport] = field(default_factory=list[StageReport])
     notes: list[str] = field(default_factory=list[str])
     stepped_at: list[float] = field(default_factory=list[float])
-    """When each step ended that was sampled outside a batch, by a monotonic clock."""
+    """Times at which steps outside a batch ended, by a monotonic clock."""
     decoded_at: float = 0.0
-    """When the last frame was decoded, by a monotonic clock."""
+    """Time at which the last frame was decoded, by a monotonic clock."""
     finished: threading.Event = field(default_factory=threading.Event)
 
     def check(self) -> None:
