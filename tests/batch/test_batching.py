@@ -189,7 +189,7 @@ def frames_alone(tmp_path_factory: pytest.TempPathFactory, tiny_model: I2VModel)
     def frames(spec: JobSpec) -> np.ndarray:
         if spec.key not in made:
             with batches(tmp_path_factory.mktemp("alone"), tiny_model) as make:
-                batch = make(max_in_job=1)
+                batch = make(max_in_flight=1)
                 batch.run(spec)
                 made[spec.key] = pixels(batch.output / spec.output_name)
         return made[spec.key]
@@ -431,7 +431,7 @@ def test_one_after_another_none_are_put_together(
     make_batch: MakeBatch, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = step_takes(monkeypatch, 0.0)
-    batch = make_batch(max_in_job=1, clips_at_once=CLIPS)
+    batch = make_batch(max_in_flight=1, clips_at_once=CLIPS)
     batch.run(*(make_job(seed, steps=3) for seed in range(4)))
     assert batch.states() == {JobState.DONE: 4}
     assert not seen
