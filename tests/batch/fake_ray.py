@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+_RESTART_SECONDS = 0.3
+
 
 class RayError(Exception):
     pass
@@ -24,12 +26,17 @@ class RayActorError(RayError):
     """An actor has ended before its method returned."""
 
 
+class ActorUnavailableError(RayError):
+    """An actor is being restarted."""
+
+
 class GetTimeoutError(RayError):
     pass
 
 
 class _Exceptions:
-    RayError, RayTaskError, RayActorError, GetTimeoutError = RayError, RayTaskError, RayActorError, GetTimeoutError
+    RayError, RayTaskError, RayActorError = RayError, RayTaskError, RayActorError
+    ActorUnavailableError, GetTimeoutError = ActorUnavailableError, GetTimeoutError
 
 
 class _Ref:
@@ -58,6 +65,7 @@ class Actor:
         self._make, self._restarts = make, restarts
         self._lock = threading.Lock()
         self._pending: set[_Ref] = set()
+        self._restarting = False
         self.instance: Any = make()
 
     def __getattr__(self, name: str) -> _Method:
@@ -68,7 +76,8 @@ class Actor:
         with self._lock:
             instance = self.instance
             if instance is None:
-                ref.settle(error=RayActorError("the actor is dead"))
+                gone = ActorUnavailableError if self._restarting else RayActorError
+                ref.settle(error=gone("the actor is not there"))
                 return ref
             self._pending.add(ref)
 
@@ -90,12 +99,17 @@ class Actor:
         with self._lock:
             old, pending = self.instance, self._pending
             self.instance, self._pending = None, set()
+            self._restarting = restart and self._restarts > 0
         end(old)
-        if restart and self._restarts > 0:
-            self._restarts -= 1
-            self.instance = self._make()
         for ref in pending:
             ref.settle(error=RayActorError("the actor died unexpectedly"))
+        if self._restarting:
+            threading.Thread(target=self._restart, daemon=True).start()
+
+    def _restart(self) -> None:
+        time.sleep(_RESTART_SECONDS)
+        self._restarts -= 1
+        self.instance, self._restarting = self._make(), False
 
 
 def end(worker: Any) -> None:

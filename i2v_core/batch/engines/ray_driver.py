@@ -30,6 +30,7 @@ from .settings import EngineSettings
 logger = logging.getLogger(__name__)
 
 _START_SECONDS, _RESTARTS = 120.0, 3
+_RESTART_POLL_SECONDS = 0.5
 _SPARE_THREADS = 4
 """Threads of a worker beyond those that run jobs: to describe itself, report progress, and stop jobs."""
 
@@ -235,6 +236,12 @@ class RayEngine(BatchEngine):
     def _on_restarted(self, worker: _Worker) -> None:
         try:
             description = self._ray.get(worker.restarting)
+        except self._ray.exceptions.ActorUnavailableError:
+            # It is being restarted still, and Ray does not wait for that.
+            with self._changed:
+                self._changed.wait(min(self.settings.renew_seconds, _RESTART_POLL_SECONDS))
+            worker.restarting = worker.handle.describe.remote()
+            return
         except self._ray.exceptions.RayError as error:
             logger.warning("%s is lost for good: %s", worker.name, error)
             with self._changed:
