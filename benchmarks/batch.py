@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from i2v_core.batch.devices.device import local_devices  # noqa: E402
-from i2v_core.batch.engines.local import Engine  # noqa: E402
+from i2v_core.batch.engines.local import LocalEngine  # noqa: E402
 from i2v_core.batch.engines.settings import EngineSettings  # noqa: E402
 from i2v_core.batch.jobs.job import JobSpec, JobState  # noqa: E402
 from i2v_core.batch.jobs.store import JobStore  # noqa: E402
@@ -74,7 +74,7 @@ def run(
     spans: list[Span] = []
     devices = local_devices(limit_bytes, 0, CalibrationStore(folder / "calibration.json"))[:1]
     settings = EngineSettings(output=folder / "out", max_in_flight=max_in_flight, clips_at_once=clips)
-    engine = Engine(store, devices, settings, load=lambda _: model, on_span=spans.append)
+    engine = LocalEngine(store, devices, settings, load=lambda _: model, on_span=spans.append)
     began, worked = time.perf_counter(), time.process_time()
     engine.run()
     seconds, processor_seconds = time.perf_counter() - began, time.process_time() - worked

@@ -10,7 +10,7 @@ from pathlib import Path
 import comfy.model_management as management
 import comfy.utils
 
-from ..i2v_core.batch.engines.local import Engine
+from ..i2v_core.batch.engines.local import LocalEngine
 from ..i2v_core.batch.engines.settings import EngineSettings
 from ..i2v_core.batch.jobs.job import JobRecord, JobSpec, JobState
 from ..i2v_core.batch.jobs.store import FilteredJobStore
@@ -33,12 +33,12 @@ class CurrentBatch:
     """The batch that is running, or that ran last in this host, for the routes that show the queue."""
 
     def __init__(self) -> None:
-        self.engine: Engine | None = None
+        self.engine: LocalEngine | None = None
         self._collector: MetricsCollector | None = None
         self._last: BatchMetrics | None = None
 
     @contextmanager
-    def running(self, engine: Engine, collector: MetricsCollector) -> Iterator[None]:
+    def running(self, engine: LocalEngine, collector: MetricsCollector) -> Iterator[None]:
         """Publish a batch while it runs, and keep its metrics afterwards."""
         self.engine, self._collector = engine, collector
         try:
@@ -98,7 +98,7 @@ def run(
         collector.on_span(span)
         spans.append(span)
 
-    engine = Engine(
+    engine = LocalEngine(
         store,
         devices,
         EngineSettings(output=output, policy=policy),

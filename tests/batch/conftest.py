@@ -1,4 +1,4 @@
-"""What tests of the queue share."""
+"""Fixtures and an emulated card for tests of batches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MakeSpec = Callable[[int], JobSpec]
 
 @dataclass
 class Clock:
-    """Seconds since the epoch that pass when a test says so."""
+    """A clock in seconds since the epoch, which tests set."""
 
     now: float = 1_000_000.0
 
@@ -53,7 +53,7 @@ def store(tmp_path: Path, clock: Clock) -> Iterator[JobStore]:
 
 @pytest.fixture
 def make_spec() -> MakeSpec:
-    """Jobs that differ in their seed."""
+    """Makes jobs that differ in their seed."""
     spec = JobSpec(
         model=Path("model"),
         image=Path("a.png"),
@@ -95,7 +95,7 @@ class SharedCard:
                     self._meters.remove(storages)
 
     def limit_of(self, one: _CardMeter) -> int:
-        """What the card leaves to one stage now."""
+        """Bytes that the card leaves to one stage now."""
         with self._turn:
             used = {meter: meter.current_bytes for meter in self._meters}
             self.highest_bytes = max(self.highest_bytes, sum(used.values()))
@@ -124,15 +124,14 @@ _card: ContextVar[SharedCard | None] = ContextVar("card", default=None)
 
 @dataclass(kw_only=True)
 class EmulatedDevice:
-    """A `BatchDevice` on the CPU whose memory is a `SharedCard`. `others_bytes` are held by other programs.
-
-    `before_stage` is called in every stage's thread, when it has been let in.
-    """
+    """A `BatchDevice` on the CPU whose memory is a `SharedCard`."""
 
     card: SharedCard
     name: str = "card"
     others_bytes: int = 0
+    """Held by other programs."""
     before_stage: Callable[[Stage, Plan], None] = lambda _, __: None
+    """Called in the thread of each stage once it is admitted."""
     concluded_alone: list[bool] = field(default_factory=list[bool])
     torch_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     attention: AttentionBackend = AttentionBackend.SDPA
@@ -167,7 +166,7 @@ class EmulatedDevice:
 
 @contextmanager
 def on_shared_card() -> Iterator[None]:
-    """While the context lasts, stages run on the card of their device."""
+    """Makes stages run on the emulated card of their device while the context lasts."""
 
     @contextmanager
     def on_card(device: torch.device) -> Iterator[StageMeter]:
@@ -206,7 +205,7 @@ MakeJob = Callable[..., JobSpec]
 
 @pytest.fixture
 def make_job(tiny_folder: Path, pictures: Path) -> MakeJob:
-    """A job of the tiny model that takes a moment."""
+    """Makes short jobs of the tiny model."""
 
     def make(seed: int = 0, **changes: object) -> JobSpec:
         spec = JobSpec(

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from i2v_core.batch.devices.device import LocalDevice
-from i2v_core.batch.engines.local import Engine
+from i2v_core.batch.engines.local import LocalEngine
 from i2v_core.batch.engines.settings import EngineSettings
 from i2v_core.batch.jobs.job import JobState
 from i2v_core.batch.jobs.store import JobStore
@@ -240,7 +240,7 @@ def test_a_real_batch_is_suspected_only_where_it_leaks(
             kept.append(torch.ones(leak_bytes // 4))
 
     collector = MetricsCollector()
-    engine = Engine(
+    engine = LocalEngine(
         store,
         [LocalDevice(torch_device=torch.device("cpu"))],
         EngineSettings(output=tmp_path / "out"),

@@ -11,8 +11,7 @@ from tqdm import tqdm
 
 from ...errors import I2VError
 from ...units import format_gib
-from ..engines.local import Engine
-from ..engines.ray_driver import RayEngine
+from ..engines.engine import BatchEngine
 from ..jobs.job import JobState
 from ..jobs.store import JobStore
 from ..monitoring.events import Event, EventKind, Span
@@ -60,7 +59,7 @@ class Console:
         except I2VError as error:
             say(str(error))
 
-    def show(self, engine: Engine | RayEngine, ids: Sequence[int]) -> None:
+    def show(self, engine: BatchEngine, ids: Sequence[int]) -> None:
         """Update the bar with what runs now; call it from time to time."""
         self._metrics.sample(read_cards())
         if self._bar.disable:
