@@ -8,6 +8,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from i2v_core.sampling import checkpoint
 from i2v_core.sampling.checkpoint import Checkpointing, CheckpointWhen
 from i2v_core.units import GIB
 from tests.emulated_cuda import CARD, emulated_cuda
+from tests.marking import first_quick
 
 CPU = torch.device("cpu")
 RUNTIME = stages.Runtime(device=CPU)
@@ -64,6 +66,17 @@ def conditioning(model: I2VModel, plan: Plan) -> Conditioning:
     return stages.encode(model, plan, PROMPT, RUNTIME)[0]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(model: I2VModel, plan: Plan, conditioning: Conditioning) -> Callable[[str], Tensor]:
+    """The samples of a run that nothing stops, by its scheduler."""
+
+    @cache
+    def samples(scheduler: str) -> Tensor:
+        return stages.sample(model, plan, conditioning, replace(SETTINGS, scheduler=scheduler), RUNTIME)[0]
+
+    return samples
+
+
 @pytest.fixture
 def every_step(tmp_path: Path) -> Checkpointing:
     return Checkpointing(folder=tmp_path / "checkpoints", when=CheckpointWhen.EVERY_STEP)
@@ -99,6 +112,7 @@ def cancelled(
     return next(iter(chosen.folder.glob("*")), None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("goes_on", [CARD, CPU], ids=["on the card", "on the CPU"])
 def test_a_run_that_was_cancelled_on_a_card_goes_on(
@@ -108,9 +122,10 @@ def test_a_run_that_was_cancelled_on_a_card_goes_on(
     every_step: Checkpointing,
     scheduler: str,
     goes_on: torch.device,
+    undisturbed: Callable[[str], Tensor],
 ) -> None:
     settings = replace(SETTINGS, scheduler=scheduler)
-    expected, _ = stages.sample(model, plan, conditioning, settings, RUNTIME)
+    expected = undisturbed(scheduler)
     with emulated_cuda() as card:
         with pytest.raises(StopError):
             stages.sample(model, plan, conditioning, settings, replace(stop_after(3), device=CARD), every_step)
@@ -121,7 +136,7 @@ def test_a_run_that_was_cancelled_on_a_card_goes_on(
     assert not card.races, card.races[0]
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", first_quick(SCHEDULERS))
 @pytest.mark.parametrize("at", [1, 3, 5])
 def test_a_cancelled_run_goes_on_and_ends_as_if_nothing_had_been(
     model: I2VModel,
@@ -131,9 +146,10 @@ def test_a_cancelled_run_goes_on_and_ends_as_if_nothing_had_been(
     scheduler: str,
     at: int,
     survived: Counter[str],
+    undisturbed: Callable[[str], Tensor],
 ) -> None:
     settings = replace(SETTINGS, scheduler=scheduler)
-    expected, _ = stages.sample(model, plan, conditioning, settings, RUNTIME)
+    expected = undisturbed(scheduler)
     assert cancelled(model, plan, conditioning, settings, at, every_step)
     seen: list[int] = []
     samples, report = stages.sample(model, plan, conditioning, settings, steps_seen(RUNTIME, seen), every_step)
@@ -253,8 +269,9 @@ def test_a_damaged_checkpoint_is_set_aside(
     damage: Callable[[Path], None],
     caplog: pytest.LogCaptureFixture,
     survived: Counter[str],
+    undisturbed: Callable[[str], Tensor],
 ) -> None:
-    expected, _ = stages.sample(model, plan, conditioning, SETTINGS, RUNTIME)
+    expected = undisturbed("unipc")
     kept = cancelled(model, plan, conditioning, SETTINGS, 3, every_step)
     assert kept is not None
     damage(kept)

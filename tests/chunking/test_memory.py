@@ -13,6 +13,7 @@ import torch
 from i2v_core.chunking import ChunkSettings, DistinctPieces, LayerCall, LayerRunner
 from i2v_core.memory.meter import StorageMeter, fused_attention
 from i2v_core.units import GIB, MIB
+from tests.marking import first_quick, quick_each
 from tests.subjects import SUBJECTS, DenoiserSubject, Inputs, Subject
 
 MakeInputs = Callable[..., Inputs]
@@ -62,14 +63,16 @@ class Measuring(DistinctPieces):
 
 @pytest.mark.parametrize(
     ("batch", "size", "workspace_bytes", "offload_skips", "dtype"),
-    [
-        (1, (512, 512, 16), 64 * MIB, False, torch.float16),
-        (2, (512, 512, 16), 4 * GIB, False, torch.float16),
-        (2, (768, 768, 24), 256 * MIB, True, torch.float16),
-        (1, (1280, 704, 16), 10 * MIB, True, torch.float16),
-        (1, (832, 480, 81), 256 * MIB, False, torch.float32),
-        (2, (256, 256, 5), 1, False, torch.float16),
-    ],
+    first_quick(
+        [
+            (1, (512, 512, 16), 64 * MIB, False, torch.float16),
+            (2, (512, 512, 16), 4 * GIB, False, torch.float16),
+            (2, (768, 768, 24), 256 * MIB, True, torch.float16),
+            (1, (1280, 704, 16), 10 * MIB, True, torch.float16),
+            (1, (832, 480, 81), 256 * MIB, False, torch.float32),
+            (2, (256, 256, 5), 1, False, torch.float16),
+        ]
+    ),
 )
 def test_estimates_of_the_workspace_hold_for_every_layer(
     subject: Subject,
@@ -111,7 +114,7 @@ stand the hidden state and its scratch tensor (2 × 20); without them, at the ou
 
 @pytest.mark.parametrize(
     ("subject", "size"),
-    [(name, size) for name, it in SUBJECTS.items() for size in it.denoiser.bounds_gib],
+    quick_each((name, size) for name, it in SUBJECTS.items() for size in it.denoiser.bounds_gib),
     indirect=["subject"],
 )
 def test_the_published_model_stays_within_its_bounds(
@@ -138,9 +141,15 @@ def test_the_published_model_stays_within_its_bounds(
     assert parked_bytes <= 2 * 320 * channel_bytes * 1.01 + workspace_bytes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("workspace_bytes", [30_000, 1_000_000])
-@pytest.mark.parametrize(("batch", "offload_skips"), [(1, False), (2, True)])
+@pytest.mark.parametrize(
+    ("batch", "offload_skips", "workspace_bytes", "dtype"),
+    [  # any two of them in every combination
+        (1, False, 30_000, torch.float32),
+        (1, False, 1_000_000, torch.bfloat16),
+        (2, True, 30_000, torch.bfloat16),
+        (2, True, 1_000_000, torch.float32),
+    ],
+)
 def test_tracing_distinct_pieces_predicts_the_peak_of_a_run(
     kind: DenoiserSubject,
     peak_bytes: PeakBytes,

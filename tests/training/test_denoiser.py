@@ -46,6 +46,7 @@ class Fragile(DenoiserTraining):
         return super()._loss(batch)
 
 
+@pytest.mark.slow
 def test_a_phase_that_was_killed_ends_as_one_that_was_not(groups: Groups, tmp_path: Path) -> None:
     settings = Settings()
     tokenizer = build_tokenizer(settings.text.tokens)

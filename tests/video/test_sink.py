@@ -20,6 +20,7 @@ from torch import Tensor
 
 from i2v_core.errors import BadInputError, FileError
 from i2v_core.video import FORMATS, VideoSettings, open_video
+from tests.marking import first_quick
 
 FILMS = [name for name, facts in FORMATS.items() if facts.encoding is not None]
 METADATA = {"prompt": '{"1": {"class_type": "I2VLoader"}}', "workflow": '{"nodes": []}' + " " * 300_000}
@@ -223,6 +224,7 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], said: str
     assert "use" in error.value.remedy or "choose" in error.value.remedy
 
 
+@pytest.mark.slow
 @every_format
 def test_memory_does_not_grow_with_the_video(name: str, tmp_path: Path) -> None:
     """What Python allocates, and the whole process, encoder included, once the encoder's own buffers are full."""
@@ -250,7 +252,7 @@ def test_memory_does_not_grow_with_the_video(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit on the size of files")
-@every_format
+@pytest.mark.parametrize("name", first_quick(FORMATS))
 def test_a_disk_that_fills_up_is_said_and_leaves_nothing(name: str, tmp_path: Path) -> None:
     """A real write fails: the process may make no file larger than 64 KiB, which the kernel enforces."""
     script = f"""
