@@ -27,7 +27,7 @@ FAST = ["-m", "not host and not browser and not slow and not gpu"]
 CHECKS = {
     "lint": ["-m", "ruff", "check"],
     "format": ["-m", "ruff", "format", "--check"],
-    "imports": ["-c", "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports())"],
+    "imports": ["-c", "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_logo=True))"],
 }
 TYPES = ["-m", "pyright"]  # half a minute on one core
 

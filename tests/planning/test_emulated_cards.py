@@ -389,10 +389,10 @@ def test_a_card_one_byte_too_small_costs_a_rung_and_leaves_the_model_as_it_was(
         sample=replace(plan.sample, streamed=streamed, offload_skips=True),
         decode=DecodeSettings(frames=TilingSettings(chunk_size=2), streamed=streamed),
     )
-    expected, reports = run(model, plan)
-    peak_bytes = {report.stage: report.measured_peak_bytes for report in reports}
-    conditioning, _ = stages.encode(model, plan, prompt_for(model), RUNTIME)
-    samples, _ = stages.sample(model, plan, conditioning, settings_for(plan), RUNTIME)
+    conditioning, encoded = stages.encode(model, plan, prompt_for(model), RUNTIME)
+    samples, sampled = stages.sample(model, plan, conditioning, settings_for(plan), RUNTIME)
+    expected, decoded = stages.decode(model, plan, samples, RUNTIME)
+    peak_bytes = {report.stage: report.measured_peak_bytes for report in (encoded, sampled, decoded)}
     alone = {
         Stage.ENCODE: lambda: stages.encode(model, plan, prompt_for(model), RUNTIME),
         Stage.SAMPLE: lambda: stages.sample(model, plan, conditioning, settings_for(plan), RUNTIME),
