@@ -249,17 +249,20 @@ def rewrite(file: Path, change: Callable[[dict[str, object], dict[str, Tensor]],
 
 @pytest.mark.parametrize(
     "damage",
-    [
-        truncate,
-        empty,
-        claim_a_huge_header,
-        take_another_key,
-        take_another_step,
-        take_no_step,
-        spoil_latents,
-        shrink_latents,
-        lose_a_tensor,
-    ],
+    first_quick(
+        [
+            truncate,
+            empty,
+            claim_a_huge_header,
+            take_another_key,
+            take_another_step,
+            take_no_step,
+            spoil_latents,
+            shrink_latents,
+            lose_a_tensor,
+        ],
+        quick=3,
+    ),
 )
 def test_a_damaged_checkpoint_is_set_aside(
     model: I2VModel,
@@ -351,6 +354,7 @@ def test_when_memory_runs_out_for_good_what_is_done_is_kept(
     assert "step 4 of 6" in report.notes[0]
 
 
+@pytest.mark.slow
 def test_old_checkpoints_do_not_pile_up(
     model: I2VModel, plan: Plan, conditioning: Conditioning, every_step: Checkpointing
 ) -> None:

@@ -13,7 +13,7 @@ import torch
 from i2v_core.chunking import ChunkSettings, DistinctPieces, LayerCall, LayerRunner
 from i2v_core.memory.meter import StorageMeter, fused_attention
 from i2v_core.units import GIB, MIB
-from tests.marking import first_quick, quick_each
+from tests.marking import first_quick
 from tests.subjects import SUBJECTS, DenoiserSubject, Inputs, Subject
 
 MakeInputs = Callable[..., Inputs]
@@ -112,9 +112,10 @@ SKIPS_CHANNELS = 3 * 320 + (320 + 2 * 640) // 4 + (640 + 2 * 1280) // 16 + 3 * 1
 stand the hidden state and its scratch tensor (2 × 20); without them, at the outermost, the same two (2 × 320)."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("subject", "size"),
-    quick_each((name, size) for name, it in SUBJECTS.items() for size in it.denoiser.bounds_gib),
+    [(name, size) for name, it in SUBJECTS.items() for size in it.denoiser.bounds_gib],
     indirect=["subject"],
 )
 def test_the_published_model_stays_within_its_bounds(

@@ -155,7 +155,7 @@ def test_no_frames_are_an_error_and_leave_nothing(name: str, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-@every_format
+@pytest.mark.parametrize("name", first_quick(FORMATS))
 def test_until_it_is_whole_nothing_has_its_name_and_a_cancelled_one_leaves_nothing(
     name: str, tmp_path: Path, make_frames: Any
 ) -> None:
