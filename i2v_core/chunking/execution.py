@@ -89,7 +89,7 @@ class DistinctPieces(LayerRunner):
 class ShapeOnlyRunner(LayerRunner):
     """Goes through a forward for its sizes alone: what is live is real, what layers take is `workspace_bytes`."""
 
-    outlines = True
+    shape_only = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
