@@ -12,6 +12,7 @@ import pytest
 
 from i2v_core.cli import main
 from i2v_core.units import GIB, MIB
+from tests.marking import first_quick
 
 KEYS = {"fits", "plan", "stages", "peak_bytes", "binding_stage", "reasons", "nearest"}
 SMALL = ("--width", "512", "--height", "512", "--frames", "16")
@@ -193,7 +194,9 @@ def test_stable_video_diffusion_stays_within_its_bounds(
 WAN = ("--model", "wan2.1-i2v-14b", "--width", "832", "--height", "480", "--frames", "81", "--vram", "7.25GiB")
 
 
-@pytest.mark.parametrize(("weights", "formats"), [("q4_k_m", ["Q4_K"]), ("Q8_0", ["Q8_0"]), ("fp8", ["F8_E4M3"])])
+@pytest.mark.parametrize(
+    ("weights", "formats"), first_quick([("q4_k_m", ["Q4_K"]), ("Q8_0", ["Q8_0"]), ("fp8", ["F8_E4M3"])])
+)
 def test_quantised_weights_need_less_host_memory_and_are_named(
     capsys: Captured, weights: str, formats: list[str]
 ) -> None:

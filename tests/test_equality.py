@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -117,12 +118,17 @@ def plain(model: I2VModel, conditioning: Conditioning) -> Callable[[str], Tensor
     return latents
 
 
-@pytest.mark.parametrize(
-    ("subject", "way"),
-    [(name, way) for name, it in SUBJECTS.items() for way in WAYS if it.denoiser.has_skips or way != "offloaded"],
-    indirect=["subject"],
-)
-@pytest.mark.parametrize("precision", TOLERANCES)
+def cases() -> Iterator[tuple[str, str, str]]:
+    """Every model in every way, in fp32 and in half precision: fp16 and bf16 by turns, so that every model and every
+    way meets each of them.
+    """
+    for (at, (name, subject)), (turn, way) in product(enumerate(SUBJECTS.items()), enumerate(WAYS)):
+        if subject.denoiser.has_skips or way != "offloaded":
+            yield name, way, "fp32"
+            yield name, way, ("fp16", "bf16")[(at + turn) % 2]
+
+
+@pytest.mark.parametrize(("subject", "way", "precision"), cases(), indirect=["subject"])
 def test_equals_the_models_own_forward(
     model: I2VModel,
     plan: Plan,
@@ -149,8 +155,15 @@ def test_equals_the_models_own_forward(
         assert chunks > 1.2 * layers * passes, "the workspace should chunk layers"
 
 
-@pytest.mark.parametrize(("precision", "streamed"), [("fp32", False), ("bf16", True)])
-@pytest.mark.parametrize(("storage", "least", "most"), APPROXIMATE)
+def approximate_cases() -> Iterator[tuple[str, WeightStorage, float, float, str, bool]]:
+    """Every model with every storage: in place in fp32, and streamed in bf16, by turns."""
+    for (at, name), (turn, approximate) in product(enumerate(SUBJECTS), enumerate(APPROXIMATE)):
+        yield name, *approximate, *(("fp32", False), ("bf16", True))[(at + turn) % 2]
+
+
+@pytest.mark.parametrize(
+    ("subject", "storage", "least", "most", "precision", "streamed"), approximate_cases(), indirect=["subject"]
+)
 def test_weights_in_8_bits_come_close_to_the_models_own_forward(
     model: I2VModel,
     plan: Plan,

@@ -152,6 +152,7 @@ def test_a_hundred_runs_leave_what_they_found(tiny_folder: Path, kind: str) -> N
             done(number)
 
 
+@pytest.mark.slow
 def test_a_leak_is_found_and_named() -> None:
     with traced() as survivors:
         kept = [torch.ones(300, 100)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from i2v_core.planning.request import Budget, Request
 from i2v_core.units import GIB, KIB
 from tests.emulated_cuda import CARD, EmulatedCard, emulated_cuda
 from tests.measures import relative_rms
-from tests.subjects import Subject, load_with_every_parameter
+from tests.subjects import SUBJECTS, Subject, load_with_every_parameter
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -117,8 +118,13 @@ def made(model: I2VModel, plan: Plan) -> tuple[tuple[Tensor, Tensor], list[stage
     return (samples, frames), [encoded, sampled, decoded]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("way", WAYS)
+def cases() -> Iterator[tuple[str, str, str]]:
+    """Every model in every way, in fp32 and bf16 by turns, so that every model and every way meets both."""
+    for (at, name), (turn, way) in product(enumerate(SUBJECTS), enumerate(WAYS)):
+        yield name, way, ("fp32", "bf16")[(at + turn) % 2]
+
+
+@pytest.mark.parametrize(("subject", "way", "precision"), cases(), indirect=["subject"])
 def test_a_card_gives_what_the_cpu_gives_and_takes_as_much(
     model: I2VModel, subject: Subject, card: EmulatedCard, way: str, precision: str
 ) -> None:

@@ -142,6 +142,7 @@ def test_chunks_with_streamed_weights_equal_the_plain_forward(wan: Quantised, pr
     assert {name: tensor.data_ptr() for name, tensor in transformer.named_parameters()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_way_to_place_quantised_weights_gives_the_same_video(wan: Quantised, precision: str) -> None:
     plan = planned(wan, precision)

@@ -7,6 +7,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from i2v_core.sampling import checkpoint
 from i2v_core.sampling.checkpoint import Checkpointing, CheckpointWhen
 from i2v_core.units import GIB
 from tests.emulated_cuda import CARD, emulated_cuda
+from tests.marking import first_quick
 
 CPU = torch.device("cpu")
 RUNTIME = stages.Runtime(device=CPU)
@@ -62,6 +64,17 @@ def plan(model: I2VModel) -> Plan:
 @pytest.fixture(scope="module")
 def conditioning(model: I2VModel, plan: Plan) -> Conditioning:
     return stages.encode(model, plan, PROMPT, RUNTIME)[0]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: I2VModel, plan: Plan, conditioning: Conditioning) -> Callable[[str], Tensor]:
+    """The samples of a run that nothing stops, by its scheduler."""
+
+    @cache
+    def samples(scheduler: str) -> Tensor:
+        return stages.sample(model, plan, conditioning, replace(SETTINGS, scheduler=scheduler), RUNTIME)[0]
+
+    return samples
 
 
 @pytest.fixture
@@ -104,6 +117,7 @@ def cancelled(
     return next(iter(chosen.folder.glob("*")), None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("goes_on", [CARD, CPU], ids=["on the card", "on the CPU"])
 def test_a_run_that_was_cancelled_on_a_card_resumes(
@@ -113,9 +127,10 @@ def test_a_run_that_was_cancelled_on_a_card_resumes(
     every_step: Checkpointing,
     scheduler: str,
     goes_on: torch.device,
+    undisturbed: Callable[[str], Tensor],
 ) -> None:
     settings = replace(SETTINGS, scheduler=scheduler)
-    expected, _ = stages.sample(model, plan, conditioning, settings, RUNTIME)
+    expected = undisturbed(scheduler)
     with emulated_cuda() as card:
         with pytest.raises(StopError):
             stages.sample(model, plan, conditioning, settings, replace(stop_after(3), device=CARD), every_step)
@@ -126,7 +141,7 @@ def test_a_run_that_was_cancelled_on_a_card_resumes(
     assert not card.races, card.races[0]
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", first_quick(SCHEDULERS))
 @pytest.mark.parametrize("at", [1, 3, 5])
 def test_a_cancelled_run_resumes_with_the_same_result(
     model: I2VModel,
@@ -136,9 +151,10 @@ def test_a_cancelled_run_resumes_with_the_same_result(
     scheduler: str,
     at: int,
     survived: Counter[str],
+    undisturbed: Callable[[str], Tensor],
 ) -> None:
     settings = replace(SETTINGS, scheduler=scheduler)
-    expected, _ = stages.sample(model, plan, conditioning, settings, RUNTIME)
+    expected = undisturbed(scheduler)
     assert cancelled(model, plan, conditioning, settings, at, every_step)
     seen: list[int] = []
     samples, report = stages.sample(model, plan, conditioning, settings, steps_seen(RUNTIME, seen), every_step)
@@ -239,17 +255,20 @@ def rewrite(file: Path, change: Callable[[dict[str, object], dict[str, Tensor]],
 
 @pytest.mark.parametrize(
     "damage",
-    [
-        truncate,
-        empty,
-        claim_a_huge_header,
-        take_another_key,
-        take_another_step,
-        take_no_step,
-        spoil_latents,
-        shrink_latents,
-        lose_a_tensor,
-    ],
+    first_quick(
+        [
+            truncate,
+            empty,
+            claim_a_huge_header,
+            take_another_key,
+            take_another_step,
+            take_no_step,
+            spoil_latents,
+            shrink_latents,
+            lose_a_tensor,
+        ],
+        quick=3,
+    ),
 )
 def test_a_damaged_checkpoint_is_set_aside(
     model: I2VModel,
@@ -259,8 +278,9 @@ def test_a_damaged_checkpoint_is_set_aside(
     damage: Callable[[Path], None],
     caplog: pytest.LogCaptureFixture,
     survived: Counter[str],
+    undisturbed: Callable[[str], Tensor],
 ) -> None:
-    expected, _ = stages.sample(model, plan, conditioning, SETTINGS, RUNTIME)
+    expected = undisturbed("unipc")
     kept = cancelled(model, plan, conditioning, SETTINGS, 3, every_step)
     assert kept is not None
     damage(kept)
@@ -340,6 +360,7 @@ def test_a_checkpoint_is_left_when_memory_runs_out_for_good(
     assert "step 4 of 6" in report.notes[0]
 
 
+@pytest.mark.slow
 def test_old_checkpoints_do_not_pile_up(
     model: I2VModel, plan: Plan, conditioning: Conditioning, every_step: Checkpointing
 ) -> None:

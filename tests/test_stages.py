@@ -18,6 +18,7 @@ from i2v_core.planning.planner import make_plan
 from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.units import GIB
+from tests.marking import first_quick
 
 DEVICE = torch.device("cpu")
 RUNTIME = stages.Runtime(device=DEVICE)
@@ -68,7 +69,7 @@ def test_a_picture_and_a_prompt_become_frames(model: I2VModel, plan: Plan, sampl
     assert report.measured_peak_bytes > 0
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", first_quick(SCHEDULERS))
 def test_the_same_seed_gives_the_same_video(
     model: I2VModel, plan: Plan, conditioning: Conditioning, scheduler: str
 ) -> None:

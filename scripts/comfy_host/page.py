@@ -20,7 +20,7 @@ from .errors import HostError
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync")
-PATIENCE_MS = 120_000
+PATIENCE_MS = 300_000
 DOUBLE_CLICKS, DOUBLE_CLICK_MS = 12, 4_000
 """How often to try and how long to wait: a busy page may treat a double click as two clicks."""
 

@@ -226,6 +226,7 @@ def test_what_tensors_hold_of_a_card_is_read() -> None:
     assert held_now()[CARD] - before == kept.nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("leak_bytes", [0, 24 * MIB], ids=["as it is", "with a leak"])
 def test_a_real_batch_is_suspected_only_where_it_leaks(

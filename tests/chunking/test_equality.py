@@ -64,6 +64,7 @@ def test_gives_the_same_bits_where_its_layers_allow(
     assert same or kind.same_bits_from is None or workspace_bytes < kind.same_bits_from
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 2),

@@ -14,6 +14,7 @@ from i2v_core.chunking import ChunkSettings, LayerCall, LayerRunner
 from i2v_core.memory.meter import StorageMeter, fused_attention
 from i2v_core.units import GIB, MIB
 from tests.distinct_chunks import DistinctChunks
+from tests.marking import first_quick
 from tests.subjects import SUBJECTS, DenoiserSubject, Inputs, Subject
 
 MakeInputs = Callable[..., Inputs]
@@ -63,14 +64,16 @@ class Measuring(DistinctChunks):
 
 @pytest.mark.parametrize(
     ("batch", "size", "workspace_bytes", "offload_skips", "dtype"),
-    [
-        (1, (512, 512, 16), 64 * MIB, False, torch.float16),
-        (2, (512, 512, 16), 4 * GIB, False, torch.float16),
-        (2, (768, 768, 24), 256 * MIB, True, torch.float16),
-        (1, (1280, 704, 16), 10 * MIB, True, torch.float16),
-        (1, (832, 480, 81), 256 * MIB, False, torch.float32),
-        (2, (256, 256, 5), 1, False, torch.float16),
-    ],
+    first_quick(
+        [
+            (1, (512, 512, 16), 64 * MIB, False, torch.float16),
+            (2, (512, 512, 16), 4 * GIB, False, torch.float16),
+            (2, (768, 768, 24), 256 * MIB, True, torch.float16),
+            (1, (1280, 704, 16), 10 * MIB, True, torch.float16),
+            (1, (832, 480, 81), 256 * MIB, False, torch.float32),
+            (2, (256, 256, 5), 1, False, torch.float16),
+        ]
+    ),
 )
 def test_estimates_of_the_workspace_hold_for_every_layer(
     subject: Subject,
@@ -110,6 +113,7 @@ SKIPS_CHANNELS = 3 * 320 + (320 + 2 * 640) // 4 + (640 + 2 * 1280) // 16 + 3 * 1
 stand the hidden state and its scratch tensor (2 × 20); without them, at the outermost, the same two (2 × 320)."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("subject", "size"),
     [(name, size) for name, it in SUBJECTS.items() for size in it.denoiser.bounds_gib],
@@ -139,9 +143,15 @@ def test_the_published_model_stays_within_its_bounds(
     assert offloaded_bytes <= 2 * 320 * channel_bytes * 1.01 + workspace_bytes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("workspace_bytes", [30_000, 1_000_000])
-@pytest.mark.parametrize(("batch", "offload_skips"), [(1, False), (2, True)])
+@pytest.mark.parametrize(
+    ("batch", "offload_skips", "workspace_bytes", "dtype"),
+    [  # any two of them in every combination
+        (1, False, 30_000, torch.float32),
+        (1, False, 1_000_000, torch.bfloat16),
+        (2, True, 30_000, torch.bfloat16),
+        (2, True, 1_000_000, torch.float32),
+    ],
+)
 def test_tracing_distinct_chunks_predicts_the_peak_of_a_run(
     kind: DenoiserSubject,
     peak_bytes: PeakBytes,

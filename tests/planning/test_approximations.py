@@ -42,6 +42,7 @@ def test_what_fits_exactly_is_planned_exactly(free_gib: float) -> None:
     assert allowed.stages == exact.stages
 
 
+@pytest.mark.slow
 def test_any_exact_precision_comes_before_8_bits() -> None:
     """Here bf16 fits in no way, and fp32 in none either; with a little more memory bf16 does."""
     auto = replace(ALLOWED, precision="auto")

@@ -25,6 +25,7 @@ from i2v_core.planning.request import Budget, Request
 from i2v_core.planning.search import fits
 from i2v_core.planning.suggestions import NothingFitsError
 from i2v_core.units import GIB, KIB, MIB
+from tests.marking import first_quick
 
 CPU = device_facts(torch.device("cpu"))
 SIZE = VideoSize(width_pixels=96, height_pixels=64, frames=6)
@@ -55,7 +56,7 @@ def least_bytes(request: Request) -> int:
     return raised.value.suggestions.budget_bytes
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", first_quick(range(12), quick=4))
 def test_what_is_predicted_is_what_is_measured(model: I2VModel, seed: int) -> None:
     """Random requests and budgets, run for real: never above the budget, predicted within 5 %."""
     rng = random.Random(seed)

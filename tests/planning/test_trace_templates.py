@@ -19,6 +19,7 @@ from i2v_core.planning.request import Budget, Request
 from i2v_core.planning.search import lowest_memory_stages
 from i2v_core.planning.trace import META, autoencoder_template, denoiser_template, interruptible, skeleton, tracing
 from i2v_core.units import GIB, MIB
+from tests.marking import first_quick
 
 CARD = DeviceFacts(device="cuda", name="a card", precisions=(torch.bfloat16,))
 MODELS = bundled_models()
@@ -41,7 +42,7 @@ class Noted(ShapeOnlyRunner):
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("offload_skips", [False, True])
-@pytest.mark.parametrize(("width", "height", "frames", "branches"), [(512, 512, 17, 2), (992, 544, 5, 1)])
+@pytest.mark.parametrize(("width", "height", "frames", "branches"), first_quick([(512, 512, 17, 2), (992, 544, 5, 1)]))
 def test_one_template_does_for_all_workspaces(
     model: str, width: int, height: int, frames: int, branches: int, offload_skips: bool
 ) -> None:
@@ -104,7 +105,7 @@ def test_every_family_is_among_the_bundled_models() -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("budget_bytes", "most_traces"), [(7 * GIB, 10), (80 * GIB, 7), (GIB // 8, 6)])
+@pytest.mark.parametrize(("budget_bytes", "most_traces"), first_quick([(7 * GIB, 10), (80 * GIB, 7), (GIB // 8, 6)]))
 def test_a_size_that_was_never_asked_before_takes_few_traces(model: str, budget_bytes: int, most_traces: int) -> None:
     """What the page waits for at each change of a widget: a trace takes some hundredths of a second."""
     architecture, traces = bundled_architecture(model), 0

@@ -18,6 +18,7 @@ from i2v_core.planning.planner import make_plan
 from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.units import GIB
+from tests.marking import quick_each
 from tests.measures import relative_rms
 from tests.subjects import SUBJECTS, Subject, make_every_parameter_matter
 
@@ -84,7 +85,7 @@ def ours(model: I2VModel, plan: Plan, scheduler: str = "auto") -> tuple[Tensor, 
     return samples, stages.decode(model, plan, samples, RUNTIME)[0]
 
 
-@pytest.mark.parametrize(("subject", "scheduler"), SCHEDULERS, indirect=["subject"])
+@pytest.mark.parametrize(("subject", "scheduler"), quick_each(SCHEDULERS), indirect=["subject"])
 def test_latents_equal_those_of_the_pipeline(
     model: I2VModel, plan: Plan, reference: Callable[..., Tensor], scheduler: str
 ) -> None:
@@ -93,6 +94,7 @@ def test_latents_equal_those_of_the_pipeline(
     assert relative_rms(samples, reference("latent", scheduler)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_frames_equal_those_of_the_pipeline_chunked_too(
     model: I2VModel, plan: Plan, reference: Callable[..., Tensor]
 ) -> None:

@@ -47,6 +47,7 @@ class Fragile(DenoiserTraining):
         return super()._loss(batch)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_phase_that_was_killed_ends_as_one_that_was_not(
     groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from i2v_core.errors import BadInputError, FileError
 from i2v_core.video import FORMATS, VideoSettings, open_video
+from tests.marking import first_quick
 
 FILMS = [name for name, facts in FORMATS.items() if facts.encoding is not None]
 METADATA = {"prompt": '{"1": {"class_type": "I2VLoader"}}', "workflow": '{"nodes": []}' + " " * 300_000}
@@ -154,7 +155,7 @@ def test_no_frames_are_an_error_and_leave_nothing(name: str, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-@every_format
+@pytest.mark.parametrize("name", first_quick(FORMATS))
 def test_an_unfinished_file_does_not_have_its_name_and_a_cancelled_one_leaves_nothing(
     name: str, tmp_path: Path, make_frames: Any
 ) -> None:
@@ -223,6 +224,7 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], said: str
     assert "use" in error.value.remedy or "choose" in error.value.remedy
 
 
+@pytest.mark.slow
 @every_format
 def test_memory_does_not_grow_with_the_video(name: str, tmp_path: Path) -> None:
     """Measure Python's allocations and the whole process, encoder included, once the encoder's buffers are full."""
@@ -250,7 +252,7 @@ def test_memory_does_not_grow_with_the_video(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit on the size of files")
-@every_format
+@pytest.mark.parametrize("name", first_quick(FORMATS))
 def test_a_full_disk_is_reported_and_leaves_nothing(name: str, tmp_path: Path) -> None:
     """Make a real write fail: the kernel lets the process make no file larger than 64 KiB."""
     script = f"""
