@@ -127,7 +127,7 @@ def test_a_job_that_fails_is_set_aside_with_its_report_and_touches_no_other(
 ) -> None:
     good = [make_job(seed) for seed in range(3)]
     missing = make_job(10, image=Path("gone.png"))
-    huge = make_job(11, size=VideoSize(width_pixels=1024, height_pixels=1024, frames=16))
+    huge = make_job(11, size=VideoSize(width_pixels=4096, height_pixels=4096, frames=64))
     batch = make_batch(attempts=2)
     *_, missing_id, huge_id = batch.run(*good, missing, huge)
     assert batch.states() == {JobState.DONE: 3, JobState.FAILED: 2}
