@@ -19,6 +19,7 @@ from ..execution.running_job import HeldJob, RunningJob, StopReason
 from ..jobs.job import JobState
 from ..jobs.leases import LeaseManager
 from ..monitoring.events import Event, EventKind
+from ..monitoring.messages import score_message
 from ..scheduling.estimator import Estimator
 from ..scheduling.scheduler import Assignment, RejectedJob, Scheduler
 from .settings import EngineSettings
@@ -127,7 +128,7 @@ class JobLifecycle:
         except I2VError as error:
             self._set_aside(record.id, device, error)
             return None
-        self._announce(EventKind.STARTED, record.id, device, str(assignment.explanation))
+        self._announce(EventKind.STARTED, record.id, device, str(score_message(assignment.explanation)))
         return job
 
     def _set_aside(self, job_id: int, device: str, error: I2VError) -> None:
