@@ -1,4 +1,4 @@
-"""ComfyUI's way in. Nothing is imported here: the host asks for the nodes when it is ready."""
+"""Entry point for ComfyUI. Imports nothing up front: the host asks for the nodes when it is ready."""
 
 WEB_DIRECTORY = "./web/js"
 

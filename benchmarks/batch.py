@@ -1,13 +1,13 @@
-"""Jobs an hour: a queue whose stages overlap, against the same queue one job after another.
+"""Measures jobs per hour: a queue whose stages overlap, against the same queue one job after another.
 
     python benchmarks/batch.py [--jobs N] [--size WxH] [--frames N] [--steps N] [--model FOLDER] [--rounds N]
                                [--together 2,3 --vram SIZE]
 
-With --together also with so many jobs sampled at once, wherever they fit and a step of them does not turn out to take
-longer than one after another; --vram makes weights stream. All run the package's engine on this machine's device, in
-turns, each on a new queue. Prints a table and writes docs/benchmarks/batch-DEVICE.json, or together-DEVICE.json. The
-limit is the slowest stage: with perfect overlap a job ends each time that stage does. On a CPU each stage has one
-thread, so that overlapping stages have a core each.
+--together adds runs that sample that many jobs in one batch, as long as they fit and a batched step is not slower than
+the jobs' steps one after another; --vram limits the memory, which makes weights stream. The modes run the package's
+engine on this machine's device in turns, each with a new queue. Prints a table and writes
+docs/benchmarks/batch-DEVICE.json, or together-DEVICE.json. The limit is the slowest stage: with perfect overlap a job
+ends each time that stage does. On a CPU each stage has one thread, so that overlapping stages have a core each.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from i2v_core.batch.devices.device import local_devices  # noqa: E402
-from i2v_core.batch.engines.local import Engine  # noqa: E402
+from i2v_core.batch.engines.local import LocalEngine  # noqa: E402
 from i2v_core.batch.engines.settings import EngineSettings  # noqa: E402
 from i2v_core.batch.jobs.job import JobSpec, JobState  # noqa: E402
 from i2v_core.batch.jobs.store import JobStore  # noqa: E402
@@ -41,8 +41,8 @@ from i2v_core.memory.device import device_facts  # noqa: E402
 from i2v_core.units import parse_bytes  # noqa: E402
 
 DEMO = ROOT / "assets" / "demo_model"
-WAYS = {"one after another": (1, 1), "overlapped": (4, 1)}
-"""Jobs in hand, and sampled at once."""
+MODES = {"one after another": (1, 1), "overlapped": (4, 1)}
+"""Maximum of jobs in flight, and of jobs sampled in one batch."""
 
 
 def make_jobs(folder: Path, options: argparse.Namespace) -> list[JobSpec]:
@@ -65,16 +65,16 @@ def make_jobs(folder: Path, options: argparse.Namespace) -> list[JobSpec]:
 
 
 def run(
-    folder: Path, jobs: list[JobSpec], model: I2VModel, way: tuple[int, int], limit_bytes: int | None
+    folder: Path, jobs: list[JobSpec], model: I2VModel, mode: tuple[int, int], limit_bytes: int | None
 ) -> tuple[float, float, list[Span]]:
-    """Seconds that the batch took, those of processors, and its stages."""
-    max_in_flight, clips = way
+    """Run a batch; return its wall-clock seconds, its processor seconds, and the spans of its stages."""
+    max_in_flight, clips = mode
     store = JobStore(folder / "jobs.queue")
     store.add(jobs)
     spans: list[Span] = []
     devices = local_devices(limit_bytes, 0, CalibrationStore(folder / "calibration.json"))[:1]
     settings = EngineSettings(output=folder / "out", max_in_flight=max_in_flight, clips_at_once=clips)
-    engine = Engine(store, devices, settings, load=lambda _: model, on_span=spans.append)
+    engine = LocalEngine(store, devices, settings, load=lambda _: model, on_span=spans.append)
     began, worked = time.perf_counter(), time.process_time()
     engine.run()
     seconds, processor_seconds = time.perf_counter() - began, time.process_time() - worked
@@ -100,21 +100,21 @@ def figures(took: list[tuple[float, float]], spans: list[Span], jobs: int) -> di
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     model = load_model(options.model)
     at_once = [int(clips) for clips in options.together.split(",") if clips]
-    ways = {**WAYS, **{f"{clips} together": (WAYS["overlapped"][0], clips) for clips in at_once}}
+    modes = {**MODES, **{f"{clips} together": (MODES["overlapped"][0], clips) for clips in at_once}}
     limit_bytes = None if options.vram is None else parse_bytes(options.vram)
-    took: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-    spans: dict[str, list[Span]] = {way: [] for way in ways}
+    took: dict[str, list[tuple[float, float]]] = {mode: [] for mode in modes}
+    spans: dict[str, list[Span]] = {mode: [] for mode in modes}
     for number in range(options.rounds + 1):  # the first warms everything up
-        for way, numbers in ways.items():
+        for mode, numbers in modes.items():
             with tempfile.TemporaryDirectory() as folder:
                 seconds, processor_seconds, stages = run(
                     Path(folder), make_jobs(Path(folder), options), model, numbers, limit_bytes
                 )
             if number:
-                took[way].append((seconds, processor_seconds))
-                spans[way] += stages
-            print(f"round {number} of {options.rounds}, {way}: {seconds:.1f} s", flush=True)
-    rows = {way: figures(took[way], spans[way], options.jobs) for way in ways}
+                took[mode].append((seconds, processor_seconds))
+                spans[mode] += stages
+            print(f"round {number} of {options.rounds}, {mode}: {seconds:.1f} s", flush=True)
+    rows = {mode: figures(took[mode], spans[mode], options.jobs) for mode in modes}
     alone = rows["one after another"]["stage_seconds"]
     slowest = max(alone, key=lambda stage: alone[stage])
     return {
@@ -129,9 +129,9 @@ def print_table(answer: dict[str, Any]) -> None:
     rows = answer["ways"]
     stages = list(rows["one after another"]["stage_seconds"])
     print(f"\n{'':<20}{'jobs an hour':>14}{'processor, s':>14}" + "".join(f"{f'{stage}, s':>12}" for stage in stages))
-    for way, row in rows.items():
+    for mode, row in rows.items():
         columns = "".join(f"{row['stage_seconds'][it]:>12.3f}" for it in stages)
-        print(f"{way:<20}{row['jobs_an_hour']:>14}{row['processor_seconds_a_job']:>14}{columns}")
+        print(f"{mode:<20}{row['jobs_an_hour']:>14}{row['processor_seconds_a_job']:>14}{columns}")
     print(f"{'limit':<20}{answer['limit_jobs_an_hour']:>14}  by {answer['slowest_stage']} alone")
     print(f"overlapped makes {answer['times_faster']} times as many jobs an hour")
 
@@ -151,13 +151,13 @@ def main() -> None:
     device = device_facts(torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
     answer = measure(options)
     print_table(answer)
-    chosen = {name: getattr(options, name) for name in ("jobs", "rounds", "size", "frames", "steps", "vram")}
+    options_used = {name: getattr(options, name) for name in ("jobs", "rounds", "size", "frames", "steps", "vram")}
     content = {
         "device": device.name,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "model": options.model.name,
-        **chosen,
+        **options_used,
         **answer,
     }
     kind = "together" if options.together else "batch"

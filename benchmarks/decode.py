@@ -1,12 +1,12 @@
-"""Decoding one frame in every way: peak, time, and the difference from the whole frame.
+"""Compares ways to decode one frame: peak, time, and the difference from the untiled frame.
 
     python benchmarks/decode.py                                  the published autoencoder, random weights
     python benchmarks/decode.py --model demo --size 512x512      the demo model's, trained: differences of pictures
 
-The ways are this pack's (whole, and in tiles of several sizes, with maps on the device and parked), diffusers' blended
-tiles, and ComfyUI's own tiled decode where a host is there (`--comfyui`, or COMFYUI_PATH). Peaks count live tensors
-beside the weights; on CUDA they are the allocator's. Random weights have the memory and the time of trained ones, but
-their frames are noise: look at the demo model for what differences look like.
+Compared are this pack's decoders (untiled, and in tiles of several sizes, with feature maps on the device or
+offloaded), diffusers' blended tiles, and ComfyUI's own tiled decode if a host is given (`--comfyui`, or COMFYUI_PATH).
+Peaks count live tensors without the weights; on CUDA they are the allocator's. Random weights need the memory and the
+time of trained ones, but their frames are noise: the demo model shows realistic differences.
 """
 
 from __future__ import annotations
@@ -41,14 +41,20 @@ SEED = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """`levels` is the largest difference from the whole frame in 255ths of the range; None where it is the same."""
+    """One decoder, compared with the untiled frame. The names are keys of the committed JSON."""
 
     way: str
     peak_bytes: int
     seconds: float
+
     times_whole: float
+    """Time over that of the untiled frame."""
+
     levels: float
+    """Largest difference from the untiled frame, in 255ths of the range."""
+
     psnr_db: float | None
+    """None if the frames are equal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +64,12 @@ class Subject:
     vae: Any
     samples: Tensor
 
-    def pieces(self, pieces: TilingSettings) -> Decode:
+    def tiled(self, tiling: TilingSettings) -> Decode:
         placed = Placed(module=self.vae, device=self.samples.device, dtype=self.samples.dtype, runner=LayerRunner())
-        return lambda: next(autoencoder_kl.decode(placed, self.samples, pieces, on_chunk=lambda: None))
+        return lambda: next(autoencoder_kl.decode(placed, self.samples, tiling, on_chunk=lambda: None))
 
     def blended(self, tile_pixels: int) -> Decode:
-        """diffusers' own tiles, with its own overlap of a quarter."""
+        """Decode with diffusers' own tiles, which overlap by a quarter."""
 
         def decode() -> Tensor:
             self.vae.enable_tiling()
@@ -97,38 +103,44 @@ def subject(model: str, size: tuple[int, int], device: torch.device, dtype: torc
     return Subject(vae=vae.to(device, dtype), samples=samples.to(device, dtype))
 
 
-def ways(chosen: Subject, tiles: list[int], comfyui: Path | None) -> Iterator[tuple[str, Decode]]:
-    yield "whole frame", chosen.pieces(TilingSettings(chunk_size=1))
+def decoders(autoencoder: Subject, tiles: list[int], comfyui: Path | None) -> Iterator[tuple[str, Decode]]:
+    yield "whole frame", autoencoder.tiled(TilingSettings(chunk_size=1))
     for tile in tiles:
-        yield f"tiles of {tile}", chosen.pieces(TilingSettings(chunk_size=1, tile_pixels=tile))
+        yield f"tiles of {tile}", autoencoder.tiled(TilingSettings(chunk_size=1, tile_pixels=tile))
     yield (
-        f"tiles of {tiles[-1]}, maps parked",
-        chosen.pieces(TilingSettings(chunk_size=1, tile_pixels=tiles[-1], maps_bytes=0)),
+        f"tiles of {tiles[-1]}, maps offloaded",
+        autoencoder.tiled(TilingSettings(chunk_size=1, tile_pixels=tiles[-1], maps_bytes=0)),
     )
     for tile in tiles:
-        yield f"diffusers, blended tiles of {tile}", chosen.blended(tile)
-    if comfyui is not None and chosen.vae.config.norm_num_groups == 32:  # all that ComfyUI knows
-        decode_in_host = hosted(chosen, comfyui)
+        yield f"diffusers, blended tiles of {tile}", autoencoder.blended(tile)
+    if (
+        comfyui is not None and autoencoder.vae.config.norm_num_groups == 32
+    ):  # the only configuration that ComfyUI supports
+        decode_in_host = comfyui_decoder(autoencoder, comfyui)
         for tile in tiles:
             yield f"ComfyUI VAEDecodeTiled, {tile}", decode_in_host(tile)
 
 
-def hosted(chosen: Subject, comfyui: Path) -> Callable[[int], Decode]:
+def comfyui_decoder(autoencoder: Subject, comfyui: Path) -> Callable[[int], Decode]:
     """ComfyUI's own VAE of the same weights, with its default overlap of 64 pixels (a quarter of small tiles)."""
     sys.path.insert(0, str(comfyui))
     from comfy.cli_args import args  # pyright: ignore[reportMissingImports]
 
-    args.cpu = chosen.samples.device.type == "cpu"
+    args.cpu = autoencoder.samples.device.type == "cpu"
     import comfy.model_management  # pyright: ignore[reportMissingImports]
     import comfy.sd  # pyright: ignore[reportMissingImports]
 
-    vae = comfy.sd.VAE(sd={name: it.cpu() for name, it in chosen.vae.state_dict().items()}, dtype=chosen.samples.dtype)
-    comfy.model_management.load_models_gpu([vae.patcher])  # the peak is what comes beside the weights
+    vae = comfy.sd.VAE(
+        sd={name: it.cpu() for name, it in autoencoder.vae.state_dict().items()}, dtype=autoencoder.samples.dtype
+    )
+    comfy.model_management.load_models_gpu(
+        [vae.patcher]
+    )  # placed before, so that the peak counts only what is added to the weights
 
     def decode_tiled(tile: int) -> Decode:
         overlap = min(64, tile // 4) // 8
         return lambda: vae.decode_tiled(
-            chosen.samples.float().cpu(), tile_x=tile // 8, tile_y=tile // 8, overlap=overlap
+            autoencoder.samples.float().cpu(), tile_x=tile // 8, tile_y=tile // 8, overlap=overlap
         ).cpu()
 
     return decode_tiled
@@ -140,11 +152,11 @@ def measured(decode: Decode, device: torch.device) -> tuple[Tensor, int, float]:
     return frame, meter.peak_bytes, meter.seconds
 
 
-def row(way: str, frame: Tensor, peak_bytes: int, seconds: float, whole: Tensor, whole_seconds: float) -> Row:
+def row(name: str, frame: Tensor, peak_bytes: int, seconds: float, whole: Tensor, whole_seconds: float) -> Row:
     difference = (frame.reshape(whole.shape) - whole).abs()
     mse = difference.square().mean().item()
     return Row(
-        way=way,
+        way=name,
         peak_bytes=peak_bytes,
         seconds=seconds,
         times_whole=seconds / whole_seconds,
@@ -154,7 +166,10 @@ def row(way: str, frame: Tensor, peak_bytes: int, seconds: float, whole: Tensor,
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| way | peak beside the weights | time | × whole | largest difference | PSNR |", "|---|" + "---|" * 5]
+    lines = [
+        "| decoder | peak without the weights | time | × whole | largest difference | PSNR |",
+        "|---|" + "---|" * 5,
+    ]
     for it in rows:
         psnr = "the same" if it.psnr_db is None else f"{it.psnr_db:.0f} dB"
         lines.append(
@@ -181,14 +196,14 @@ def main() -> None:
     dtype = getattr(torch, given.dtype or ("float16" if device.type == "cuda" else "float32"))
     width, height = (int(side) for side in given.size.split("x"))
     with torch.no_grad():
-        chosen = subject(given.model, (width, height), device, dtype)
-        measured(chosen.pieces(TilingSettings(chunk_size=1)), device)  # warms up
+        autoencoder = subject(given.model, (width, height), device, dtype)
+        measured(autoencoder.tiled(TilingSettings(chunk_size=1)), device)  # warms up
         rows: list[Row] = []
         whole: tuple[Tensor, float] | None = None
-        for way, decode in tqdm(list(ways(chosen, given.tile or [256, 128], given.comfyui)), unit="way"):
+        for name, decode in tqdm(list(decoders(autoencoder, given.tile or [256, 128], given.comfyui)), unit="decoder"):
             frame, peak_bytes, seconds = measured(decode, device)
             whole = whole or (frame, seconds)
-            rows.append(row(way, frame, peak_bytes, seconds, *whole))
+            rows.append(row(name, frame, peak_bytes, seconds, *whole))
     print(table(rows))
     if given.json is not None:
         about = {

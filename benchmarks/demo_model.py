@@ -1,9 +1,10 @@
-"""Does the demo model do what its prompt says, and do all the ways to save memory show the same pictures?
+"""Measures whether the demo model follows its prompt, and whether all memory-saving settings give the same pictures.
 
     python benchmarks/demo_model.py --json demo_model.json --sheet demo_model.jpg
 
-One picture, four directions, the same noise: a model that ignores its prompt moves a shape the same way four times and
-scores 25 %. Then the first of these pictures again in every other way (chunked, streamed, …), against the plain clips.
+Each picture is sampled with prompts for four directions and the same noise: a model that ignores its prompt moves the
+shape the same way four times and scores 25 %. Then the first of these pictures are sampled again with other settings
+(chunked, streamed, …) and compared with the plain clips.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from benchmarks.demo_model_clips import (
     summarise,
     table,
 )
-from benchmarks.demo_model_ways import WAYS, Made, Maker
+from benchmarks.demo_model_variants import VARIANTS, Clip, ClipMaker
 from i2v_core.families import VideoSize
 from i2v_core.planning.plan import Stage
 from i2v_core.stages import SamplerSettings
@@ -45,37 +46,40 @@ from i2v_core.units import MIB
 from training.demo_model.settings import ClipSettings
 
 CLIP = ClipSettings()
-# Two pictures, one of them with two shapes, show on the sheet what each way does.
+# The sheet compares the variants on two pictures, one of them with two shapes.
 SHOWN_CASES = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One way: every picture's four clips, with their verdicts."""
+    """Results of one variant."""
 
-    way: str
-    made: list[list[Made]]
+    variant: str
+
+    made: list[list[Clip]]
+    """Four clips per picture, one for each direction."""
+
     judged: list[Judged]
 
     @property
-    def clips(self) -> list[Made]:
-        return [made for four in self.made for made in four]
+    def clips(self) -> list[Clip]:
+        return [clip for four in self.made for clip in four]
 
 
-def run_way(maker: Maker, way: str, cases: Sequence[Case]) -> Row:
-    plan = maker.plan(WAYS[way])
-    made: list[list[Made]] = []
+def run_variant(maker: ClipMaker, variant: str, cases: Sequence[Case]) -> Row:
+    plan = maker.plan(VARIANTS[variant])
+    made: list[list[Clip]] = []
     verdicts: list[Judged] = []
-    for case in tqdm(cases, desc=way, unit="picture"):
+    for case in tqdm(cases, desc=variant, unit="picture"):
         picture_CHW = case.scene.picture(CLIP.size)
         four = [maker.make(plan, picture_CHW, case.prompt(action)) for action in ACTIONS]
         verdicts += [judged(case, clip.clip_FCHW, action, CLIP) for clip, action in zip(four, ACTIONS, strict=True)]
         made.append(four)
-    return Row(way=way, made=made, judged=verdicts)
+    return Row(variant=variant, made=made, judged=verdicts)
 
 
 def compare(row: Row, plain: Row) -> dict[str, float | None]:
-    """A row's figures, its cost, and its frames against the plain ones of the same prompts and noise."""
+    """Compare a row with the plain clips of the same prompts and noise: verdicts, frames and cost."""
     pairs = list(zip(row.clips, plain.clips, strict=False))
     differences = [(made.clip_FCHW - other.clip_FCHW) / 2 for made, other in pairs]
     shown = figures(row.judged)
@@ -90,7 +94,7 @@ def compare(row: Row, plain: Row) -> dict[str, float | None]:
 
 
 def _peaks(row: Row, stage: Stage) -> dict[str, float]:
-    """The predicted and the highest measured peak of a stage; weights count."""
+    """Return the predicted and the highest measured peak of a stage, weights included."""
     reports = [made.report(stage) for made in row.clips]
     return {
         f"{stage.value} MiB predicted": max(report.predicted_peak_bytes for report in reports) / MIB,
@@ -99,7 +103,7 @@ def _peaks(row: Row, stage: Stage) -> dict[str, float]:
 
 
 def _psnr(differences: Sequence[Tensor]) -> float | None:
-    """Over all clips, for values in 0…1; None for equal ones."""
+    """Return the PSNR over all clips, for values in 0…1; None if they are equal."""
     mse = sum(float(difference.double().square().mean()) for difference in differences) / len(differences)
     return None if mse == 0 else float(-10 * torch.tensor(mse).log10())
 
@@ -119,7 +123,7 @@ def save_json(path: Path, arguments: argparse.Namespace, rows: Sequence[Row], li
 
 
 def save_sheets(path: Path, cases: Sequence[Case], rows: Sequence[Row]) -> None:
-    """A line for every picture of the first row; beside it a sheet with a line for every way, picture by picture."""
+    """Save a sheet with a line per picture of the first row, and one with a line per picture and variant."""
     save_sheet([_line(case, four) for case, four in zip(cases, rows[0].made, strict=True)], path)
     if len(rows) > 1:
         shown = range(min(SHOWN_CASES, *(len(row.made) for row in rows)))
@@ -127,22 +131,26 @@ def save_sheets(path: Path, cases: Sequence[Case], rows: Sequence[Row]) -> None:
         save_sheet(lines, path.with_name(f"{path.stem}-ways{path.suffix}"))
 
 
-def _line(case: Case, four: Sequence[Made]) -> list[Tensor]:
+def _line(case: Case, four: Sequence[Clip]) -> list[Tensor]:
     return sheet_line(case, [made.clip_FCHW for made in four], CLIP)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("assets/demo_model"))
-    parser.add_argument("--rows", nargs="+", choices=tuple(WAYS), default=list(WAYS), help="ways; plain always comes")
+    parser.add_argument(
+        "--rows", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS), help="variants; plain always runs"
+    )
     parser.add_argument("--images", type=int, default=24, help="held-out pictures, four clips each")
-    parser.add_argument("--row-images", type=int, default=6, help="of these, how many in the ways other than plain")
+    parser.add_argument("--row-images", type=int, default=6, help="of these, how many for the other variants")
     parser.add_argument("--frames", type=int, default=CLIP.frames)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=1.25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to write the figures and every plain clip's verdict")
-    parser.add_argument("--sheet", type=Path, help="where to write the contact sheet; the ways' goes beside it")
+    parser.add_argument(
+        "--sheet", type=Path, help="where to write the contact sheet; that of the variants goes beside it"
+    )
     return parser.parse_args()
 
 
@@ -150,14 +158,14 @@ def main() -> None:
     arguments = _arguments()
     size = VideoSize(width_pixels=CLIP.size, height_pixels=CLIP.size, frames=arguments.frames)
     settings = SamplerSettings(steps=arguments.steps, cfg=arguments.guidance, seed=arguments.seed)
-    maker = Maker(arguments.model, size, settings)
+    maker = ClipMaker(arguments.model, size, settings)
     cases = held_out(arguments.images, CLIP)
-    plain = run_way(maker, "plain", cases)
+    plain = run_variant(maker, "plain", cases)
     print(table(summarise(plain.judged), "pictures"), flush=True)
-    others = [way for way in arguments.rows if way != "plain"] if arguments.row_images else []
-    rows = [plain, *(run_way(maker, way, cases[: arguments.row_images]) for way in others)]
-    lines = {row.way: compare(row, plain) for row in rows}
-    print("\n" + table(lines, "way"))
+    others = [name for name in arguments.rows if name != "plain"] if arguments.row_images else []
+    rows = [plain, *(run_variant(maker, name, cases[: arguments.row_images]) for name in others)]
+    lines = {row.variant: compare(row, plain) for row in rows}
+    print("\n" + table(lines, "variant"))
     if arguments.json is not None:
         save_json(arguments.json, arguments, rows, lines)
     if arguments.sheet is not None:

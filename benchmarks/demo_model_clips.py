@@ -1,4 +1,4 @@
-"""What `demo_model.py` asks for and how it judges the answers: held-out cases, verdicts, figures, contact sheet.
+"""Held-out test cases of `demo_model.py`, verdicts on the clips, figures and the contact sheet.
 
 Shapes: ``clip_FCHW`` and ``picture_CHW`` in [-1, 1].
 """
@@ -26,10 +26,12 @@ HELD_OUT_SEED = 1_000_003
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """A held-out picture, who moves in it, and what the other shape does meanwhile."""
+    """A held-out picture whose first shape the prompt moves."""
 
     scene: Scene
+
     other_action: str | None
+    """Action of the second shape; None if there is only one."""
 
     @property
     def named(self) -> Sprite:
@@ -48,7 +50,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
-    """One clip of one case."""
+    """Verdict on one clip."""
 
     prompt: str
     shapes: int
@@ -59,7 +61,7 @@ class Judged:
 
 
 def held_out(count: int, clip: ClipSettings) -> list[Case]:
-    """By turns one and two shapes, seen and unseen combinations of colour and shape."""
+    """Draw cases that alternate between one and two shapes, and seen and unseen combinations of colour and shape."""
     rng = np.random.default_rng(HELD_OUT_SEED)
     cases: list[Case] = []
     for index in range(count):
@@ -114,7 +116,7 @@ def figures(clips: Sequence[Judged]) -> dict[str, float | None]:
 
 
 def table(lines: dict[str, dict[str, float | None]], head: str) -> str:
-    """A Markdown table of named lines that share their columns."""
+    """Format named lines that share their columns as a Markdown table."""
     heads = list(next(iter(lines.values())))
     text = ["| " + " | ".join((head, *heads)) + " |", "|---" * (len(heads) + 1) + "|"]
     for name, values in lines.items():
@@ -124,7 +126,7 @@ def table(lines: dict[str, dict[str, float | None]], head: str) -> str:
 
 
 def sheet_line(case: Case, clips: Sequence[Tensor], clip: ClipSettings) -> list[Tensor]:
-    """The input picture, the first frame, then the last frame for every direction."""
+    """Return the input picture, the first frame, then the last frame of every direction."""
     return [case.scene.picture(clip.size), clips[0][0], *(made[-1] for made in clips)]
 
 

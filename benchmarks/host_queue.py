@@ -1,12 +1,12 @@
-"""Clips an hour: ComfyUI's own queue, a prompt for each clip, against the same clips as a batch.
+"""Measures clips per hour: ComfyUI's own queue, with a prompt per clip, against the same clips as a batch.
 
     python benchmarks/host_queue.py [--clips N] [--rounds N] [--size WxH] [--frames N] [--steps N] [--threads N]
 
-Three ways, in turns, beside one real ComfyUI: so many prompts in its queue (I2V Loader to I2V Save Video, with the
-loaded model kept in its cache), the same clips as a list for I2V Batch, and as a list for `python -m i2v_core batch`,
-whose time has Python's start and the loading of the model in it. Every clip has a picture, words and a seed of its own.
+Three modes take turns on one machine with a running ComfyUI: prompts in its queue (I2V Loader to I2V Save Video, with
+the loaded model kept in its cache), the same clips as a list for I2V Batch, and as a list for `python -m i2v_core
+batch`, whose time includes Python's start and loading the model. Every clip has its own picture, prompt and seed.
 
-In a round before those that are timed the frames, as PNG, are compared. Prints a table and writes
+A round before the timed ones compares the frames, as PNG. Prints a table and writes
 docs/benchmarks/host-queue-DEVICE.json.
 """
 
@@ -42,13 +42,14 @@ WORDS = ("left", "right", "up", "down")
 
 
 class Bench:
-    """The clips of a round, made in each way. `seed` is the round's first: no way finds anything made before.
+    """Makes the clips of a round in each mode.
 
-    `format` is of the files that are made.
+    `format` is that of the files that are made. The methods take the round's first seed, which differs between rounds
+    so that no mode finds cached results.
     """
 
     def __init__(self, server: Server, options: argparse.Namespace) -> None:
-        import psutil  # there only once the environment is set up
+        import psutil  # installed only once the environment is set up
 
         self.server, self.options = server, options
         self.client = Client(server.url)
@@ -58,7 +59,7 @@ class Bench:
         self.size = {"width": width, "height": height, "frames": options.frames}
 
     def through_the_queue(self, clips: int, seed: int, folder: Path) -> None:
-        """Until the last prompt is done: the host runs them in order."""
+        """Queue a prompt per clip and wait for the last one: the host runs them in order."""
         prompts = [self._clip(clip, seed + clip, folder.name) for clip in range(clips)]
         for prompt in prompts[:-1]:
             self.client.queue(prompt)
@@ -99,12 +100,12 @@ class Bench:
                 raise HostError("The command did not make all clips.")
 
     def host_seconds(self) -> float:
-        """Processor time of the host and of what it has started."""
+        """Return the processor time of the host and its child processes."""
         used = self.host.cpu_times()
         return used.user + used.system + used.children_user + used.children_system
 
     def draw_pictures(self, clips: int) -> None:
-        """The model's picture, mirrored and turned: one for each clip."""
+        """Write one picture per clip: the model's picture, mirrored, turned and darkened."""
         from PIL import Image
 
         folder = self.server.input_folder / CLIPS
@@ -162,7 +163,7 @@ class Bench:
         }
 
 
-WAYS: dict[str, Callable[[Bench, int, int, Path], None]] = {
+MODES: dict[str, Callable[[Bench, int, int, Path], None]] = {
     "the host's queue": Bench.through_the_queue,
     "I2V Batch": Bench.through_the_node,
     "the command": Bench.through_the_command,
@@ -177,11 +178,11 @@ def words(clip: int) -> str:
     return f"the shape moves {WORDS[clip % len(WORDS)]}"
 
 
-def timed(bench: Bench, way: str, clips: int, seed: int) -> tuple[dict[str, float], dict[int, Path]]:
-    """What a way took in seconds, and what it made by clip; both ends of the time include the way's own overhead."""
-    folder = bench.server.output_folder / f"{'_'.join(way.split())}-{seed}".replace("'", "")
+def timed(bench: Bench, mode: str, clips: int, seed: int) -> tuple[dict[str, float], dict[int, Path]]:
+    """Run a mode; return its seconds, overhead included, and its outputs by clip."""
+    folder = bench.server.output_folder / f"{'_'.join(mode.split())}-{seed}".replace("'", "")
     before, children, began = bench.host_seconds(), os.times(), time.perf_counter()
-    WAYS[way](bench, clips, seed, folder)
+    MODES[mode](bench, clips, seed, folder)
     seconds = time.perf_counter() - began
     used = os.times()  # of children that have ended; 0 on Windows
     own_seconds = used.children_user + used.children_system - children.children_user - children.children_system
@@ -190,7 +191,7 @@ def timed(bench: Bench, way: str, clips: int, seed: int) -> tuple[dict[str, floa
 
 
 def largest_difference(plain: dict[int, Path], other: dict[int, Path]) -> int:
-    """Of any value of any frame of any clip; each is a folder of pictures."""
+    """Return the largest difference of any pixel value between two sets of clips, each a folder of pictures."""
     import imageio.v3 as iio
     import numpy as np
 
@@ -204,30 +205,32 @@ def largest_difference(plain: dict[int, Path], other: dict[int, Path]) -> int:
 
 
 def compared(bench: Bench) -> dict[str, int]:
-    """The largest difference of each way from the host's queue; it also warms everything up."""
+    """Return the largest difference of each mode from the host's queue. This round also warms everything up."""
     bench.format = "png"
-    made = {way: timed(bench, way, COMPARED_CLIPS, 0)[1] for way in WAYS}
+    made = {mode: timed(bench, mode, COMPARED_CLIPS, 0)[1] for mode in MODES}
     bench.format = "mp4"
     plain, *others = made.values()
-    return {way: largest_difference(plain, other) for way, other in zip(list(WAYS)[1:], others, strict=True)}
+    return {mode: largest_difference(plain, other) for mode, other in zip(list(MODES)[1:], others, strict=True)}
 
 
 def measure(host: setup.Host, options: argparse.Namespace) -> dict[str, Any]:
     environment = {"OMP_NUM_THREADS": str(options.threads)}
     os.environ.update(environment)  # for the command
-    rounds: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    rounds: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
     with Server(host, environment=environment) as server:
         bench = Bench(server, options)
         bench.draw_pictures(max(options.clips, COMPARED_CLIPS))
         comfyui = bench.client.system_stats()["system"]["comfyui_version"]
         largest = compared(bench)
         for number in range(options.rounds):
-            for way in list(WAYS)[:: -1 if number % 2 else 1]:  # what slows down in between hits each way
-                figures, _ = timed(bench, way, options.clips, 1000 * (number + 1))
-                print(f"round {number + 1} of {options.rounds}, {way}: {figures['seconds']:.1f} s", flush=True)
-                rounds[way].append({name: round(value, 2) for name, value in figures.items()})
-    ways = {way: {**summary(figures, options.clips), "rounds": figures} for way, figures in rounds.items()}
-    return {"comfyui": comfyui, "ways": ways, "largest_difference_of_255": largest}
+            for mode in list(MODES)[
+                :: -1 if number % 2 else 1
+            ]:  # reversed every other round, so that no mode is always first
+                figures, _ = timed(bench, mode, options.clips, 1000 * (number + 1))
+                print(f"round {number + 1} of {options.rounds}, {mode}: {figures['seconds']:.1f} s", flush=True)
+                rounds[mode].append({name: round(value, 2) for name, value in figures.items()})
+    modes = {mode: {**summary(figures, options.clips), "rounds": figures} for mode, figures in rounds.items()}
+    return {"comfyui": comfyui, "ways": modes, "largest_difference_of_255": largest}
 
 
 def summary(figures: list[dict[str, float]], clips: int) -> dict[str, float]:
@@ -241,8 +244,8 @@ def summary(figures: list[dict[str, float]], clips: int) -> dict[str, float]:
 
 def print_table(answer: dict[str, Any]) -> None:
     head = ("", "clips an hour", "seconds a clip", "processor seconds a clip", "largest difference")
-    largest = {**dict.fromkeys(WAYS, "-"), **answer["largest_difference_of_255"]}
-    rows = [(way, *(str(it[key]) for key in list(it)[:3]), str(largest[way])) for way, it in answer["ways"].items()]
+    largest = {**dict.fromkeys(MODES, "-"), **answer["largest_difference_of_255"]}
+    rows = [(mode, *(str(it[key]) for key in list(it)[:3]), str(largest[mode])) for mode, it in answer["ways"].items()]
     print("\n" + console.table(head, rows))
 
 

@@ -1,13 +1,12 @@
-"""How long VRAM Budget's live plan takes on the page: processor seconds for each bundled architecture.
+"""Measures how long VRAM Budget's live plan takes on the page: processor seconds per bundled architecture.
 
     python benchmarks/live_verdict.py --json docs/benchmarks/live-verdict-cpu.json
 
-Each model is planned for in a process of its own, as the page's route plans: first at its default size, which imports
-the model's code and builds its skeletons (the collection of the garbage that this leaves is counted with it); then at
-sizes that were never asked before, for cards that they fit and for one that nothing fits; and after each refusal, what
-would fit instead is looked for. Shown are the median of the sizes and the longest. Processor time of one thread is
-measured, which other programs disturb less than seconds of the clock; `loop`, a million turns of Python's own, says how
-fast the processor was.
+Each model is planned in a process of its own, as the page's route plans: first at its default size, which imports the
+model's code and builds its skeletons (including the collection of the garbage that this leaves); then at new sizes, for
+cards that they fit and for one that nothing fits; and after each refusal, the search for what would fit instead. The
+table shows the median of the sizes and the longest. Measured is the processor time of one thread, which other programs
+disturb less than wall-clock time; `loop`, a million iterations in Python, calibrates for the speed of the processor.
 """
 
 from __future__ import annotations
@@ -34,13 +33,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from i2v_core.families import bundled_architecture, bundled_models, family_of
 from i2v_core.memory.device import DeviceFacts
 from i2v_core.planning.cards import CARDS
-from i2v_core.planning.planner import find_plan, lowest_memory_stages, make_plan
+from i2v_core.planning.planner import find_plan, make_plan
 from i2v_core.planning.request import Budget, Request
+from i2v_core.planning.search import lowest_memory_stages
 from i2v_core.planning.suggestions import NothingFitsError
 from i2v_core.units import MIB
 
 LIMIT_SECONDS = 0.3
-"""Within which a verdict is to be known."""
+"""Longest time that a plan at a new size may take."""
 
 CARD_NAMES = ("8 GB", "24 GB")
 TOO_LITTLE = Budget(free_bytes=96 * MIB)
@@ -49,18 +49,28 @@ SIZES = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """Processor seconds of a model: of one plan, or of one for each size."""
+    """Processor seconds of planning for one model; lists have one entry per size."""
 
     model: str
+
     loop: float
+    """A million iterations in Python, for comparison."""
+
     first: float
+    """The first plan, at the default size."""
+
     fits: dict[str, list[float]]
+    """Plans that fit, by the card's name."""
+
     refused: list[float]
+    """Plans that do not fit."""
+
     fixes: list[float]
+    """Searches for what would fit instead."""
 
     @property
     def verdicts(self) -> list[float]:
-        """At sizes that were never asked before."""
+        """Seconds of all plans at new sizes."""
         return [*(it for of_card in self.fits.values() for it in of_card), *self.refused]
 
 
@@ -85,7 +95,7 @@ def measure(model: str) -> Figures:
 
 
 def new_requests(model: str) -> Iterator[Request]:
-    """At the default size, and at ever narrower ones."""
+    """Yield a request at the default size, then at ever narrower ones."""
     architecture = bundled_architecture(model)
     facts = family_of(architecture).facts
     for width_pixels in range(facts.default_size.width_pixels, facts.min_side_pixels, -2 * facts.size_multiple):
@@ -96,7 +106,7 @@ def verdict_seconds(request: Request, budget: Budget, device: DeviceFacts, *, fi
     started = time.process_time()
     found = find_plan(request, budget, device) is not None
     if not found:
-        lowest_memory_stages(request, device, budget.host_free_bytes)  # what the page shows then
+        lowest_memory_stages(request, device, budget.host_free_bytes)  # the page shows these for a refusal
     seconds = time.process_time() - started
     assert found is fits, f"{request.size} fits {budget.usable_bytes} bytes: {found}"
     return seconds
@@ -112,7 +122,7 @@ def fixes_seconds(request: Request, budget: Budget, device: DeviceFacts) -> floa
 
 
 def collection_seconds() -> float:
-    """Of the garbage that the first plan leaves, which would fall into one of those after it."""
+    """Collect the garbage of the first plan, which would otherwise be collected during a later one."""
     started = time.process_time()
     gc.collect()
     return time.process_time() - started

@@ -1,15 +1,15 @@
-"""The whole pipeline under caps on device memory: predicted and measured peaks, speed, and equality with the plain run.
+"""Runs the whole pipeline under caps on device memory: predicted and measured peaks, speed, difference from stock.
 
     python benchmarks/memory_caps.py
     python benchmarks/memory_caps.py --size 1280x704x16 --cap 3 --cap 6 --steps 6
 
 On a CUDA device every stage of a model of the published size runs in fp16 under
 `torch.cuda.set_per_process_memory_fraction`. Memory and time do not depend on the values of weights, so these are
-random; every one of them matters, so a mistake in cutting layers up would show. Nor are a tokenizer's files needed:
-the encoders run on the inputs that prediction uses, and the denoiser is told random numbers of the right shapes.
+random; none is zero, so a mistake in chunking layers would show. A tokenizer's files are not needed either: the
+encoders run on the inputs that prediction uses, and the conditioning is random numbers of the right shapes.
 
-Without a CUDA device the same table is traced: what the plans for such cards would be. Nothing is measured then, and
-both the table and the JSON say so.
+Without a CUDA device the table shows traced plans for such cards. Nothing is measured then, and both the table and the
+JSON say so.
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ from i2v_core.placement.streaming import streamed
 from i2v_core.planning.margin import needed_bytes
 from i2v_core.planning.plan import Plan, Stage
 from i2v_core.planning.planner import make_plan
+from i2v_core.planning.report import plan_as_dict
 from i2v_core.planning.request import Budget, Request
 from i2v_core.sampling.loop import Guidance, SampleLoop
 from i2v_core.sampling.noise import initial_noise
 from i2v_core.sampling.schedulers import make_scheduler
-from i2v_core.stages.run import running
+from i2v_core.stages.run import open_stage_run
 from i2v_core.units import GIB
 
 CAPS_GIB = (2, 3, 4, 6, 8, 12, 16, 24)
@@ -73,7 +74,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stock:
-    """The plain forward, all weights in place, both guidance branches in one pass, no cap."""
+    """Results of the plain forward: all weights on the device, both guidance branches in one pass, no cap."""
 
     size: str
     peak_bytes: int
@@ -82,7 +83,7 @@ class Stock:
 
 
 class StepClock:
-    """Seconds of the steps after the first, which warms up. Made when the run starts; `tick` ends a step."""
+    """Measures the steps after the first, which warms up. `tick` ends a step."""
 
     def __init__(self) -> None:
         self._ends: list[float] = []
@@ -102,7 +103,7 @@ def empty_caches() -> None:
 
 
 def run_stock(model: I2VModel, size: VideoSize, steps: int, device: torch.device) -> Stock | None:
-    """None where this card is too small for it."""
+    """Sample with the plain forward; None if the card is too small for it."""
     conditioning, clock = random_conditioning(size), StepClock()
     assert conditioning.negative is not None
     unet = model.modules[DENOISER]
@@ -128,10 +129,10 @@ def run_stock(model: I2VModel, size: VideoSize, steps: int, device: torch.device
 
 
 def run_encoders(model: I2VModel, plan: Plan, device: torch.device) -> int:
-    """The measured peak of the encode stage."""
+    """Run the encoders; return the measured peak of the encode stage."""
     request = plan.request
-    workloads = FAMILY.encode_workloads(ARCHITECTURE, request.size, request.guidance, plan.encode.picture)
-    with running(Stage.ENCODE, model, plan, stages.Runtime(device=device)) as run:
+    workloads = FAMILY.encode_workloads(ARCHITECTURE, request.size, request.guidance, plan.encode.settings.tiling)
+    with open_stage_run(Stage.ENCODE, model, plan, stages.Runtime(device=device)) as run:
         for workload in workloads:
             with run.place(workload.component, by_layer=workload.by_layer) as component:
                 for _ in range(workload.passes):
@@ -140,15 +141,15 @@ def run_encoders(model: I2VModel, plan: Plan, device: torch.device) -> int:
 
 
 def weight_traffic(model: I2VModel, plan: Plan, device: torch.device) -> float:
-    """Weights copied in one denoiser pass, once the order of layers is known, over the denoiser's size."""
+    """Return the weights copied in one denoiser pass, once the order of layers is known, over the denoiser's size."""
     unet = model.modules[DENOISER]
-    branches = plan.request.branches if plan.sample.batched_guidance else 1
+    branches = plan.request.branches if plan.sample.settings.batched_guidance else 1
     workload = FAMILY.denoise_workload(ARCHITECTURE, plan.request.size, branches)
     loaded_bytes: list[int] = []
     with (
         torch.no_grad(),
         streamed(unet, device, DTYPE) as stream,
-        FAMILY.chunked(unet, plan.sample.chunk_settings, runner=stream, on_chunk=lambda: None),
+        FAMILY.chunked(unet, plan.sample.settings.chunk_settings, runner=stream, on_chunk=lambda: None),
     ):
         for _ in range(3):  # the second pass fetches the third's first layer ahead
             workload.run(Placed(module=unet, device=device, dtype=DTYPE, runner=stream))
@@ -158,7 +159,7 @@ def weight_traffic(model: I2VModel, plan: Plan, device: torch.device) -> float:
 
 
 def measured_stage(plan: Plan, stage: Stage, run: Callable[[], int]) -> StageRow:
-    """`run` runs the stage and gives the peak that it measured."""
+    """Measure a stage. `run` runs it and returns its measured peak."""
     empty_caches()
     measured_bytes = run()
     predicted = plan.prediction(stage)
@@ -173,19 +174,19 @@ def measured_stage(plan: Plan, stage: Stage, run: Callable[[], int]) -> StageRow
 
 
 def measured_row(model: I2VModel, plan: Plan, cap_gib: float, stock: Stock | None, steps: int) -> Row:
-    """Runs a plan under the cap that it was made for."""
+    """Run all stages of a plan under the cap that it was made for."""
     device, size, clock = plan.device.torch_device, plan.request.size, StepClock()
     runtime = stages.Runtime(device=device)
     sampling = stages.Runtime(device=device, on_progress=lambda *_: clock.tick())
     settings = stages.SamplerSettings(steps=steps, cfg=CFG, seed=SEED)
-    conditioning, kept = random_conditioning(size), dict[str, Tensor]()
+    conditioning, results = random_conditioning(size), dict[str, Tensor]()
 
     def sample() -> int:
-        kept["samples"], report = stages.sample(model, plan, conditioning, settings, sampling)
+        results["samples"], report = stages.sample(model, plan, conditioning, settings, sampling)
         return report.measured_peak_bytes
 
     def decode() -> int:
-        _, report = stages.decode(model, plan, kept["samples"], runtime)
+        _, report = stages.decode(model, plan, results["samples"], runtime)
         return report.measured_peak_bytes
 
     runs: dict[Stage, Callable[[], int]] = {
@@ -201,8 +202,8 @@ def measured_row(model: I2VModel, plan: Plan, cap_gib: float, stock: Stock | Non
         stages=rows,
         step_seconds=clock.step_seconds,
         ratio_to_stock=clock.step_seconds / stock.step_seconds if stock else None,
-        difference_from_stock=relative_rms(kept["samples"], stock.latents) if stock else None,
-        traffic=weight_traffic(model, plan, device) if plan.sample.streamed else None,
+        difference_from_stock=relative_rms(results["samples"], stock.latents) if stock else None,
+        traffic=weight_traffic(model, plan, device) if plan.sample.settings.streamed else None,
     )
 
 
@@ -213,7 +214,7 @@ def relative_rms(result: Tensor, reference: Tensor) -> float:
 def choices(plan: Plan) -> dict[str, Any]:
     sampling = ("batched_guidance", "workspace_bytes", "streamed", "offload_skips", "weight_storage", "chunk_size")
     frames = ("encode_tile_size", "decode_chunk_size", "tile_size", "maps_bytes")
-    return {name: value for name, value in plan.as_dict().items() if name in (*sampling, *frames)}
+    return {name: value for name, value in plan_as_dict(plan).items() if name in (*sampling, *frames)}
 
 
 def traced_row(plan: Plan, cap_gib: float) -> Row:
@@ -231,7 +232,7 @@ def table_of(
     run: Callable[[Plan, float], Row],
     lines: Callable[[Row], str],
 ) -> list[Row]:
-    """A row for every cap: what `run` says of the plan for it, or why there is none. Printed as `lines` says."""
+    """Return a row per cap, made by `run` from its plan or stating the refusal; print each with `lines`."""
     rows: list[Row] = []
     for cap_gib in caps_gib:
         request = Request(architecture=ARCHITECTURE, size=size, precision=PRECISION)
@@ -245,7 +246,7 @@ def table_of(
 
 
 def trace(sizes: Sequence[VideoSize], caps_gib: Sequence[float], out: Path) -> None:
-    """What plans for a card that runs fp16 well would be."""
+    """Print and write the plans for an imaginary card that supports fp16."""
     print("No CUDA device: everything below is traced, nothing is measured.\n")
     print(heading(TRACED_HEADS))
     card = DeviceFacts(device="cuda", name="a card that is not there", precisions=(DTYPE,))
@@ -280,7 +281,7 @@ def measure(sizes: Sequence[VideoSize], caps_gib: Sequence[float], steps: int, o
 
 
 def size_of(text: str) -> VideoSize:
-    """A size written as 512x512x16."""
+    """Parse a size such as 512x512x16."""
     width, height, frames = (int(part) for part in text.split("x"))
     return VideoSize(width_pixels=width, height_pixels=height, frames=frames)
 

@@ -1,4 +1,4 @@
-"""What `memory_caps.py` finds: its rows, the Markdown table, and the JSON."""
+"""Rows of `memory_caps.py`, as a Markdown table and as JSON."""
 
 from __future__ import annotations
 
@@ -17,33 +17,44 @@ from i2v_core.units import format_gib
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageRow:
-    """One stage: predicted peak without and with its margin, and what the allocator says. None: not measured."""
+    """Predicted and measured peak of one stage. None: not measured."""
 
     stage: str
     predicted_bytes: int
     with_margin_bytes: int
     measured_bytes: int | None = None
+
     reserved_bytes: int | None = None
+    """Peak that the allocator reserved."""
+
     error: float | None = None
+    """Relative error of the prediction without its margin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One video under one cap. `settings` is the plan's choices; None where it was refused, and `note` says why.
-
-    `ratio_to_stock` is the time of a step over that of the plain forward without a cap, `difference_from_stock` the
-    relative RMS of the final latents, `traffic` the weights copied in one denoiser pass over the denoiser's size.
-    """
+    """One video under one cap."""
 
     size: str
     cap_gib: float
+
     settings: dict[str, Any] | None
+    """The plan's settings; None if the video was refused."""
+
     stages: tuple[StageRow, ...] = ()
     step_seconds: float | None = None
+
     ratio_to_stock: float | None = None
+    """Time of a step over that of the plain forward without a cap."""
+
     difference_from_stock: float | None = None
+    """Relative RMS of the difference of the final latents."""
+
     traffic: float | None = None
+    """Weights copied in one denoiser pass, over the denoiser's size."""
+
     note: str = ""
+    """The reason of a refusal."""
 
 
 Columns = tuple[str, ...]
@@ -53,12 +64,12 @@ MEASURED_HEADS: Columns = (
     *("s/step", "× stock", "RMS", "traffic"),
 )
 TRACED_HEADS: Columns = (
-    *("video", "cap", "encode", "sample", "decode", "guidance", "pieces up to", "streamed", "skips", "frames decoded"),
+    *("video", "cap", "encode", "sample", "decode", "guidance", "chunks up to", "streamed", "skips", "frames decoded"),
 )
 
 
 def line(cells: Sequence[str]) -> str:
-    """A line of a Markdown table."""
+    """Format a line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
@@ -67,7 +78,7 @@ def heading(heads: Columns) -> str:
 
 
 def measured_lines(row: Row) -> str:
-    """A line for each stage; what only sampling has stands in its line."""
+    """Format a line per stage; the figures of sampling stand in its line alone."""
     if not row.stages:
         return _refused(row, MEASURED_HEADS)
     return "\n".join(line((row.size, f"{row.cap_gib:g}", *_measured(row, stage))) for stage in row.stages)
@@ -90,20 +101,21 @@ def _measured(row: Row, stage: StageRow) -> Columns:
 
 
 def traced_lines(row: Row) -> str:
-    """One line: the predicted peaks and the choices of the plan."""
-    chosen = row.settings
-    if chosen is None:
+    """Format one line: the plan's predicted peaks and settings."""
+    settings = row.settings
+    if settings is None:
         return _refused(row, TRACED_HEADS)
     return line(
         (
             row.size,
             f"{row.cap_gib:g}",
             *(format_gib(stage.predicted_bytes) for stage in row.stages),
-            "one pass" if chosen["batched_guidance"] else "two passes",
-            _shown(chosen["workspace_bytes"], format_gib),
-            ", ".join(chosen["streamed"]) or "–",
-            "in host memory" if chosen["offload_skips"] else "on the device",
-            f"{chosen['decode_chunk_size']}" + (f", tiles of {chosen['tile_size']}" if chosen["tile_size"] else ""),
+            "one pass" if settings["batched_guidance"] else "two passes",
+            _shown(settings["workspace_bytes"], format_gib),
+            ", ".join(settings["streamed"]) or "–",
+            "in host memory" if settings["offload_skips"] else "on the device",
+            f"{settings['decode_chunk_size']}"
+            + (f", tiles of {settings['tile_size']}" if settings["tile_size"] else ""),
         )
     )
 
@@ -117,7 +129,7 @@ def _shown(value: float | None, form: Callable[[float], str]) -> str:
 
 
 def write_json(file: Path, rows: Sequence[Row], stock: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
-    """`about` says what was run and on what; versions and date are added."""
+    """Write the results. `about` describes the run and the device; versions and date are added."""
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     content = {
         **about,

@@ -1,10 +1,10 @@
-"""10,000 jobs on 64 mixed cards, simulated by events, with the package's own order, admission and assignment.
+"""Simulates 10,000 jobs on 64 mixed cards, event by event, with the package's own policy, admission and device queues.
 
     python benchmarks/queue_simulation.py [--jobs N] [--cards N] [--rule weight|first-come] [--seed N]
 
-Prints a table and writes docs/benchmarks/queue_simulation.json. Half of the jobs are there when it begins, the others
-come over the first third; what a job really takes is off its prediction by 15 % (lognormal); two cards are lost in the
-middle, with what they run. The lower bound on the makespan knows all that in advance, and may cut jobs up.
+Prints a table and writes docs/benchmarks/queue_simulation.json. Half of the jobs are queued at the start, the others
+arrive over the first third; a job's actual time differs from its prediction by 15 % (lognormal); two cards are lost in
+the middle, with the jobs that they run. The lower bound on the makespan knows all that in advance and may split jobs.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from scipy.optimize import linprog
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from i2v_core.batch.devices.admission import AdmissionRequest, DeviceMemory, blocking_reason  # noqa: E402
+from i2v_core.batch.devices.admission import AdmissionRequest, blocking_reason  # noqa: E402
 from i2v_core.batch.scheduling.device_queues import DeviceQueues  # noqa: E402
 from i2v_core.batch.scheduling.policy import AGEING_SECONDS, LOADED_FACTOR, PendingJob, Policy, ResourceEstimate, weight  # noqa: E402
+from i2v_core.memory.device_memory import DeviceMemory  # noqa: E402
 from i2v_core.planning.plan import Stage  # noqa: E402
 from i2v_core.units import GIB  # noqa: E402
 
@@ -41,11 +42,15 @@ PRIORITIES = (0.5, 1.0, 1.0, 1.0, 2.0, 10.0)
 
 @dataclass(frozen=True)
 class CardKind:
-    """`speed` is how much faster than the slowest; `share` of all cards. Ratios of common cards, roughly."""
+    """A kind of card, with roughly the ratios of common cards."""
 
     gib: int
+
     speed: float
+    """Relative to the slowest kind."""
+
     share: float
+    """Fraction of all cards."""
 
     @property
     def name(self) -> str:
@@ -63,11 +68,16 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Shape:
-    """A kind of video: seconds on the slowest card with all it wants; the least VRAM that does, at more seconds."""
+    """A kind of video."""
 
     seconds: float
+    """Time on the slowest card with `wanted_gib`; less memory takes longer."""
+
     least_gib: float
+    """VRAM of the lowest-memory plan."""
+
     wanted_gib: float
+    """VRAM of the fastest plan."""
 
     def on(self, kind: CardKind) -> ResourceEstimate | None:
         usable_gib = kind.gib - 0.75
@@ -100,11 +110,11 @@ class Card:
 
 @dataclass
 class World:
-    """Everything that changes."""
+    """The state of the simulation."""
 
     rule: Policy
     cards: dict[str, Card]
-    shares: DeviceQueues
+    queues: DeviceQueues
     noise: dict[int, float]
     events: list[tuple[float, int, str, object]] = field(default_factory=list)
     started: dict[int, float] = field(default_factory=dict)
@@ -133,7 +143,7 @@ def make_jobs(count: int, cards: dict[str, Card], rng: random.Random) -> list[Pe
             id=index,
             added_at=0.0 if index < count // 2 else rng.uniform(0, third),
             plan=f"shape {shape}",
-            on={kind.name: taking for kind in KINDS if (taking := SHAPES[shape].on(kind)) is not None},
+            on={kind.name: estimate for kind in KINDS if (estimate := SHAPES[shape].on(kind)) is not None},
             priority=rng.choice(PRIORITIES),
         )
         for index, shape in enumerate(shapes)
@@ -141,18 +151,18 @@ def make_jobs(count: int, cards: dict[str, Card], rng: random.Random) -> list[Pe
 
 
 def start(world: World, card: Card, now: float) -> None:
-    """The card takes its next job, if there is one for it."""
-    room = DeviceMemory(total_bytes=card.kind.gib * GIB, reserve_bytes=int(0.75 * GIB))
+    """Start the card's next job, if there is one for it."""
+    memory = DeviceMemory(free_bytes=card.kind.gib * GIB, reserve_bytes=int(0.75 * GIB))
 
     def fits(job: PendingJob) -> bool:
-        asks = AdmissionRequest(
+        request = AdmissionRequest(
             job=job.id, stage=Stage.SAMPLE, needed_bytes=job.on[card.kind.name].peak_bytes, number=1
         )
-        admitted = blocking_reason(asks, (), (), room) is None
+        admitted = blocking_reason(request, (), (), memory) is None
         world.refused_by_admission += not admitted
         return admitted
 
-    job = world.shares.take(card.name, now, card.loaded_plan, fits)
+    job = world.queues.take(card.name, now, card.loaded_plan, fits)
     if job is None:
         return
     world.started.setdefault(job.id, now)
@@ -168,34 +178,36 @@ def end(world: World, name: str, now: float) -> None:
     world.ended[card.running.id] = now
     card.busy_seconds += now - card.begun
     card.running = None
-    world.shares.is_idle(name, now)
+    world.queues.mark_idle(name, now)
 
 
 def lose(world: World, name: str, now: float) -> None:
     card = world.cards.pop(name)
-    homeless = world.shares.lose(name, now)
-    assert not homeless, "another card is as large"
+    unplaceable = world.queues.lose(name, now)
+    assert not unplaceable, "another card is as large"
     if card.running is not None:
-        world.shares.add([card.running], now)
+        world.queues.add([card.running], now)
 
 
 def run(world: World) -> None:
     while world.events:
         now, _, what, of = heapq.heappop(world.events)
-        if what == "came":
+        if what == "arrived":
             assert isinstance(of, PendingJob)
-            assert not world.shares.add([of], now)
+            assert not world.queues.add([of], now)
         else:
             assert isinstance(of, str)
             (end if what == "ended" else lose)(world, of, now)
         for card in world.cards.values():
-            if card.running is None and len(world.shares):
+            if card.running is None and len(world.queues):
                 start(world, card, now)
 
 
 def lower_bound(jobs: list[PendingJob], cards: list[Card], noise: dict[int, float], lost: dict[str, float]) -> float:
-    """No order ends sooner: not before any single job on the card that is fastest for it, and not before the work that
-    comes at r or later, cut up at will and spread over the kinds of cards in the best way, could be done after r.
+    """Return a time before which no order can end.
+
+    It is the larger of two bounds: the longest single job on its fastest card; and, for arrival times r, r plus the
+    time that the work arriving from r on takes if it may be split at will and spread over the cards optimally.
     """
     bound = max(job.added_at + noise[job.id] * min(it.seconds for it in job.on.values()) for job in jobs)
     staying = Counter(card.kind.name for card in cards if card.name not in lost)
@@ -213,20 +225,22 @@ def lower_bound(jobs: list[PendingJob], cards: list[Card], noise: dict[int, floa
 
 
 def _fractional_seconds(amounts: dict[int, float], staying: Counter[str], before_loss: dict[str, float]) -> float:
-    """The linear relaxation: variables are the amount of each shape on each kind of card, and the seconds.
+    """Solve the linear relaxation, whose variables are the amount of each shape on each kind of card, and the seconds.
 
     Args:
-        amounts: of each shape, in jobs.
-        staying: cards of each kind that are there to the end.
-        before_loss: seconds that the others of each kind have.
+        amounts: jobs of each shape.
+        staying: cards of each kind that stay to the end.
+        before_loss: seconds that the lost cards of each kind have together.
     """
-    ways = [(shape, kind, it.seconds) for shape in amounts for kind in KINDS if (it := SHAPES[shape].on(kind))]
+    placements = [(shape, kind, it.seconds) for shape in amounts for kind in KINDS if (it := SHAPES[shape].on(kind))]
     names = list(before_loss)
     shapes = list(amounts)
-    loads = [[seconds if kind.name == name else 0.0 for _, kind, seconds in ways] + [-staying[name]] for name in names]
-    sums = [[float(shape == it) for it, _, _ in ways] + [0.0] for shape in shapes]
+    loads = [
+        [seconds if kind.name == name else 0.0 for _, kind, seconds in placements] + [-staying[name]] for name in names
+    ]
+    sums = [[float(shape == it) for it, _, _ in placements] + [0.0] for shape in shapes]
     found = linprog(
-        [0.0] * len(ways) + [1.0],
+        [0.0] * len(placements) + [1.0],
         A_ub=loads,
         b_ub=[before_loss[name] for name in names],
         A_eq=sums,
@@ -237,7 +251,7 @@ def _fractional_seconds(amounts: dict[int, float], staying: Counter[str], before
 
 
 def starved(jobs: list[PendingJob], started: dict[int, float]) -> int:
-    """Jobs that one overtook which had come later than ageing allows, whatever the two jobs' weights."""
+    """Count jobs overtaken by one that arrived later than ageing allows, whatever the two jobs' weights."""
     weights = [weight(it, job.priority) for job in jobs for it in job.on.values()]
     allowed_seconds = AGEING_SECONDS * math.log2(LOADED_FACTOR * max(weights) / min(weights))
     count, newest = 0, 0.0
@@ -259,10 +273,10 @@ def simulate(job_count: int, card_count: int, rule: Policy, seed: int) -> dict[s
         halfway = lower_bound(jobs, all_cards, noise, lost) / 2
         lost = {all_cards[0].name: halfway, all_cards[-1].name: halfway}
     bound = lower_bound(jobs, all_cards, noise, lost)
-    assert not world.shares.add([job for job in jobs if not job.added_at], 0.0)
+    assert not world.queues.add([job for job in jobs if not job.added_at], 0.0)
     for job in jobs:
         if job.added_at:
-            world.post(job.added_at, "came", job)
+            world.post(job.added_at, "arrived", job)
     for name, at in lost.items():
         world.post(at, "lost", name)
     began = time.perf_counter()

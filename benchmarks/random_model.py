@@ -1,4 +1,4 @@
-"""A model of the published size without its weights: for what does not depend on their values."""
+"""A model of the published size with random weights, for measurements that do not depend on their values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from i2v_core.decoding import ONE_WHOLE_FRAME
+from i2v_core.decoding import ONE_FRAME_UNTILED
 from i2v_core.families import Conditioning, I2VModel, TensorMap, VideoSize, bundled_architecture, family_of
 
 ARCHITECTURE = bundled_architecture("i2vgen-xl")
@@ -18,10 +18,12 @@ SEED = 1
 
 
 def random_model(device: torch.device) -> I2VModel:
-    """The published architecture with random weights in fp16, in host memory."""
+    """Build the published architecture with random weights in fp16, in host memory."""
     torch.manual_seed(SEED)
     names = {DENOISER, FAMILY.decoder}
-    workloads = FAMILY.encode_workloads(ARCHITECTURE, FAMILY.facts.default_size, guidance=True, pieces=ONE_WHOLE_FRAME)
+    workloads = FAMILY.encode_workloads(
+        ARCHITECTURE, FAMILY.facts.default_size, guidance=True, tiling=ONE_FRAME_UNTILED
+    )
     names |= {workload.component for workload in workloads}
     modules: dict[str, nn.Module] = {}
     for name in sorted(names):
@@ -35,7 +37,7 @@ def random_model(device: torch.device) -> I2VModel:
 
 
 def random_conditioning(size: VideoSize) -> Conditioning:
-    """What the encoders would give, in shape."""
+    """Return random conditioning of the shapes that the encoders return."""
     generator = torch.Generator().manual_seed(SEED)
     width = ARCHITECTURE.config("unet")["cross_attention_dim"]
     length = ARCHITECTURE.config("tokenizer")["model_max_length"]

@@ -1,8 +1,7 @@
-"""What this pack adds to the host's start: ComfyUI started with it and without it, in turns.
+"""Measures the time that this pack adds to the host's start: starts ComfyUI with and without it, in turns.
 
-Three figures for each start: seconds until the host answers, processor seconds that it used for that (which other
-programs on the machine disturb less), and what the host itself says that the import of this pack took. The last one is
-in tenths of a second, as the host rounds it.
+Three figures per start: seconds until the host answers, its processor seconds until then (which other programs on the
+machine disturb less), and the import time of this pack that the host reports, rounded to tenths of a second.
 
     python benchmarks/startup.py --rounds 5 --out benchmarks/results/startup.json
 """
@@ -23,17 +22,17 @@ from comfy_host.errors import HostError
 from comfy_host.server import PACK_FOLDER, Server
 
 COMPILED_MODULES = {"PYTHONDONTWRITEBYTECODE": ""}
-"""Python keeps compiled modules, as it does by default: no start but the first has to compile them."""
+"""Lets Python keep compiled modules, as it does by default, so that only the first start compiles them."""
 
 LIMIT_SECONDS = 0.3
-"""What the pack may add to a start."""
+"""Longest import that the pack may add to a start."""
 
 IMPORT_LINE = re.compile(rf"([\d.]+) seconds.*[/\\]{PACK_FOLDER}$", re.MULTILINE)
 
 
 def start(host: setup.Host, *, with_pack: bool) -> "dict[str, float]":
-    """Start the host once and stop it: its figures."""
-    import psutil  # there only once the environment is set up
+    """Start the host, stop it, and return the figures of the start."""
+    import psutil  # installed only once the environment is set up
 
     started = time.perf_counter()
     with Server(host, with_pack=with_pack, environment=COMPILED_MODULES) as server:
@@ -50,7 +49,7 @@ def start(host: setup.Host, *, with_pack: bool) -> "dict[str, float]":
 
 
 def measure(host: setup.Host, rounds: int) -> "dict[str, list[dict[str, float]]]":
-    """`rounds` starts of either kind, after one of each that warms the disk's cache and writes compiled modules."""
+    """Measure `rounds` starts of either kind, after one of each that warms the disk cache and compiles modules."""
     starts: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
     step = console.Step("starts")
     for number in range(rounds + 1):
@@ -64,7 +63,7 @@ def measure(host: setup.Host, rounds: int) -> "dict[str, list[dict[str, float]]]
 
 
 def summary(starts: "dict[str, list[dict[str, float]]]") -> "dict[str, dict[str, float]]":
-    """The median of every figure without and with the pack, and what the pack adds to it."""
+    """Return the median of every figure without and with the pack, and the difference."""
     medians = {
         kind: {name: statistics.median(figure[name] for figure in figures) for name in figures[0]}
         for kind, figures in starts.items()

@@ -1,4 +1,4 @@
-"""The command line: plans and memory tables of the bundled architectures, for a card of any size; and batches.
+"""Command line: plans and memory tables of the bundled architectures, for a card of any size, and batches.
 
 Exit codes: 0 it fits, 2 bad arguments, 3 refused. Those of `batch` are in `batch/command.py`.
 """
@@ -20,7 +20,7 @@ from .memory.device import DeviceFacts
 from .placement.precision import AUTO, PRECISIONS, precision_name
 from .planning.memory_table import memory_table
 from .planning.planner import make_plan
-from .planning.report import report
+from .planning.report import plan_as_dict, report
 from .planning.request import Budget, Request
 from .planning.suggestions import NothingFitsError
 from .planning.trace import loaded_bytes
@@ -41,35 +41,35 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m i2v_core", description="Predict and plan without weights; run batches."
+        prog="python -m i2v_core", description="Predict memory and plan videos without weights; run batches."
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    plan = commands.add_parser("plan", help="the plan for one video on a card of a given size")
+    plan = commands.add_parser("plan", help="plan one video for a card of a given size")
     plan.add_argument("--model", choices=bundled_models(), default="i2vgen-xl")
-    plan.add_argument("--width", type=int, required=True, help="pixels")
-    plan.add_argument("--height", type=int, required=True, help="pixels")
-    plan.add_argument("--frames", type=int, required=True)
-    plan.add_argument("--vram", required=True, metavar="SIZE", help="device memory to use, such as 8GiB")
+    plan.add_argument("--width", type=int, required=True, help="width in pixels")
+    plan.add_argument("--height", type=int, required=True, help="height in pixels")
+    plan.add_argument("--frames", type=int, required=True, help="length in frames")
+    plan.add_argument("--vram", required=True, metavar="SIZE", help="device memory that may be used, such as 8GiB")
     plan.add_argument(
-        "--ram", metavar="SIZE", help="host memory to use, the model's own weights included; default: any"
+        "--ram", metavar="SIZE", help="host memory that may be used, the model's weights included; default: no limit"
     )
     plan.add_argument(
         "--weights",
         metavar="FILE|FORMAT",
-        help="of Wan: plan for the denoiser's weights in a GGUF or fp8 file, or in a format such as q4_k or fp8",
+        help="Wan only: plan for denoiser weights from a GGUF or fp8 file, or in a format such as q4_k or fp8",
     )
     plan.add_argument("--precision", choices=(AUTO, *PRECISIONS), default="fp16")
-    plan.add_argument("--no-guidance", action="store_true", help="one denoiser pass a step")
+    plan.add_argument("--no-guidance", action="store_true", help="one denoiser pass per step")
     plan.add_argument(
         "--allow-approximate",
         action="store_true",
-        help="where no exact way fits, weights in 8 bits or windows over the frames may do: not quite the exact result",
+        help="if no exact plan fits, allow 8-bit weights or context windows over the frames, which change the result",
     )
     plan.add_argument("--json", action="store_true")
     plan.set_defaults(run=_plan)
 
-    table = commands.add_parser("memory-table", help="peaks at some sizes: the plain run, in pieces, and streamed")
+    table = commands.add_parser("memory-table", help="peak memory at some sizes: the plain run, chunked, and streamed")
     table.add_argument("--model", choices=bundled_models(), default="i2vgen-xl")
     table.add_argument("--json", action="store_true")
     table.set_defaults(run=_memory_table)
@@ -110,7 +110,7 @@ def _plan(options: argparse.Namespace) -> int:
         }
         _print(options, answer, str(refusal))
         return REFUSED
-    choices = plan.as_dict()
+    choices = plan_as_dict(plan)
     summary = {key: choices.pop(key) for key in ("stages", "peak_bytes", "binding_stage", "reasons")}
     _print(options, {"fits": True, "plan": choices, **summary, "nearest": None}, report(plan))
     return FITS

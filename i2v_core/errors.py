@@ -1,26 +1,26 @@
-"""Errors that a user can act on: each says what is wrong, with the value, and the remedy."""
+"""Errors that users can act on: each states the problem with its value, and the remedy."""
 
 from __future__ import annotations
 
 _LONGEST_CHARACTERS = 2000
-"""Of a problem: values that users gave are in it, and may be of any length."""
+"""Longest text of a problem, which holds values that users gave, of any length."""
 
 
 class I2VError(Exception):
-    """A mistake or a limit that the user can do something about.
+    """A mistake or a limit that the user can act on.
 
-    `problem` says what is wrong and names the value; `remedy` says what to do.
+    `problem` states what is wrong, with the value; `remedy` states what to do.
     """
 
     def __init__(self, problem: str, remedy: str) -> None:
-        problem = _to_be_read(problem)
+        problem = _printable(problem)
         super().__init__(f"{problem}. Remedy: {remedy}.")
         self.problem = problem
         self.remedy = remedy
 
 
-def _to_be_read(text: str) -> str:
-    """`text` without what cannot be written to a log or a socket, and with the middle of a very long one left out."""
+def _printable(text: str) -> str:
+    """Return `text` with characters escaped that cannot be encoded, and with the middle of a very long one left out."""
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     if len(text) <= _LONGEST_CHARACTERS:
         return text
@@ -33,24 +33,24 @@ class BadInputError(I2VError):
 
 
 class ModelFolderError(I2VError):
-    """A model folder that is missing, half there, damaged, or of another kind."""
+    """A model folder that is missing, incomplete, damaged, or of another kind."""
 
 
 class DoesNotFitError(I2VError):
-    """No plan fits the budget; `remedy` names the nearest that would."""
+    """No plan fits the budget; `remedy` suggests the closest settings that would."""
 
 
 class RanOutError(DoesNotFitError):
-    """A stage ran out of device memory, and there was no thriftier way left to go on."""
+    """A stage ran out of device memory, and no fallback with lower memory was left."""
 
 
 class PlanMismatchError(I2VError):
-    """A plan, a conditioning and a model that were not made for each other."""
+    """A plan, a conditioning or a model that does not belong to the others."""
 
 
 class MissingPackageError(I2VError):
-    """A package that a chosen option needs and that is not installed."""
+    """A package that a chosen option needs is not installed."""
 
 
 class FileError(I2VError):
-    """A file that cannot be written, or that cannot be read as what it should be."""
+    """A file that cannot be written, or does not hold what it should."""

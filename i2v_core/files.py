@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all; their names, and what the system says of them in words to act on."""
+"""Writing files atomically, dates in their names, and system errors with remedies."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _ERRORS = {
     errno.EPERM: ("permission is denied", "allow writing there, or choose another folder"),
     errno.EROFS: ("the disk is read-only", _ELSEWHERE),
     errno.ENOENT: ("the folder is not there", _ELSEWHERE),
-    errno.ENOTDIR: ("a part of the path is no folder", _ELSEWHERE),
+    errno.ENOTDIR: ("a part of the path is not a folder", _ELSEWHERE),
     errno.EEXIST: ("something else has that name", _ELSEWHERE),
     errno.ENOTEMPTY: ("something else has that name", _ELSEWHERE),
     errno.EISDIR: ("a folder has that name", _ELSEWHERE),
     errno.ENAMETOOLONG: ("the name is too long", "choose a shorter name"),
     errno.EINVAL: ("the system does not allow that name", _ELSEWHERE),
 }
-"""What the usual system errors mean, and what to do."""
+"""Causes and remedies of common system errors."""
 
 
 _DATE = re.compile(r"%date(?::([^%]*))?%")
@@ -43,7 +43,7 @@ _DATE_FIELD = re.compile(r"yyyy|yy|MM?|dd?|hh?|mm?|ss?")
 
 
 def with_date(text: str, now: datetime) -> str:
-    """`text` with every `%date%` as in 2031-07-09, and every `%date:FORMAT%` as its format says.
+    """Return `text` with `%date%` replaced by a date such as 2031-07-09, and `%date:FORMAT%` by one in that format.
 
     Fields are those of the host's page: yyyy, yy, MM, M, dd, d, hh, h (of 24), mm, m, ss, s.
     """
@@ -58,7 +58,7 @@ def with_date(text: str, now: datetime) -> str:
 
 @contextmanager
 def file_errors(path: Path) -> Generator[None]:
-    """While the context lasts, a system error becomes a `FileError` that names `path`, the cause and the remedy."""
+    """Turn a system error of the body into a `FileError` that names `path`, the cause and the remedy."""
     try:
         yield
     except OSError as error:
@@ -67,21 +67,21 @@ def file_errors(path: Path) -> Generator[None]:
 
 
 @contextmanager
-def whole_file(path: Path) -> Generator[Path]:
-    """A temporary path beside `path`, for a file or a folder to be made there, which gets its name when it is whole.
+def atomic_file(path: Path) -> Generator[Path]:
+    """Yield a temporary path beside `path` for a file or a folder, which is renamed to `path` when the body ends.
 
-    If the body fails, or makes nothing, nothing is left. The folder around it is made where it is missing.
+    If the body fails, the temporary file is removed. A missing parent folder is created.
 
     Raises:
-        FileError: the folder cannot be written to, or the name cannot be had.
+        FileError: the folder cannot be written to, or the name cannot be used.
     """
     temporary = path.with_name(f".{secrets.token_hex(8)}.part")
     with file_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)  # said now, and not after minutes of work, where nothing can be written
+        temporary.touch(exist_ok=False)  # fails now, not after minutes of work, if nothing can be written
         temporary.unlink()
         with suppress(FileNotFoundError):
-            path.lstat()  # likewise, where the name cannot be had
+            path.lstat()  # likewise, if the name cannot be used
     try:
         yield temporary
         with file_errors(path):
@@ -91,7 +91,7 @@ def whole_file(path: Path) -> Generator[Path]:
 
 
 def set_aside(path: Path) -> None:
-    """Gives a file that cannot be used the ending `.broken`, so that it is neither read again nor lost."""
+    """Rename a file that cannot be used to end in `.broken`, so that it is neither read again nor lost."""
     try:
         path.replace(path.with_suffix(".broken"))
     except OSError as error:

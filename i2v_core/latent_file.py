@@ -1,7 +1,7 @@
-"""Latents on disk, so that a decode can be tried again alone.
+"""Latent files, so that a decode can be repeated alone.
 
-The file is safetensors, with the tensor under the name that the host's own `.latent` files have for it, so that either
-reads the other's. What it was made for is in the header, as JSON.
+A file is safetensors, with the tensor under the name that the host's own `.latent` files use, so that each can read the
+other's. The header holds the latent's facts as JSON.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor
 
 from .errors import BadInputError, FileError
 from .families import FamilyFacts, VideoSize, family_of
-from .files import file_errors, whole_file
+from .files import atomic_file, file_errors
 from .planning.plan import Plan
 
 SUFFIX = ".latent"
 _TENSOR = "latent_tensor"
 _UNSCALED = "latent_format_version_0"
-"""Its presence says that the tensor is not scaled; the host's older files are, by Stable Diffusion 1's factor."""
+"""Name whose presence marks an unscaled tensor; the host's older files are scaled by Stable Diffusion 1's factor."""
 _OLD_SCALE = 0.18215
 _FACTS, _VERSION = "i2v_latent", 1
 _HOST_COMPRESSION = 8
-"""Pixels a latent pixel in the host's own files, which do not say it."""
+"""Pixels a latent pixel in the host's own files, which do not record it."""
 
 _LENGTH_BYTES = 8
 _REMEDY = "save the latent again with I2V Save Latent, or choose another file"
@@ -37,7 +37,7 @@ _REMEDY = "save the latent again with I2V Save Latent, or choose another file"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentFacts:
-    """What a latent is of: its video's size, and the model that made it (empty where the file does not say)."""
+    """Facts of a latent: its video's size, and the model that made it (empty if the file does not record it)."""
 
     size: VideoSize
     family: str = ""
@@ -49,10 +49,16 @@ class LatentFacts:
 
 
 def save_latent(path: Path, samples: Tensor, plan: Plan, metadata: Mapping[str, str] | None = None) -> LatentFacts:
-    """Write the host's LATENT samples of the plan's model; `metadata` are texts to store with them.
+    """Write the host's LATENT samples, made with the plan's model; returns their facts.
+
+    Args:
+        path: the file to write.
+        samples: unscaled latents.
+        plan: the plan that they were made with.
+        metadata: texts to store in the header.
 
     Raises:
-        BadInputError: the samples are not of the plan's model.
+        BadInputError: the samples do not have the shape of the plan's model.
         FileError: the file cannot be written; then there is none.
     """
     architecture = plan.request.architecture
@@ -64,16 +70,16 @@ def save_latent(path: Path, samples: Tensor, plan: Plan, metadata: Mapping[str, 
     )
     tensors = {_TENSOR: samples.detach().cpu().contiguous(), _UNSCALED: torch.empty(0)}
     content = safetensors.torch.save(tensors, {**(metadata or {}), _FACTS: _to_json(facts)})
-    with whole_file(path) as temporary, file_errors(path):
+    with atomic_file(path) as temporary, file_errors(path):
         temporary.write_bytes(content)
     return facts
 
 
 def load_latent(path: Path) -> tuple[Tensor, LatentFacts]:
-    """The samples in fp32, and what they are of; also from the host's own files of one latent a frame.
+    """Return the samples in fp32 and their facts; also reads the host's own files of one latent a frame.
 
     Raises:
-        FileError: there is no such file, it is cut off or damaged, or holds something else.
+        FileError: there is no such file, or it is truncated, damaged, or no latent.
     """
     content = _read(path)
     try:
@@ -88,7 +94,7 @@ def load_latent(path: Path) -> tuple[Tensor, LatentFacts]:
 
 
 def _size(samples: Tensor, facts: FamilyFacts) -> VideoSize:
-    """The size in pixels of samples (frames, C, h, w), or (1, C, T, h, w) where the autoencoder is a video's."""
+    """Return the size in pixels of samples (frames, C, h, w), or (1, C, T, h, w) for a video autoencoder."""
     channels, dimensions = facts.latent_channels, 4 if facts.temporal_compression == 1 else 5
     if samples.ndim != dimensions or samples.shape[1] != channels or 0 in samples.shape:
         raise BadInputError(
@@ -104,7 +110,7 @@ def _size(samples: Tensor, facts: FamilyFacts) -> VideoSize:
 
 
 def _read(path: Path) -> bytes:
-    """The file's content, once its header's length has been seen to be possible."""
+    """Return the file's content, after a check that its header's length is possible."""
     try:
         with path.open("rb") as file:
             length_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")

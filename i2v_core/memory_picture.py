@@ -1,4 +1,4 @@
-"""Draws a run's device memory over time: what each stage took, what was predicted, and the limit.
+"""Draws a run's device memory over time: measured and predicted use of each stage, and the limit.
 
 matplotlib is imported at first use and used through its objects alone: nothing of it is shared with other packs.
 """
@@ -31,16 +31,16 @@ _LEFT = 0.035
 _PREDICTED_LINE: dict[str, Any] = {"linewidth": 1.6, "linestyle": (0, (4, 2.5))}
 _FAILED_LINE: dict[str, Any] = {"linewidth": 1.6, "linestyle": (0, (1.5, 1.5))}
 
-# A stage of a tenth of a second must be seen beside one of an hour: seconds count by this power.
+# Panel widths grow with this power of a stage's seconds, so that 0.1 s is visible beside an hour.
 _WIDTH_POWER = 0.35
 _LEAST_WIDTH = 0.5
-# A limit further away than this many times the rest is said, not drawn: it would press the rest to the ground.
+# A limit above this many times the highest value is stated, not drawn: it would flatten everything else.
 _FAR_LIMIT = 1.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Scale:
-    """Of the picture's memory axis: up to `top_bytes`, in units of `unit_bytes`."""
+    """Scale of the memory axis: up to `top_bytes`, in units of `unit_bytes`."""
 
     top_bytes: float
     unit_bytes: int
@@ -65,11 +65,11 @@ class _Scale:
 
 
 def draw_memory(stages: Sequence[StageFigures], title: str) -> np.ndarray[Any, Any]:
-    """The picture as (H, W, 3) bytes.
+    """Return the picture as (H, W, 3) bytes.
 
     Args:
         stages: in the order in which they ran; at least one.
-        title: what was run, in a few words.
+        title: a few words that name the run.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -98,14 +98,14 @@ def draw_memory(stages: Sequence[StageFigures], title: str) -> np.ndarray[Any, A
 def _draw_titles(figure: Figure, stages: Sequence[StageFigures], title: str, height_inches: float) -> None:
     highest = max(stages, key=lambda it: it.measured_peak_bytes)
     retries = sum(it.retries for it in stages)
-    told = [
+    facts = [
         f"peak {format_gib(highest.measured_peak_bytes)} of {format_gib(highest.usable_bytes)} in {highest.stage}",
         _duration(sum(it.seconds for it in stages)),
         *([f"ran out {retries}× and went on"] if retries else []),
     ]
     style: dict[str, Any] = {"va": "center"}
     figure.text(_LEFT, 1 - 0.32 / height_inches, title, color=_TEXT, fontsize=_LARGE, fontweight="bold", **style)
-    figure.text(_LEFT, 1 - 0.69 / height_inches, ", ".join(told), color=_MUTED, fontsize=_NORMAL, **style)
+    figure.text(_LEFT, 1 - 0.69 / height_inches, ", ".join(facts), color=_MUTED, fontsize=_NORMAL, **style)
 
 
 def _draw_legend(figure: Figure, stages: Sequence[StageFigures], height: float) -> None:
@@ -137,7 +137,7 @@ def _draw_legend(figure: Figure, stages: Sequence[StageFigures], height: float) 
 
 
 def _draw_panels(figure: Figure, stages: Sequence[StageFigures], top: float, bottom: float) -> None:
-    """A panel a stage, side by side, each with its own time and all with the same memory."""
+    """Draw a panel for each stage, side by side, each with its own time axis and all with the same memory axis."""
     scale = _Scale.of(stages)
     longest = max(it.seconds for it in stages) or 1.0
     widths = [max((it.seconds / longest) ** _WIDTH_POWER, _LEAST_WIDTH) for it in stages]
@@ -186,7 +186,7 @@ def _draw_stage(axes: Axes, stage: StageFigures, scale: _Scale) -> None:
 
 
 def _draw_limit(axes: Axes, stage: StageFigures, scale: _Scale, *, said: bool) -> None:
-    """The line, or where it is far above all else a word."""
+    """Draw the limit as a line, or as text if it is far above everything else."""
     is_far = stage.usable_bytes > scale.top_bytes
     if not is_far:
         axes.axhline(scale.of_bytes(stage.usable_bytes), color=_LIMIT, linewidth=2.2)

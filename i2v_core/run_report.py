@@ -1,4 +1,4 @@
-"""What the stages of a run were predicted to take and took: passed on from node to node, as a table, as JSON."""
+"""Report of a run: predicted and measured memory of its stages, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from .errors import BadInputError
-from .files import file_errors, whole_file
+from .files import atomic_file, file_errors
 from .memory.timeline import Timeline
 from .planning.plan import Plan
+from .planning.report import plan_as_dict
 from .units import format_gib
 
 _VERSION = 1
@@ -22,15 +23,16 @@ _NUMBERS = re.compile(r"\[\s*([-\d.e]+(?:,\s*[-\d.e]+)*)\s*\]")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
-    """`stages` are `StageReport.as_dict` of each stage that is known, in order. `plan` is the one that the run began
-    with; None where the video was not decoded here.
-    """
+    """Report of a run, which nodes pass on."""
 
     plan: Plan | None
+    """The plan that the run started with; None if the video was not decoded here."""
+
     stages: tuple[Mapping[str, Any], ...]
+    """`StageReport.as_dict` of each known stage, in order."""
 
     def figures(self) -> tuple[StageFigures, ...]:
-        """Raises `BadInputError` where no stage is known, or one's report is not whole."""
+        """Return the figures of all stages. Raises `BadInputError` if there is none, or a report is incomplete."""
         if not self.stages:
             raise BadInputError(
                 "the report knows of no stage: finished images were saved",
@@ -41,20 +43,26 @@ class RunReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageFigures:
-    """One stage as it is shown. `usable_bytes` is what its plan may use, `retries` how often it ran out of memory."""
+    """Figures of one stage, for display."""
 
     stage: str
     predicted_peak_bytes: int
     uncertainty_bytes: int
     measured_peak_bytes: int
+
     usable_bytes: int
+    """Bytes that the plan may use."""
+
     seconds: float
+
     retries: int
+    """Number of times that the stage ran out of memory and started again."""
+
     timeline: Timeline
 
     @classmethod
     def from_dict(cls, content: object) -> StageFigures:
-        """What `StageReport.as_dict` gave; raises `BadInputError` for anything else."""
+        """Return the figures of a `StageReport.as_dict`. Raises `BadInputError` for any other content."""
         try:
             fields = cast("Mapping[str, Any]", content)
             return cls(
@@ -73,7 +81,7 @@ class StageFigures:
             ) from error
 
     def cells(self) -> tuple[str, ...]:
-        """As texts, in the order of the table's titles."""
+        """Return the figures as text, in the order of the table's titles."""
         return (
             self.stage,
             f"{format_gib(self.predicted_peak_bytes)} ± {format_gib(self.uncertainty_bytes)}",
@@ -84,12 +92,12 @@ class StageFigures:
 
 
 def table(stages: Sequence[StageFigures]) -> tuple[tuple[str, ...], ...]:
-    """Rows of texts, the titles first."""
+    """Return rows of text, titles first."""
     return (_TITLES, *(stage.cells() for stage in stages))
 
 
 def table_text(stages: Sequence[StageFigures]) -> str:
-    """The table with its columns in line."""
+    """Return the table as text with aligned columns."""
     rows = table(stages)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
@@ -102,26 +110,26 @@ def table_text(stages: Sequence[StageFigures]) -> str:
 
 
 def report_path(video: Path) -> Path:
-    """`NAME.mp4.json` beside `NAME.mp4`; likewise of a folder of pictures."""
+    """Return the report's path: `NAME.mp4.json` for `NAME.mp4`, likewise for a folder of pictures."""
     return video.with_name(f"{video.name}.json")
 
 
 def write_run_report(video: Path, report: RunReport) -> Path:
-    """Write what is known of a video's run beside the file, or the folder of pictures; the report's path.
+    """Write a run's report beside its video, or folder of pictures; returns the report's path.
 
     Raises:
-        FileError: it cannot be written; then there is none.
+        FileError: the report cannot be written; then there is none.
     """
     path = report_path(video)
     content = {
         "version": _VERSION,
         "video": video.name,
-        "plan": report.plan.as_dict() if report.plan else None,
+        "plan": plan_as_dict(report.plan) if report.plan else None,
         "stages": list(report.stages),
         "seconds": sum(float(stage["seconds"]) for stage in report.stages),
     }
     text = _NUMBERS.sub(_on_one_line, json.dumps(content, indent=1, ensure_ascii=False))
-    with whole_file(path) as temporary, file_errors(path):
+    with atomic_file(path) as temporary, file_errors(path):
         temporary.write_text(text + "\n", "utf-8")
     return path
 

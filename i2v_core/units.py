@@ -1,4 +1,4 @@
-"""Bytes, and how people write them."""
+"""Sizes in bytes: parsing and formatting."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ GIB = 1024 * MIB
 # A decimal "GB" on a graphics card's box means binary gibibytes, so GB and GiB are read alike.
 _UNIT_BYTES = {"": GIB, "b": 1, "k": KIB, "m": MIB, "g": GIB}
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([bkmg]?)(?:i?b)?\s*", re.IGNORECASE)
-# The pattern takes time that grows with the square of a text's length.
+# The pattern's time grows with the square of a text's length.
 _LONGEST_CHARACTERS = 64
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes meant by "6", "6GiB", "6 GB" or "6144MiB"; a bare number is in GiB.
+    """Return the bytes of a size such as "6", "6GiB", "6 GB" or "6144MiB"; a number without unit is in GiB.
 
     Raises:
-        BadInputError: the text is no size, or is not above zero.
+        BadInputError: the text is not a size, or the size is not above zero.
     """
     match = _SIZE.fullmatch(text) if len(text) <= _LONGEST_CHARACTERS else None
     if match is None:
@@ -34,7 +34,7 @@ def parse_bytes(text: str) -> int:
 
 
 def format_gib(size_bytes: float) -> str:
-    """`3.02 GiB`; below a tenth of a GiB in MiB, so that small models do not read as nothing."""
+    """Return a size such as `3.02 GiB`; below 0.1 GiB in MiB, so that small models do not show as 0."""
     if size_bytes < 0.1 * GIB:
         return f"{size_bytes / MIB:.1f} MiB"
     return f"{size_bytes / GIB:.2f} GiB"

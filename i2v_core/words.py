@@ -1,4 +1,4 @@
-"""Sentences that are shown both in English and, on a page, in the page's own language."""
+"""Messages that are shown in English, and on a page in the page's own language."""
 
 from __future__ import annotations
 
@@ -10,46 +10,46 @@ from typing import Any
 ENGLISH: Mapping[str, str] = {
     "approximateWeights": "approximate: $formats weights",
     "approximateWindows": "approximate: context windows of $frames frames",
-    "whyByHand": "put at place $place by hand",
+    "whyByHand": "moved to position $place by hand",
     "whyFirstCome": "first come, first served: waiting for $waited s",
     "whyScore": (
-        "score $score = weight $weight ($seconds s ÷ $amount × priority $priority) × $ageing for $waited s of "
-        "waiting × $loaded since another plan ran last"
+        "score $score = weight $weight ($seconds s ÷ $amount × priority $priority) × $ageing (waited $waited s) × "
+        "$loaded (another plan ran last)"
     ),
     "whyScoreLoaded": (
-        "score $score = weight $weight ($seconds s ÷ $amount × priority $priority) × $ageing for $waited s of "
-        "waiting × $loaded since its plan ran last"
+        "score $score = weight $weight ($seconds s ÷ $amount × priority $priority) × $ageing (waited $waited s) × "
+        "$loaded (the same plan ran last)"
     ),
     "remarkHostLeak": (
-        "host memory is not given back: $amount more are held after each job (of the last $jobs): something in "
-        "this process keeps what jobs have made, likely an extension; start the process anew before memory runs "
-        "out, the batch goes on where it was"
+        "host memory leak: each of the last $jobs jobs left $amount behind; something in this process, likely another "
+        "extension, holds on to data of finished jobs. Restart the process before memory runs out: the batch resumes "
+        "where it stopped"
     ),
     "remarkCardLeak": (
-        "memory of $card is not given back: $amount more are held after each job (of the last $jobs): something "
-        "in this process keeps tensors of jobs that are over, likely an extension; start the process anew before "
-        "memory runs out, the batch goes on where it was"
+        "memory leak on $card: each of the last $jobs jobs left $amount behind; something in this process, likely "
+        "another extension, holds on to tensors of finished jobs. Restart the process before memory runs out: the "
+        "batch resumes where it stopped"
     ),
     "remarkOccupancy": (
         "$share of device memory is in use (healthy: up to $healthy): other programs hold memory, or the reserve "
         "is too small"
     ),
     "remarkUtilisation": (
-        "the device computes $share of the time (healthy: from $healthy): weights stream from host memory, or the"
-        " processor or the disk cannot keep up"
+        "the device is busy $share of the time (healthy: at least $healthy): weights are streamed from host memory, or "
+        "the CPU or the disk cannot keep up"
     ),
     "remarkWaiting": (
-        "stages wait for room $share of their time (healthy: up to $healthy): jobs are too large to run beside "
-        "one another"
+        "stages wait for device memory $share of the time (healthy: up to $healthy): jobs are too large to run at the "
+        "same time"
     ),
-    "remarkFailed": "$failed jobs have failed and $done are done: look at what the first ones say",
+    "remarkFailed": "$failed jobs failed, $done are done: check the errors of the first ones",
 }
-"""By key; a value's name is a word of small letters."""
+"""English templates by key; names of values are in lower-case letters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """A sentence of `ENGLISH`, filled with values; as text it is English."""
+    """A template of `ENGLISH` with its values; `str` gives the English text."""
 
     key: str
     values: Mapping[str, str]
@@ -58,10 +58,10 @@ class Message:
         return Template(ENGLISH[self.key]).substitute(self.values)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: what a page needs to say it in its own language, and the English for who has none."""
+        """Return the fields for JSON: key and values for a page in another language, and the English text."""
         return {"key": self.key, "values": dict(self.values), "text": str(self)}
 
 
 def message(key: str, **values: object) -> Message:
-    """Values in the form in which they are shown."""
+    """Return a message; values are shown as their `str`."""
     return Message(key=key, values={name: str(value) for name, value in values.items()})

@@ -1,4 +1,4 @@
-"""The host side: thin nodes. Only this package imports ComfyUI."""
+"""ComfyUI nodes and routes, kept thin. Only this package imports ComfyUI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""I2V Batch."""
+"""Node `I2V Batch`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ..i2v_core.planning.plan import Plan
 from ..i2v_core.sampling.checkpoint import weights_identity
 from . import batch_run, host, host_files
 from .batch_device import host_devices
-from .batch_jobs import check_sources, forget_pictures, jobs_of
-from .host_progress import words_on_the_node
+from .batch_jobs import check_sources, delete_used_images, jobs_of
+from .host_progress import node_text_sender
 from .sockets import CATEGORY, model_input, plan_input
 from .validation import checked
 from .widgets import (
@@ -36,7 +36,7 @@ from .widgets import (
 
 _ABSENT: Any = object()
 OWN_DEVICE, ALL_CARDS = "ComfyUI's own", "all cards"
-_OF_ROWS = "For rows that do not say it."
+_ROW_DEFAULT = "For rows that leave it empty."
 _PICTURE = "batch.png"
 
 
@@ -47,46 +47,46 @@ class Batch(io.ComfyNode):
             node_id="I2VBatch",
             display_name="I2V Batch",
             category=CATEGORY,
-            description="Makes many videos unattended, from a list, a folder of pictures or images. The list is "
-            "checked whole before anything starts; a video that fails does not stop the others; run again, it goes on "
-            "with what is left.",
+            description="Makes many videos unattended, from a list, a folder of images, or images of the graph. The "
+            "whole list is checked before anything starts. A job that fails does not stop the others. Run it again to "
+            "continue with the jobs that are left.",
             search_aliases=["batch", "queue videos", "csv", "many videos", "folder of images", "overnight", "job list"],
             is_output_node=True,
             inputs=[
                 model_input(),
                 plan_input(),
                 *_source_inputs(),
-                negative_prompt_input(_OF_ROWS, dynamic_prompts=False),
-                steps_input(_OF_ROWS),
-                cfg_input(_OF_ROWS),
-                seed_input(_OF_ROWS, another_each_run=False),  # which would make every video anew
-                scheduler_input(_OF_ROWS),
-                fps_input(f"The model is told to imagine motion at as many. {_OF_ROWS}"),
-                format_input(_OF_ROWS),
+                negative_prompt_input(_ROW_DEFAULT, dynamic_prompts=False),
+                steps_input(_ROW_DEFAULT),
+                cfg_input(_ROW_DEFAULT),
+                seed_input(_ROW_DEFAULT, changes_each_run=False),  # a new seed would make every video again
+                scheduler_input(_ROW_DEFAULT),
+                fps_input(f"The model is conditioned on the same frame rate. {_ROW_DEFAULT}"),
+                format_input(_ROW_DEFAULT),
                 *_queue_inputs(),
                 io.Image.Input(
-                    "images", optional=True, tooltip="Pictures from the graph, a video for each, in place of jobs."
+                    "images", optional=True, tooltip="Images from the graph, one video each, in place of jobs."
                 ),
                 _devices_input(),
             ],
             outputs=[
-                io.String.Output("table", tooltip="What each job was predicted to take and took, and what went wrong."),
+                io.String.Output("table", tooltip="Predicted and measured memory and time of each job, and errors."),
                 io.String.Output("folder", tooltip="Full path of the folder with the videos."),
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> Any:
-        """Another each time: what is left of the jobs is not in the inputs. Of finished jobs it is told in a moment."""
+        """Return a new value each time: the inputs do not show which jobs are left. Skipping finished jobs is fast."""
         return float("nan")
 
     @classmethod
     def validate_inputs(cls, jobs: Any, output_folder: Any, images: Any = _ABSENT) -> bool | str:
-        """Said before anything runs. The host gives None for what comes from another node."""
+        """Check the sources before anything runs. The host passes None for a value that comes from another node."""
         try:
             check_sources(jobs, has_images=images is not _ABSENT)
             if output_folder is not None:
-                host_files.check_prefix(output_folder, "an output_folder")
+                host_files.check_prefix(output_folder, "output_folder")
         except BadInputError as error:
             return str(error)
         return True
@@ -134,15 +134,15 @@ class Batch(io.ComfyNode):
             priority=priority,
         )
         found = jobs_of(jobs, images, prompts, defaults, facts)
-        with closing(FilteredJobStore(host.queue_file())) as part:
-            batch_run.asked_again(part, (job.spec for job in found.jobs))
+        with closing(FilteredJobStore(host.queue_file())) as store:
+            batch_run.enqueue(store, (job.spec for job in found.jobs))
             cards = host_devices(plan.budget, all_cards=devices == ALL_CARDS)
-            outcome = batch_run.run(part, model, cards, Policy(rule), folder, words_on_the_node())
-            words = summary(part.counts(), found.bad)
-        forget_pictures(outcome.records)
-        rows = table(outcome.records, found.bad, folder)
-        picture, remarks = _picture(outcome, folder / _PICTURE)
-        text = "\n".join([words, *map(str, outcome.figures.out_of_range()), *remarks, rows])
+            result = batch_run.run(store, model, cards, Policy(rule), folder, node_text_sender())
+            counts = summary(store.counts(), found.bad)
+        delete_used_images(result.records)
+        rows = table(result.records, found.bad, folder)
+        picture, problems = _picture(result, folder / _PICTURE)
+        text = "\n".join([counts, *map(str, result.metrics.out_of_range()), *problems, rows])
         return io.NodeOutput(rows, str(folder), ui={"text": [text], **picture})
 
 
@@ -151,16 +151,16 @@ def _source_inputs() -> tuple[io.Input, ...]:
         io.String.Input(
             "jobs",
             default="",
-            tooltip="A list (.csv or .jsonl) or a folder of pictures, by its name in ComfyUI's input folder. "
-            "Columns of a list: image, prompt, and where wanted negative, seed, size, frames, steps, cfg, fps, "
-            "priority and others. Empty for images from the graph. Default: empty.",
+            tooltip="Name of a list (.csv or .jsonl) or of a folder of images, in ComfyUI's input folder. Columns of "
+            "a list: image and prompt; optional: negative, seed, size, frames, steps, cfg, fps, priority and others. "
+            "Leave empty to use images from the graph. Default: empty.",
         ),
         io.String.Input(
             "prompts",
             multiline=True,
             default="",
-            tooltip="For a folder or images: one line for all, one for each, or several for the only picture. "
-            "A text file of a picture's name in the folder goes before. Default: empty.",
+            tooltip="For a folder or images: one line for all, one line per image, or several lines for a single "
+            "image. In a folder, a text file with the image's name takes precedence. Default: empty.",
         ),
     )
 
@@ -173,19 +173,20 @@ def _queue_inputs() -> tuple[io.Input, ...]:
             min=0.01,
             max=MAX_PRIORITY,
             step=0.01,
-            tooltip=f"Weight of a job against others: twice as much counts as twice as long. {_OF_ROWS} Default 1.",
+            tooltip="Scheduling weight of a job, without unit; doubling it ranks the job as if it took twice as long. "
+            f"{_ROW_DEFAULT} Default 1.",
         ),
         io.Combo.Input(
             "rule",
             options=[rule.value for rule in Policy],
             default=Policy.WEIGHT.value,
-            tooltip="Which job comes next: weight takes the largest of predicted seconds ÷ predicted VRAM × "
-            "priority, which grows while a job waits; first-come goes by the list. Default weight.",
+            tooltip="Which job runs next: weight picks the highest predicted seconds ÷ predicted VRAM × priority, "
+            "which grows while a job waits; first-come follows the list. Default weight.",
         ),
         io.String.Input(
             "output_folder",
             default="video/batch",
-            tooltip="Folder in ComfyUI's output folder for the videos. Default video/batch.",
+            tooltip="Folder for the videos, within ComfyUI's output folder. Default video/batch.",
         ),
     )
 
@@ -196,17 +197,17 @@ def _devices_input() -> io.Input:
         options=[OWN_DEVICE, ALL_CARDS],
         default=OWN_DEVICE,
         optional=True,
-        tooltip="Where jobs run: on the card that ComfyUI uses, or on every card of this machine, each within the "
+        tooltip="Where jobs run: on the device that ComfyUI uses, or on all cards of this machine, each within the "
         f"plan's budget. Default {OWN_DEVICE}.",
     )
 
 
-def _picture(outcome: batch_run.BatchResult, path: Path) -> tuple[dict[str, Any], list[str]]:
-    """What ran when, for the node; without one where nothing ran, and what went wrong where it cannot be made."""
-    if not outcome.spans:
+def _picture(result: batch_run.BatchResult, path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Draw the timeline of the batch for the node; nothing if nothing ran. Also return why it could not be drawn."""
+    if not result.spans:
         return {}, []
     try:
-        draw_batch(outcome.spans, outcome.figures, path)
+        draw_batch(result.spans, result.metrics, path)
     except I2VError as error:
-        return {}, [f"there is no picture of the batch: {error}"]
+        return {}, [f"the timeline of the batch could not be drawn: {error}"]
     return {"images": [host_files.viewable(path)]}, []

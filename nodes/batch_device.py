@@ -1,4 +1,4 @@
-"""The host's device, and the machine's other cards, as the engine of I2V Batch uses them."""
+"""The host's device and the machine's other cards, as devices for the batch engine."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from . import host
 
 
 class HostDevice(LocalDevice):
-    """For one batch, which has the device to itself: the host's own models are unloaded before it."""
+    """A device for one batch, which has it to itself: the host's own models are unloaded first."""
 
     def facts(self, architecture: Architecture) -> DeviceFacts:
         return host.plan_device(architecture, self.torch_device)
 
     @contextmanager
     def stage(self, stage: Stage, plan: Plan) -> Generator[None]:
-        # The host runs nodes so, and thus the weights that I2V Loader has made; the mode is each thread's own.
+        # The host runs nodes in inference mode, so I2V Loader's weights are inference tensors; the mode is per thread.
         with torch.inference_mode(), LocalDevice.stage(self, stage, plan):
             yield
 
@@ -33,8 +33,9 @@ class HostDevice(LocalDevice):
 
 
 def host_devices(budget: Budget, *, all_cards: bool) -> list[HostDevice]:
-    """The host's own device, or every card beside it, each within what a plan's budget names; what is merely free is
-    read anew for each stage.
+    """Return the host's own device, or all cards, each limited to the plan's budget.
+
+    Free memory is not fixed here: it is read again before each stage.
     """
     own = host.unload_everything()
     cards = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] if own.type == "cuda" else []

@@ -1,4 +1,4 @@
-"""VAE Tiled Decode."""
+"""Node `VAE Tiled Decode`."""
 
 from __future__ import annotations
 
@@ -23,21 +23,23 @@ class VAETiledDecode(io.ComfyNode):
             node_id="I2VVAETiledDecode",
             display_name="VAE Tiled Decode",
             category=CATEGORY,
-            description="Turns latents into frames, a few at a time and in tiles where the plan needs them, without "
-            "seams. Frames go to host memory as they are made.",
+            description="Decodes latents into frames, a few at a time and in tiles where the plan needs them, without "
+            "seams. Frames go to host memory as they are decoded.",
             search_aliases=["i2v decode", "vae decode tiled", "decode video", "low vram decode"],
             inputs=[
                 model_input(),
                 plan_input(),
-                io.Latent.Input("latent", tooltip="Latents from Chunked Sampler, or one a frame from elsewhere."),
+                io.Latent.Input(
+                    "latent", tooltip="Latents from Chunked Sampler, or from another node with one latent per frame."
+                ),
                 io.Int.Input(
                     "tile_size",
                     default=0,
                     min=0,
                     max=8192,
                     step=8,
-                    tooltip="Largest piece of a frame that a layer takes at once, as the side of a square in pixels, "
-                    "at least 32; 0 leaves it to the plan. The frames are the same whatever the tile. Default 0.",
+                    tooltip="Largest tile that a layer processes at once, as the side of a square in pixels, at least "
+                    "32; 0 uses the plan's. The frames are the same for any tile size. Default 0.",
                 ),
                 io.Int.Input(
                     "overlap",
@@ -45,8 +47,8 @@ class VAETiledDecode(io.ComfyNode):
                     min=0,
                     max=4096,
                     step=8,
-                    tooltip="Overlap of blended tiles in pixels. Leave it at 0: I2VGen-XL is decoded exactly, with no "
-                    "seams to blend. Default 0.",
+                    tooltip="Overlap of blended tiles in pixels. Leave it at 0: tiling is exact, so there are no seams "
+                    "to blend. Default 0.",
                 ),
             ],
             outputs=[io.Image.Output("images", tooltip="The frames, in host memory."), report_output()],
@@ -60,6 +62,6 @@ class VAETiledDecode(io.ComfyNode):
         with host.stage(Stage.DECODE, model, plan) as (fitting, runtime, notes):
             tiled = with_tile(fitting, tile_size, overlap)
             frames_FHWC, report = stages.decode(model, tiled, latent["samples"], runtime)
-        shown = host.concluded(report, notes)
+        shown = host.finish_stage(report, notes)
         run_report = RunReport(plan=plan, stages=(*reports_of(latent), *shown["i2v_stage"]))
         return io.NodeOutput(frames_FHWC, run_report, ui=shown)

@@ -1,4 +1,4 @@
-"""I2V Encode."""
+"""Node `I2V Encode`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Encode(io.ComfyNode):
             node_id="I2VEncode",
             display_name="I2V Encode",
             category=CATEGORY,
-            description="Encodes the picture and the prompts for the sampler. The encoders are on the device only "
+            description="Encodes the image and the prompts into conditioning. The encoders are on the device only "
             "while they run.",
             search_aliases=["i2v prompt", "image to video conditioning", "clip text encode", "clip vision encode"],
             inputs=[
@@ -31,47 +31,17 @@ class Encode(io.ComfyNode):
                 plan_input(),
                 io.Image.Input(
                     "image",
-                    tooltip="The picture that becomes frame 0. It is scaled and cut to the plan's size; of a batch "
-                    "the first is taken.",
+                    tooltip="First frame of the video. It is scaled and cropped to the plan's size; of a batch, the "
+                    "first image is used.",
                 ),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="",
-                    tooltip="What happens in the video, in words. Stable Video Diffusion takes none. Default: empty.",
-                ),
-                negative_prompt_input(dynamic_prompts=True),
-                io.Int.Input(
-                    "fps",
-                    default=16,
-                    min=1,
-                    max=240,
-                    tooltip="Frames per second that the model is told to imagine; it changes the speed of motion, not "
-                    "the length. Default 16.",
-                ),
-                io.Int.Input(
-                    "motion_bucket",
-                    default=127,
-                    min=1,
-                    max=1023,
-                    optional=True,
-                    tooltip="How much is to move, without unit; more is livelier. For Stable Video Diffusion only, "
-                    "which takes it in place of a prompt. Default 127.",
-                ),
-                io.Float.Input(
-                    "noise_augmentation",
-                    default=0.02,
-                    min=0.0,
-                    max=10.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip="Noise that is added to the picture, as a share of its range: more lets the video move "
-                    "further away from it. For Stable Video Diffusion only. Default 0.02.",
-                ),
+                *_prompt_inputs(),
+                _fps_input(),
+                *_svd_inputs(),
             ],
             outputs=[
-                I2VConditioningSocket.Output("conditioning", tooltip="What the sampler is told, for this plan's size.")
+                I2VConditioningSocket.Output(
+                    "conditioning", tooltip="Conditioning for the sampler, at the size of the plan."
+                )
             ],
         )
 
@@ -88,7 +58,7 @@ class Encode(io.ComfyNode):
         motion_bucket: int = 127,
         noise_augmentation: float = 0.02,
     ) -> io.NodeOutput:
-        wish = Prompt(
+        inputs = Prompt(
             image_FHWC=image,
             text=prompt,
             negative_text=negative_prompt,
@@ -97,6 +67,55 @@ class Encode(io.ComfyNode):
             noise_augmentation=noise_augmentation,
         )
         with host.stage(Stage.ENCODE, model, plan) as (fitting, runtime, notes):
-            conditioning, report = stages.encode(model, fitting, wish, runtime)
-        shown = host.concluded(report, notes)
+            conditioning, report = stages.encode(model, fitting, inputs, runtime)
+        shown = host.finish_stage(report, notes)
         return io.NodeOutput(replace(conditioning, reports=tuple(shown["i2v_stage"])), ui=shown)
+
+
+def _prompt_inputs() -> tuple[io.Input, ...]:
+    return (
+        io.String.Input(
+            "prompt",
+            multiline=True,
+            dynamic_prompts=True,
+            default="",
+            tooltip="What happens in the video. Stable Video Diffusion takes no prompt. Default: empty.",
+        ),
+        negative_prompt_input(dynamic_prompts=True),
+    )
+
+
+def _fps_input() -> io.Input:
+    return io.Int.Input(
+        "fps",
+        default=16,
+        min=1,
+        max=240,
+        tooltip="Frame rate that the model is conditioned on, in frames per second; it changes the speed of motion, "
+        "not the length. Default 16.",
+    )
+
+
+def _svd_inputs() -> tuple[io.Input, ...]:
+    """Build the widgets that only Stable Video Diffusion reads, in place of a prompt."""
+    return (
+        io.Int.Input(
+            "motion_bucket",
+            default=127,
+            min=1,
+            max=1023,
+            optional=True,
+            tooltip="Amount of motion, without unit; higher means more. Stable Video Diffusion only, in place of a "
+            "prompt. Default 127.",
+        ),
+        io.Float.Input(
+            "noise_augmentation",
+            default=0.02,
+            min=0.0,
+            max=10.0,
+            step=0.01,
+            optional=True,
+            tooltip="Noise added to the image, as a fraction of its range; higher lets the video depart further from "
+            "it. Stable Video Diffusion only. Default 0.02.",
+        ),
+    )

@@ -1,4 +1,4 @@
-"""The one adapter to ComfyUI: device, memory, folders, interrupt. Its parts are in `host_files` and `host_progress`."""
+"""Adapter to ComfyUI: device, memory, folders, interrupt. Files are in `host_files`, progress in `host_progress`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..i2v_core.errors import ModelFolderError
 from ..i2v_core.families import Architecture, I2VModel
 from ..i2v_core.memory.calibration import CalibrationStore, calibration_key
 from ..i2v_core.memory.device import DeviceFacts, device_facts
-from ..i2v_core.memory.leaks import survivors_logged
+from ..i2v_core.memory.leaks import live_tensors_logged
 from ..i2v_core.placement.attention import AttentionBackend
 from ..i2v_core.planning.adjust import refit
 from ..i2v_core.planning.margin import needed_bytes
@@ -40,7 +40,7 @@ _DEMO_FOLDER = Path(__file__).parent.parent / "assets" / "demo_model"
 
 
 def model_folders() -> dict[str, Path]:
-    """The demo model and every folder in diffusers layout below the host's `diffusers` model folders, by name."""
+    """Return the demo model and every diffusers-format folder below the host's `diffusers` model folders, by name."""
     found = {DEMO_MODEL: _DEMO_FOLDER}
     for root in folder_paths.get_folder_paths("diffusers"):
         for index in ("model_index.json", "unet/config.json"):
@@ -51,7 +51,7 @@ def model_folders() -> dict[str, Path]:
 
 
 def model_folder(name: object) -> Path:
-    """The folder of a name in `model_folders`; raises `ModelFolderError` for any other."""
+    """Return the folder of a name in `model_folders`; raise `ModelFolderError` for any other."""
     folders = model_folders()
     if not isinstance(name, str) or name not in folders:
         raise ModelFolderError(f"there is no model folder '{name}'", "choose one from the list in I2V Loader")
@@ -59,8 +59,10 @@ def model_folder(name: object) -> Path:
 
 
 def plan_device(architecture: Architecture, device: torch.device | None = None) -> DeviceFacts:
-    """The host's device, or another, with the precisions that the host's flags and its knowledge of the card leave, and
-    with what earlier runs of the model on it have taught.
+    """Describe the host's device, or another, for the planner.
+
+    Precisions follow the host's flags and what it knows of the card; the calibration comes from earlier runs of the
+    model on that device.
     """
     device = device or management.get_torch_device()
     facts = device_facts(device)
@@ -84,14 +86,14 @@ def plan_device(architecture: Architecture, device: torch.device | None = None) 
 
 
 def reserve_bytes() -> int:
-    """What the host keeps free for other programs (`--reserve-vram`); nothing on the CPU."""
+    """Return the bytes that the host keeps free for other programs (`--reserve-vram`); 0 on the CPU."""
     if management.get_torch_device().type == "cpu":
         return 0
     return int(management.extra_reserved_memory())
 
 
-def room_bytes() -> int:
-    """Free device memory, and what the host can free by unloading its own models."""
+def reclaimable_bytes() -> int:
+    """Return the free device memory plus what the host can free by unloading its own models."""
     device = management.get_torch_device()
     loaded = [model for model in management.current_loaded_models if model.device == device]
     unloadable_bytes = 0 if device.type == "cpu" else sum(model.model_loaded_memory() for model in loaded)
@@ -99,7 +101,7 @@ def room_bytes() -> int:
 
 
 def attention_backend() -> AttentionBackend:
-    """The host's choice: SageAttention or xformers where it would use that itself, else PyTorch's own."""
+    """Return the host's choice: SageAttention or xformers if it uses that itself, else PyTorch's own."""
     if management.sage_attention_enabled():
         return AttentionBackend.SAGE
     use_xformers = management.xformers_enabled() and not management.pytorch_attention_enabled()
@@ -107,12 +109,12 @@ def attention_backend() -> AttentionBackend:
 
 
 def host_free_bytes() -> int | None:
-    """Free host memory; None on the CPU, where it is the device's own."""
-    return None if management.get_torch_device().type == "cpu" else spare_bytes()
+    """Return the free host memory; None on the CPU, where host memory is the device memory."""
+    return None if management.get_torch_device().type == "cpu" else ram_free_bytes()
 
 
-def spare_bytes() -> int:
-    """Free memory of this machine, beside that of a graphics card."""
+def ram_free_bytes() -> int:
+    """Return the free RAM of this machine, whatever the device is."""
     return int(management.get_free_memory(torch.device("cpu")))
 
 
@@ -120,21 +122,23 @@ def spare_bytes() -> int:
 def stage(
     name: Stage, model: I2VModel, plan: Plan, preview_factors: Tensor | None = None
 ) -> Generator[tuple[Plan, Runtime, list[str]]]:
-    """Room on the device, a plan that fits what is free now, and the runtime; what is left over is freed at the end.
+    """Make room on the device for a stage; yield a plan that fits what is free now, the runtime, and user notes.
 
-    The list holds notes for the user, such as that the plan had to be made again. While it runs the node says how far
-    it is; with `preview_factors` the progress bar shows all frames as they take shape.
+    Notes say, for example, that the plan had to be made again. While the stage runs, the node shows its progress; with
+    `preview_factors`, the progress bar also shows a preview of all frames. Caches are emptied at the end.
     """
     plan.check_made_for(model.architecture)
-    here = _for_this_machine(plan)
+    local = _for_this_machine(plan)
     notes: list[str] = []
-    if here is not plan:
-        notes.append(f"planned for {plan.device.name}: planned again for {here.device.name}, within that card's memory")
-        plan = here
+    if local is not plan:
+        notes.append(
+            f"planned for {plan.device.name}: planned again for {local.device.name}, within that card's memory"
+        )
+        plan = local
     device = plan.device.torch_device
     management.free_memory(needed_bytes(plan.prediction(name), plan.device) + plan.budget.reserve_bytes, device)
     # What is free in fact: the host may have been unable to unload as much as it was asked to.
-    fitting = refit(plan, name, int(management.get_free_memory(device)))
+    fitting = refit(plan, name, replace(plan.budget, free_bytes=int(management.get_free_memory(device))))
     if fitting is not plan:
         notes.append(
             f"less memory is free than when the plan was made ({format_gib(fitting.budget.free_bytes)}): "
@@ -155,51 +159,49 @@ def stage(
         free_bytes=lambda: int(management.get_free_memory(device)),
     )
     try:
-        with survivors_logged(name.value) if _DEBUG_MEMORY else nullcontext():
+        with live_tensors_logged(name.value) if _DEBUG_MEMORY else nullcontext():
             yield fitting, runtime, notes
     finally:
         management.soft_empty_cache()
 
 
 def unload_everything() -> torch.device:
-    """Frees the host's device of the host's own models, and returns it."""
+    """Unload the host's own models from its device, and return the device."""
     device = management.get_torch_device()
     _unload_everything(device)
     return device
 
 
 def _for_this_machine(plan: Plan) -> Plan:
-    """A plan for another card made again for what is here, within that card's memory; others as they are."""
-    here = plan_device(plan.request.architecture)
-    if plan.device.name == here.name:
+    """Make a plan for another card again for this machine, within that card's memory; return others unchanged."""
+    local_device = plan_device(plan.request.architecture)
+    if plan.device.name == local_device.name:
         return plan
     budget = replace(
         plan.budget,
-        free_bytes=min(plan.budget.free_bytes, room_bytes() - reserve_bytes()),
+        free_bytes=min(plan.budget.free_bytes, reclaimable_bytes() - reserve_bytes()),
         host_free_bytes=host_free_bytes(),
     )
-    return make_plan(plan.request, budget, here)
+    return make_plan(plan.request, budget, local_device)
 
 
 def _unload_everything(device: torch.device) -> None:
-    """The host's own models, whatever it may need them for next."""
+    """Unload all of the host's own models from `device`."""
     management.free_memory(sys.maxsize, device)
     management.soft_empty_cache()
 
 
-def concluded(report: StageReport, notes: list[str]) -> dict[str, list[Any]]:
-    """Remembers how far off the prediction was, for later plans; and what a stage node shows: the numbers for scripts,
-    the line for people.
-    """
+def finish_stage(report: StageReport, notes: list[str]) -> dict[str, list[Any]]:
+    """Record prediction and measurement for later plans; return what the node shows: figures for scripts, and text."""
     plan = report.plan
-    # Of attempts that ran out of memory only those teach that had taken more than was predicted.
-    lessons = [(predicted, taken) for predicted, taken in report.failed if taken > predicted]
-    for predicted, taken in (*lessons, (plan.prediction(report.stage).peak_bytes, report.measured_peak_bytes)):
+    # A failed attempt says something about the prediction only if it had already taken more than predicted.
+    exceeded = [(predicted, measured) for predicted, measured in report.failed if measured > predicted]
+    for predicted, measured in (*exceeded, (plan.prediction(report.stage).peak_bytes, report.measured_peak_bytes)):
         calibration_store().record(
             calibration_key(plan.device.name, plan.request.architecture.fingerprint),
             report.stage.value,
             predicted_bytes=predicted,
-            measured_bytes=taken,
+            measured_bytes=measured,
         )
     return {
         "i2v_stage": [{**report.as_dict(), "notes": [*notes, *report.notes]}],
@@ -216,7 +218,7 @@ def queue_file() -> Path:
 
 
 def pictures_folder() -> Path:
-    """Where pictures from the graph are kept for jobs that wait."""
+    """Return the folder for images from the graph that queued jobs start from."""
     return _own_folder() / "pictures"
 
 

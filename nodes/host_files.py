@@ -1,4 +1,4 @@
-"""The adapter's part for files: where ComfyUI keeps them, how it names them, and what it stores in them."""
+"""Files of ComfyUI: its folders, how it names files, and the metadata it stores in them."""
 
 from __future__ import annotations
 
@@ -25,48 +25,48 @@ from ..i2v_core.latent_file import SUFFIX as LATENT_SUFFIX
 
 DEMO_LATENT = "demo (bundled)"
 _DEMO_LATENT_FILE = Path(__file__).parent.parent / "assets" / "demo_latent.latent"
-# Control characters, and halves of characters, which no file system takes.
+# Control characters and lone surrogates, which file systems reject.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputPath:
-    """A new name in the host's output folder. `subfolder` is where it is in there, as the page asks for it."""
+    """A new file in the host's output folder; `subfolder` is relative to that folder, as the page expects it."""
 
     path: Path
     subfolder: str
 
     @property
     def name(self) -> str:
-        """As people read it: from the output folder on."""
+        """Return the path relative to the output folder, for people."""
         return f"{self.subfolder}/{self.path.name}".lstrip("/")
 
     def as_result(self) -> dict[str, str]:
-        """As the page takes a file."""
+        """Return the file in the form that the page expects."""
         return {"filename": self.path.name, "subfolder": self.subfolder, "type": "output"}
 
 
-def check_prefix(prefix: object, what: str = "a filename_prefix") -> None:
-    """Raise `BadInputError` unless the prefix is a name within the output folder. `what` it is, for the message."""
+def check_prefix(prefix: object, input_name: str = "filename_prefix") -> None:
+    """Raise `BadInputError` unless the prefix is a name within the output folder."""
     if not isinstance(prefix, str):
-        raise BadInputError(f"{what} of {prefix} is no text", "write for example video/i2v")
+        raise BadInputError(f"{prefix} is not a valid {input_name}: it is not text", "write for example video/i2v")
     root = Path(folder_paths.get_output_directory()).resolve()
     printable = _UNPRINTABLE.sub("", prefix)
     if printable != prefix or not prefix.strip() or Path(prefix).name in {"", ".."}:
-        raise BadInputError(f"{what} of '{printable}' is no name", "write for example video/i2v")
+        raise BadInputError(f"'{printable}' is not a valid {input_name}", "write for example video/i2v")
     if not (root / prefix).resolve().is_relative_to(root):
         raise BadInputError(
-            f"{what} of '{prefix}' leads out of the output folder {root}",
-            "use a name, with folders before it if you like, such as video/i2v",
+            f"the {input_name} '{prefix}' leads out of the output folder {root}",
+            "use a name within it, with subfolders if you like, such as video/i2v",
         )
 
 
 def new_output(prefix: str, suffix: str, width_pixels: int = 0, height_pixels: int = 0) -> OutputPath:
-    """The next free name for a prefix, numbered as the host numbers its own files.
+    """Return the next free name for a prefix, numbered as the host numbers its own files.
 
     Raises:
-        BadInputError: the prefix is no name, or leads out of the output folder.
-        FileError: its folder cannot be made.
+        BadInputError: the prefix is not a valid name, or leads out of the output folder.
+        FileError: its folder cannot be created.
     """
     dated = with_date(prefix, datetime.now().astimezone())
     check_prefix(dated)
@@ -77,39 +77,39 @@ def new_output(prefix: str, suffix: str, width_pixels: int = 0, height_pixels: i
 
 
 def output_folder(name: str) -> Path:
-    """A folder in the host's output folder, which need not be there yet. Raises `BadInputError` for any other."""
-    check_prefix(name, "an output_folder")
+    """Return a folder within the host's output folder, which may not exist yet; raise `BadInputError` for any other."""
+    check_prefix(name, "output_folder")
     return Path(folder_paths.get_output_directory()).resolve() / name
 
 
 def input_path(name: object, input_name: str) -> Path:
-    """A file or folder in the host's input folder, or with ` [output]` after its name in the output folder.
+    """Return a file or folder in the host's input folder, or in its output folder if the name ends in ` [output]`.
 
     Raises:
-        BadInputError: it lies elsewhere, or there is none.
+        BadInputError: it lies elsewhere, or does not exist.
     """
     path = _inside(name) if isinstance(name, str) and not _UNPRINTABLE.search(name) else None
     if path is None:
         raise BadInputError(
-            f"{input_name} is '{_UNPRINTABLE.sub('', str(name))}', which is no place in ComfyUI's input folder",
-            f"put it into {folder_paths.get_input_directory()} and give its place in there",
+            f"{input_name} is '{_UNPRINTABLE.sub('', str(name))}', which is not in ComfyUI's input folder",
+            f"put it into {folder_paths.get_input_directory()} and use its path relative to that folder",
         )
-    if not os.path.exists(path):  # unlike pathlib's it takes a name too long for a file for one that is not there
-        raise BadInputError(f"{input_name}: there is no {path}", "check the name")
+    if not os.path.exists(path):  # unlike pathlib's, it returns False for a name that is too long
+        raise BadInputError(f"{input_name}: {path} does not exist", "check the name")
     return path
 
 
-def check_readable(picture: Path) -> None:
-    """Raise `BadInputError` for a picture outside of the host's input and output folders."""
-    if viewable(picture) is None:
+def check_readable(image: Path) -> None:
+    """Raise `BadInputError` for an image outside the host's input and output folders."""
+    if viewable(image) is None:
         raise BadInputError(
-            f"the picture {picture} lies outside of ComfyUI's input folder",
+            f"the image {image} is outside ComfyUI's input folder",
             f"put it into {folder_paths.get_input_directory()}",
         )
 
 
 def viewable(path: Path) -> dict[str, str] | None:
-    """A file as the page asks for it at `/view`; None unless it lies in the host's output or input folder."""
+    """Return the query of a file for `/view`; None unless it is in the host's output or input folder."""
     for kind in ("output", "input"):
         root = Path(folder_paths.get_directory_by_type(kind)).resolve()
         if path.resolve().is_relative_to(root):
@@ -119,7 +119,7 @@ def viewable(path: Path) -> dict[str, str] | None:
 
 
 def workflow_metadata(hidden: Any) -> dict[str, str]:
-    """The prompt and the workflow as texts, for a file; none where the host was started not to store them."""
+    """Return prompt and workflow as JSON texts to store in a file; empty if the host was started with that off."""
     if args.disable_metadata:
         return {}
     found: Mapping[str, Any] = hidden.extra_pnginfo or {}
@@ -129,7 +129,7 @@ def workflow_metadata(hidden: Any) -> dict[str, str]:
 
 
 def frame_progress(total_frames: int) -> Callable[[int], None]:
-    """Called with the number of frames done, moves the node's progress bar; raises when the user has interrupted."""
+    """Return a callback for the number of frames done: it moves the progress bar, and raises if interrupted."""
     bar = comfy.utils.ProgressBar(total_frames)
 
     def update(done_frames: int) -> None:
@@ -140,34 +140,34 @@ def frame_progress(total_frames: int) -> Callable[[int], None]:
 
 
 def latent_names() -> list[str]:
-    """The bundled latent, and every latent file in the host's output and input folders, the newest first."""
+    """List the bundled latent and every latent file in the host's output and input folders, newest first."""
     found: dict[str, float] = {}
     for root, mark in ((folder_paths.get_output_directory(), " [output]"), (folder_paths.get_input_directory(), "")):
         for folder, _, files in os.walk(root):
             for path in (Path(folder) / file for file in files if file.endswith(LATENT_SUFFIX)):
-                with suppress(FileNotFoundError):  # a link that leads nowhere
+                with suppress(FileNotFoundError):  # a broken link
                     found[path.relative_to(root).as_posix() + mark] = path.stat().st_mtime
     return [DEMO_LATENT, *sorted(found, key=lambda name: -found[name])]
 
 
 def latent_path(name: object) -> Path:
-    """The file that a name in `latent_names` means; other nodes and scripts may give anything for a name.
+    """Return the file of a name in `latent_names`; other nodes and scripts may pass any value.
 
     Raises:
-        BadInputError: the name leads elsewhere than to a latent file in those folders.
-        FileError: there is no such file.
+        BadInputError: the name is not of a latent file in those folders.
+        FileError: the file does not exist.
     """
     if name == DEMO_LATENT:
         return _DEMO_LATENT_FILE
     path = _inside(name) if isinstance(name, str) and not _UNPRINTABLE.search(name) else None
     if path is None or path.suffix != LATENT_SUFFIX:
         raise BadInputError(
-            f"'{name}' is no {LATENT_SUFFIX} file in ComfyUI's input or output folder",
+            f"'{name}' is not a {LATENT_SUFFIX} file in ComfyUI's input or output folder",
             "choose one from the list in I2V Load Latent",
         )
-    if not os.path.isfile(path):  # unlike pathlib's it takes a name too long for a file for one that is not there
+    if not os.path.isfile(path):  # unlike pathlib's, it returns False for a name that is too long
         raise FileError(
-            f"there is no file {path}", "choose another in I2V Load Latent; press R on the page to see new files"
+            f"{path} does not exist", "choose another file in I2V Load Latent; press R on the page to see new files"
         )
     return path
 
@@ -176,7 +176,7 @@ FROM_FOLDER = "from the model's folder"
 
 
 def weight_files() -> dict[str, Path]:
-    """Every GGUF and safetensors file below the host's folders of diffusion models, by its place in there."""
+    """Return every GGUF and safetensors file in the host's diffusion model folders, by its relative path."""
     found: dict[str, Path] = {}
     for root in folder_paths.get_folder_paths("diffusion_models"):
         for folder, _, files in os.walk(root, followlinks=True):
@@ -186,18 +186,18 @@ def weight_files() -> dict[str, Path]:
 
 
 def chosen_files(transformer_file: object, low_noise_file: object) -> WeightFiles:
-    """The files that I2V Loader's widgets name, by the component whose weights they are.
+    """Return the files chosen in I2V Loader, by the component whose weights they hold.
 
     Raises:
-        ModelFolderError: a name that is not in `weight_files`.
-        BadInputError: by their names the two are each other's.
+        ModelFolderError: a name is not in `weight_files`.
+        BadInputError: by their names, the two files are swapped.
     """
     chosen = {"transformer": transformer_file, "transformer_2": low_noise_file}
     files = {component: _weight_file(name) for component, name in chosen.items() if name != FROM_FOLDER}
     if len(files) == 2 and "low" in str(transformer_file).lower() and "high" in str(low_noise_file).lower():
         raise BadInputError(
-            f"by their names, {transformer_file} is of the low-noise expert and {low_noise_file} of the high-noise one",
-            "exchange transformer_file and low_noise_file in I2V Loader",
+            f"by their names, {transformer_file} is the low-noise expert and {low_noise_file} the high-noise one",
+            "swap transformer_file and low_noise_file in I2V Loader",
         )
     return files
 
@@ -206,14 +206,14 @@ def _weight_file(name: object) -> Path:
     files = weight_files()
     if not isinstance(name, str) or name not in files:
         raise ModelFolderError(
-            f"there is no file '{name}' of weights",
+            f"there is no weight file '{name}'",
             "choose one from the list in I2V Loader; press R on the page to see new files",
         )
     return files[name]
 
 
 def _inside(name: str) -> Path | None:
-    """The path that the host's name for a file means, or None if it leads out of the host's folders."""
+    """Return the path of a file by the host's name for it, or None if it leads out of the host's folders."""
     plain, root = folder_paths.annotated_filepath(name)
     root = Path(root or folder_paths.get_input_directory()).resolve()
     path = root / plain

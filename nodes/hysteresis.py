@@ -1,13 +1,13 @@
-"""A reading of free memory that does not move with every breath."""
+"""A reading of free memory that ignores small changes."""
 
 from __future__ import annotations
 
 
 class HysteresisReading:
-    """Keeps its value until the true one is off by more than `ratio`.
+    """Keeps its value until the measured one differs by more than a factor of `ratio`.
 
-    Free memory is never the same twice. Were each reading new to a host's cache, every queueing would run the whole
-    graph again; and what shrinks by less than that is caught when a stage starts.
+    Free memory is never the same twice. If every reading invalidated the host's cache, each queued prompt would run the
+    whole graph again. Smaller changes are handled when a stage starts.
     """
 
     def __init__(self, ratio: float = 1.25) -> None:
@@ -16,7 +16,7 @@ class HysteresisReading:
         self._value = 0
 
     def update(self, value: int) -> int:
-        """The value to go by, now that `value` has been read."""
+        """Take a new measurement and return the value to use."""
         if not self._value / self._ratio <= value <= self._value * self._ratio:
             self._value = value
         return self._value

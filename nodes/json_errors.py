@@ -1,4 +1,4 @@
-"""What the pack's routes share: a JSON object from the page, held to a size, and errors in a form that it can show."""
+"""Shared by the pack's routes: JSON requests of limited size, and errors as JSON that the page can show."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-MOST_BYTES = 1 << 14
+MAX_BODY_BYTES = 1 << 14
 
 
 def refusal(status: int, problem: str, remedy: str) -> web.Response:
-    """{"error": {"problem", "remedy"}}."""
+    """Return the response `{"error": {"problem", "remedy"}}`."""
     return web.json_response({"error": {"problem": problem, "remedy": remedy}}, status=status)
 
 
 def json_errors(failure: str) -> Callable[[Handler], Handler]:
-    """A handler whose `I2VError`s are answered with 400; `failure` says in 500 what an unforeseen error prevents."""
+    """Decorate a handler: an `I2VError` becomes a 400 response, any other error a 500 response that says `failure`."""
 
     def decorate(handler: Handler) -> Handler:
         @wraps(handler)
@@ -34,7 +34,7 @@ def json_errors(failure: str) -> Callable[[Handler], Handler]:
                 return await handler(request)
             except I2VError as error:
                 return refusal(400, error.problem, error.remedy)
-            # What third-party classes make of odd values is without bounds; the page must have an answer all the same.
+            # Third-party classes may raise anything on odd values; the page needs an answer in any case.
             except Exception as error:
                 logger.exception("%s", failure)
                 return refusal(500, f"{failure} ({error!r})", "see ComfyUI's log")
@@ -45,20 +45,20 @@ def json_errors(failure: str) -> Callable[[Handler], Handler]:
 
 
 async def json_object(request: web.Request, remedy: str) -> dict[str, Any]:
-    """The request's body. Raises `BadInputError` for what is no JSON object, or longer than `MOST_BYTES`."""
+    """Parse the request's body; raise `BadInputError` if it is not a JSON object, or longer than `MAX_BODY_BYTES`."""
     try:
         values: object = json.loads(await _body(request, remedy))
     except (ValueError, RecursionError) as error:
-        raise BadInputError(f"the request is no JSON ({error})", "send a JSON object") from error
+        raise BadInputError(f"the request is not valid JSON ({error})", "send a JSON object") from error
     if not isinstance(values, dict):
-        raise BadInputError("the request is no JSON object", remedy)
+        raise BadInputError("the request is not a JSON object", remedy)
     return values
 
 
 async def _body(request: web.Request, remedy: str) -> bytes:
     content = b""
-    async for part in request.content.iter_chunked(MOST_BYTES):
-        content += part
-        if len(content) > MOST_BYTES:
-            raise BadInputError(f"the request is longer than {MOST_BYTES:,} bytes", remedy)
+    async for chunk in request.content.iter_chunked(MAX_BODY_BYTES):
+        content += chunk
+        if len(content) > MAX_BODY_BYTES:
+            raise BadInputError(f"the request is longer than {MAX_BODY_BYTES:,} bytes", remedy)
     return content

@@ -1,4 +1,4 @@
-"""I2V Save Latent and I2V Load Latent."""
+"""Nodes `I2V Save Latent` and `I2V Load Latent`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class SaveLatent(io.ComfyNode):
             node_id="I2VSaveLatent",
             display_name="I2V Save Latent",
             category=CATEGORY,
-            description="Keeps a latent on disk with what it was made for, so that it can be decoded again another "
-            "time, without sampling.",
+            description="Saves a latent to disk with the size and model it was made for, to decode it again later "
+            "without sampling.",
             search_aliases=["save latent", "export latent", "keep latent", "latent to file"],
             is_output_node=True,
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -33,7 +33,7 @@ class SaveLatent(io.ComfyNode):
                 filename_prefix_input("latents/i2v"),
             ],
             outputs=[
-                io.Latent.Output("latent", tooltip="The same latent, for the nodes that follow."),
+                io.Latent.Output("latent", tooltip="The same latent, for the next nodes."),
                 io.String.Output("filename", tooltip="Full path of the file."),
             ],
         )
@@ -64,23 +64,23 @@ class LoadLatent(io.ComfyNode):
             node_id="I2VLoadLatent",
             display_name="I2V Load Latent",
             category=CATEGORY,
-            description="Loads a latent from ComfyUI's output or input folder. Connect its size to VRAM Budget, and "
-            "the plan fits the latent.",
+            description="Loads a latent from ComfyUI's output or input folder. Connect its size to VRAM Budget, so "
+            "that the plan matches the latent.",
             search_aliases=["load latent", "open latent", "latent from file", "decode again"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=host_files.latent_names(),
                     default=host_files.DEMO_LATENT,
-                    tooltip="A latent of I2V Save Latent, or another .latent file of one latent a frame; those in the "
-                    "output folder end in [output]. Default: the demo's.",
+                    tooltip="A file from I2V Save Latent, or another .latent file with one latent per frame; those in "
+                    "the output folder end in [output]. Default: the demo's.",
                 )
             ],
             outputs=[
                 io.Latent.Output("latent", tooltip="The latent, for VAE Tiled Decode or I2V Save Video."),
                 io.Int.Output("width", tooltip="Width of its video in pixels."),
                 io.Int.Output("height", tooltip="Height of its video in pixels."),
-                io.Int.Output("frames", tooltip="Length of its video in pixel frames."),
+                io.Int.Output("frames", tooltip="Length of its video in frames."),
             ],
         )
 
@@ -95,7 +95,7 @@ class LoadLatent(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> Any:
-        """The file may be another under the same name."""
+        """Return the file's time and size too: it may be replaced under the same name."""
         facts = host_files.latent_path(file).stat()
         return (file, facts.st_mtime_ns, facts.st_size)
 

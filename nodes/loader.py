@@ -1,4 +1,4 @@
-"""I2V Loader."""
+"""Node `I2V Loader`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Loader(io.ComfyNode):
             node_id="I2VLoader",
             display_name="I2V Loader",
             category=CATEGORY,
-            description="Loads an image-to-video model into host RAM. Nothing is put on the graphics card yet: each "
-            "stage brings in what it needs and takes it out again.",
+            description="Loads an image-to-video model into host memory (RAM). Nothing is on the graphics card yet: "
+            "each stage loads what it needs and offloads it afterwards.",
             search_aliases=[
                 "image to video",
                 "i2v",
@@ -35,17 +35,18 @@ class Loader(io.ComfyNode):
                     "model",
                     options=list(host.model_folders()),
                     default=host.DEMO_MODEL,
-                    tooltip="The bundled demo, or a folder in diffusers layout under models/diffusers. "
-                    "Only safetensors are read. Default: the demo.",
+                    tooltip="The bundled demo, or a model folder in diffusers format under models/diffusers. Only "
+                    "safetensors files are read. Default: the demo.",
                 ),
                 io.Combo.Input(
                     "transformer_file",
                     options=[host_files.FROM_FOLDER, *files],
                     default=host_files.FROM_FOLDER,
                     optional=True,
-                    tooltip="For Wan: a GGUF or safetensors file under models/diffusion_models or models/unet that has "
-                    "the transformer's weights; those in the folder are not needed then. A quantised one is smaller "
-                    "and approximate. Of a model with two experts, that of high noise. Default: the folder's weights.",
+                    tooltip="Wan only: a GGUF or safetensors file under models/diffusion_models or models/unet with "
+                    "the transformer's weights, used in place of those in the model folder. Quantised files are "
+                    "smaller and approximate. For a model with two experts, the high-noise one. Default: the folder's "
+                    "weights.",
                 ),
                 io.Combo.Input(
                     "low_noise_file",
@@ -55,7 +56,7 @@ class Loader(io.ComfyNode):
                     tooltip="The same for the low-noise expert of Wan 2.2 A14B. Default: the folder's weights.",
                 ),
             ],
-            outputs=[I2VModelSocket.Output("model", tooltip="The model, with its weights in host RAM.")],
+            outputs=[I2VModelSocket.Output("model", tooltip="The model, with its weights in host memory (RAM).")],
         )
 
     @classmethod

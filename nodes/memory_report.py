@@ -1,4 +1,4 @@
-"""I2V Memory Report."""
+"""Node `I2V Memory Report`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ class MemoryReport(io.ComfyNode):
             node_id="I2VMemoryReport",
             display_name="I2V Memory Report",
             category=CATEGORY,
-            description="Draws the device memory that a run has used over time, beside what was predicted for each "
-            "stage and the limit.",
+            description="Plots the device memory of a run over time, with the prediction for each stage and the limit.",
             search_aliases=["memory graph", "vram usage", "memory timeline", "vram report", "peak memory"],
             is_output_node=True,
             inputs=[
@@ -36,18 +35,18 @@ class MemoryReport(io.ComfyNode):
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="The latent from Chunked Sampler, in place of a report, for a run that is not decoded.",
+                    tooltip="The latent from Chunked Sampler, in place of a report, for a run without decoding.",
                 ),
             ],
             outputs=[
-                io.Image.Output("image", tooltip="The picture: memory over time, and a table of the stages."),
-                io.String.Output("table", tooltip="The table in words: a line for each stage."),
+                io.Image.Output("image", tooltip="The plot: memory over time and a table of stages, in GiB or MiB."),
+                io.String.Output("table", tooltip="The table as text: one line per stage, in GiB or MiB, and seconds."),
             ],
         )
 
     @classmethod
     def validate_inputs(cls, report: Any = _ABSENT, latent: Any = _ABSENT) -> bool | str:
-        """Said before anything runs; the host gives None for what comes from another node."""
+        """Check the sources before anything runs. The host passes None for a value that comes from another node."""
         sources = {"report": report, "latent": latent}
         try:
             _check_sources({name for name, value in sources.items() if value is not _ABSENT})
@@ -70,8 +69,8 @@ def _check_sources(connected: set[str]) -> None:
     if len(connected) != 1:
         found = "both report and latent are" if connected else "neither report nor latent is"
         raise BadInputError(
-            f"which run to show is not clear: {found} connected",
-            "connect the report of VAE Tiled Decode or I2V Save Video, or for a run without decode the latent",
+            f"the run to show is ambiguous: {found} connected",
+            "connect the report of VAE Tiled Decode or I2V Save Video, or the latent of a run without decoding",
         )
 
 
@@ -79,8 +78,8 @@ def _known_stages(latent: dict[str, Any] | None) -> tuple[Any, ...]:
     stages = reports_of(latent)
     if not stages:
         raise BadInputError(
-            "the latent carries no report of its stages: it was loaded, or a node between has dropped it",
-            "connect Chunked Sampler itself, or the report of VAE Tiled Decode",
+            "the latent has no report of its stages: it was loaded from a file, or another node has dropped the report",
+            "connect the latent of Chunked Sampler directly, or the report of VAE Tiled Decode",
         )
     return stages
 

@@ -1,4 +1,4 @@
-"""What VRAM Budget asks of the planner, from the values of its widgets: the same when it runs and on the page."""
+"""Planner inputs from the widgets of VRAM Budget, the same for the run and for the live plan on the page."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def planner_inputs(
     allow_approximate: bool = False,
     plan_for: str = THIS_MACHINE,
 ) -> PlannerInputs:
-    """Arguments are named as the widgets. Raises `BadInputError` for those that no plan can be made for."""
+    """Build the planner's inputs; arguments are named like the widgets. Raise `BadInputError` for invalid values."""
     request = Request(
         architecture=architecture,
         size=VideoSize(width_pixels=width, height_pixels=height, frames=frames),
@@ -45,7 +45,7 @@ def planner_inputs(
         allow_approximate=allow_approximate,
     )
     if not 0 <= reserve_gib < float("inf"):
-        raise BadInputError(f"a reserve of {reserve_gib} GiB is not possible", "give zero or more")
+        raise BadInputError(f"{reserve_gib} GiB is not a valid reserve", "use zero or more")
     limit_bytes = None if budget.strip().lower() == AUTO else parse_bytes(budget)
     reserve_bytes = int(reserve_gib * GIB)
     if plan_for == THIS_MACHINE:
@@ -55,7 +55,7 @@ def planner_inputs(
             device=host.plan_device(architecture),
         )
     if plan_for not in CARDS:
-        raise BadInputError(f"'{plan_for}' is no card", f"choose one of {', '.join((THIS_MACHINE, *CARDS))}")
+        raise BadInputError(f"'{plan_for}' is not a known card", f"choose one of {', '.join((THIS_MACHINE, *CARDS))}")
     card = CARDS[plan_for]
     return PlannerInputs(
         request=request,
@@ -63,17 +63,17 @@ def planner_inputs(
             free_bytes=card.free_bytes,
             limit_bytes=card.free_bytes if limit_bytes is None else limit_bytes,
             reserve_bytes=reserve_bytes,
-            host_free_bytes=host.spare_bytes(),
+            host_free_bytes=host.ram_free_bytes(),
         ),
         device=card.facts,
     )
 
 
 def _budget_here(limit_bytes: int | None, reserve_bytes: int) -> Budget:
-    # A budget that the user names is theirs to spend whole; of what is merely free, the host keeps its reserve.
+    # The host's reserve applies to free memory only; a budget that the user sets may be used up completely.
     host_reserve_bytes = host.reserve_bytes() if limit_bytes is None else 0
     return Budget(
-        free_bytes=host.room_bytes(),
+        free_bytes=host.reclaimable_bytes(),
         limit_bytes=limit_bytes,
         reserve_bytes=reserve_bytes + host_reserve_bytes,
         host_free_bytes=host.host_free_bytes(),

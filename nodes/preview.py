@@ -1,4 +1,4 @@
-"""An animated preview in the one place that the host has for a still."""
+"""Animated previews, sent where the host expects a still image."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..i2v_core.families.preview import preview_frames
 
 SIDE_PIXELS = 384
 _FRAME_MILLISECONDS = 125
-_MOST_FRAMES = 32
+_MAX_FRAMES = 32
 
 
 class AnimatedPreview(Image.Image):
-    """A picture that saves itself as an animation.
+    """An image that saves itself as an animation.
 
-    The host hands a preview to the page as whatever bytes its `save` writes, and browsers go by the bytes and not by
-    the name of the format. So all frames are seen moving, without a script on the page.
+    The host sends whatever bytes `save` writes, and browsers detect the format from the bytes, not from its name. So
+    the page shows all frames moving without a script of its own.
     """
 
     def __init__(self, frames: list[Image.Image]) -> None:
@@ -30,37 +30,37 @@ class AnimatedPreview(Image.Image):
 
     @classmethod
     def of_latents(cls, latents_1CThw: Tensor, factors: Tensor) -> AnimatedPreview:
-        """From the clean latents so far, scaled up to be seen."""
+        """Make a preview from the current estimate of the clean latents, enlarged."""
         pixels = (preview_frames(latents_1CThw, factors) * 255).byte().numpy()
         return cls([_enlarged(frame) for frame in pixels])
 
     def save(self, fp: Any, format: str | None = None, **_: Any) -> None:  # noqa: ARG002
-        """Writes an animated WebP, whatever format is asked for."""
+        """Write an animated WebP, whatever `format` says."""
         self._frames[0].save(
             fp, format="WEBP", save_all=True, append_images=self._frames[1:], duration=_FRAME_MILLISECONDS, loop=0
         )
 
     def for_host(self) -> tuple[str, Image.Image, None]:
-        """As the host's progress bar takes a preview: format, picture, and no further resizing."""
+        """Return the preview as the host's progress bar expects it: format, image, and no maximum size."""
         return ("JPEG", self, None)
 
 
 class FinishedFrames:
-    """Small copies of the frames that are done, for a preview; every other is dropped when there are too many."""
+    """Small copies of finished frames for a preview; when there are too many, every second one is dropped."""
 
     def __init__(self) -> None:
         self._kept: list[Image.Image] = []
         self._seen, self._every = 0, 1
 
     def add(self, frames_FHWC: Tensor) -> None:
-        """Frames in 0…1."""
+        """Add frames with values in 0…1."""
         for frame_HWC in frames_FHWC:
             if self._seen % self._every == 0:
                 small = Image.fromarray((frame_HWC * 255).byte().numpy())
                 small.thumbnail((SIDE_PIXELS, SIDE_PIXELS))
                 self._kept.append(small)
             self._seen += 1
-            if len(self._kept) > _MOST_FRAMES:
+            if len(self._kept) > _MAX_FRAMES:
                 self._kept, self._every = self._kept[::2], 2 * self._every
 
     def preview(self) -> AnimatedPreview | None:

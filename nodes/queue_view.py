@@ -1,4 +1,4 @@
-"""The queue as the page sees it, as JSON."""
+"""JSON of the queue for the page."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from ..i2v_core.batch.jobs.job import JobRecord, JobState
 from ..i2v_core.batch.jobs.store import JobStore
+from ..i2v_core.batch.monitoring.messages import score_message, waiting_texts
 from ..i2v_core.batch.monitoring.report import seconds_of
-from ..i2v_core.batch.scheduling.policy import Policy
-from ..i2v_core.batch.scheduling.queue_view import listing
-from ..i2v_core.words import Message
+from ..i2v_core.batch.scheduling.policy import Policy, ScoreBreakdown
+from ..i2v_core.batch.scheduling.queue_view import view_queue
 from . import host_files
-from .batch_run import board
+from .batch_run import current_batch
 
 JSON = dict[str, Any]
 
@@ -21,7 +21,7 @@ PATH = "/i2v_budget/queue"
 
 
 def empty_queue() -> JSON:
-    """What is said while there is no queue."""
+    """Answer while there is no queue."""
     return {
         "paused": False,
         "rule": Policy.WEIGHT.value,
@@ -33,38 +33,40 @@ def empty_queue() -> JSON:
     }
 
 
-def shown_queue(store: JobStore, most: int) -> JSON:
-    """At most so many jobs of each state. `rule` is that of the batch that runs, `waits` what its stages wait for,
-    `remarks` what of its figures is not as it should be; these and the `why` of a job have a `key` and `values` for
-    the page's own language beside their `text`.
+def shown_queue(store: JobStore, limit: int) -> JSON:
+    """Answer with at most `limit` jobs of each state.
+
+    `rule` is the policy of the running batch, `waits` says why its stages wait, `remarks` which of its metrics are out
+    of range. Each remark, and the `why` of a job, has a `key` and `values` for the page's own language beside its
+    `text`.
     """
     now = time.time()
-    engine, figures = board.engine, board.figures()
-    rule = Policy.WEIGHT if engine is None else engine.settings.policy
-    found = listing(store, rule, most, now)
+    engine, figures = current_batch.engine, current_batch.metrics()
+    policy = Policy.WEIGHT if engine is None else engine.settings.policy
+    view = view_queue(store, policy, limit, now)
     return {
         "paused": store.paused,
-        "rule": rule.value,
-        "waits": [] if engine is None else [words for device in engine.status() for words in device.waits],
+        "rule": policy.value,
+        "waits": [] if engine is None else [text for device in engine.status() for text in waiting_texts(device)],
         "remarks": [] if figures is None else [it.as_dict() for it in figures.out_of_range()],
-        "counts": {state.value: count for state, count in found.counts.items()},
-        "seconds_left": found.seconds_left,
+        "counts": {state.value: count for state, count in view.counts.items()},
+        "seconds_left": view.seconds_left,
         "jobs": [
-            {**_facts(job), "seconds_left": job.seconds_left(now), "why": _said(found.why.get(job.id))}
-            for job in found.jobs
+            {**_facts(job), "seconds_left": job.seconds_left(now), "why": _why(view.scores.get(job.id))}
+            for job in view.jobs
         ],
     }
 
 
-def _said(sentence: Message | None) -> JSON | None:
-    return None if sentence is None else sentence.as_dict()
+def _why(score: ScoreBreakdown | None) -> JSON | None:
+    return None if score is None else score_message(score).as_dict()
 
 
 def metrics(store: JobStore | None) -> str:
-    """In Prometheus' text format: the jobs of each state, and the figures of the batch that runs or has run last."""
+    """Text for Prometheus: the number of jobs in each state, and the metrics of the current or last batch."""
     counts = store.counts() if store else {}
     lines = [f'i2v_queue_jobs{{state="{state.value}"}} {counts.get(state, 0)}\n' for state in JobState]
-    figures = board.figures()
+    figures = current_batch.metrics()
     return "".join(["# TYPE i2v_queue_jobs gauge\n", *lines]) + (figures.prometheus() if figures else "")
 
 
@@ -101,13 +103,13 @@ def _facts(record: JobRecord) -> JSON:
 
 
 def picture_of(record: JobRecord) -> Path:
-    """What stands for a job: a frame of its video when there is one, until then the picture that it begins with."""
-    found = record.thumbnail
-    return found if found is not None and found.is_file() else record.spec.image
+    """Path of a frame of the job's video, or, until there is one, of the picture that it begins with."""
+    frame = record.thumbnail
+    return frame if frame is not None and frame.is_file() else record.spec.image
 
 
 def _viewable(output: Path | None) -> dict[str, str] | None:
-    """A video, or the first of a folder of pictures."""
+    """Address of a video, or of the first picture of a folder."""
     if output is None or not output.exists():
         return None
     pictures = sorted(output.iterdir()) if output.is_dir() else [output]
@@ -115,5 +117,5 @@ def _viewable(output: Path | None) -> dict[str, str] | None:
 
 
 def _stamp(file: Path) -> int:
-    """Another when the file is; the page keeps a picture for as long as its address stays."""
+    """Number that changes when the file does (cache buster): the page keeps a picture as long as its address stays."""
     return file.stat().st_mtime_ns if file.is_file() else 0

@@ -1,8 +1,8 @@
-"""`POST /i2v_budget/plan`: the plan for the values on a VRAM Budget node, without queueing.
+"""`POST /i2v_budget/plan`: the plan for the values on a VRAM Budget node, without running it.
 
-The body is a JSON object of the node's widgets by name, with those of I2V Loader in place of the link to a model;
-optional ones may be missing. `fixes`: false leaves out the search for what would fit instead. Bad input gets
-status 400 and {"error": {"problem", "remedy"}}.
+The body is a JSON object with the node's widgets by name, and those of I2V Loader in place of the model link; optional
+ones may be missing. `"fixes": false` skips the search for settings that would fit. Bad input is answered with status
+400 and {"error": {"problem", "remedy"}}.
 """
 
 from __future__ import annotations
@@ -26,48 +26,48 @@ from .validation import check_values
 PATH = "/i2v_budget/plan"
 _REMEDY = "send the node's widgets by name"
 _MODEL, _FIXES = "model", "fixes"
-# Two, so that a search for what would fit does not hold another node's answer up.
+# Two, so that one node's search for settings that fit does not block another node's answer.
 _threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="i2v-budget-plan")
 
 
-class _NobodyWaitsError(Exception):
-    """The page has asked anew, and has closed this connection."""
+class _RequestAbandonedError(Exception):
+    """The page has sent a newer request and closed this connection."""
 
 
 def register() -> None:
-    """Add the route to the host's server, before that starts."""
-    PromptServer.instance.routes.post(PATH)(answer)
+    """Add the route to the host's server before it starts."""
+    PromptServer.instance.routes.post(PATH)(post_plan)
 
 
 @json_errors("no plan could be made")
-async def answer(request: web.Request) -> web.Response:
-    def check_awaited() -> None:
+async def post_plan(request: web.Request) -> web.Response:
+    def check_connected() -> None:
         if request.transport is None or request.transport.is_closing():
-            raise _NobodyWaitsError
+            raise _RequestAbandonedError
 
     def plan(values: Mapping[str, Any], with_fixes: bool) -> dict[str, Any]:
-        check_awaited()
-        with interruptible(check_awaited):
+        check_connected()
+        with interruptible(check_connected):
             return live_plan(values, with_fixes=with_fixes)
 
-    values = _checked(await json_object(request, _REMEDY))
+    values = _validated(await json_object(request, _REMEDY))
     with_fixes = values.pop(_FIXES)
     try:
-        found = await asyncio.get_running_loop().run_in_executor(_threads, plan, values, with_fixes)
-    except _NobodyWaitsError:
-        return refusal(400, "the connection was closed", "ask again")
-    return web.json_response(found)
+        answer = await asyncio.get_running_loop().run_in_executor(_threads, plan, values, with_fixes)
+    except _RequestAbandonedError:
+        return refusal(400, "the connection was closed", "send the request again")
+    return web.json_response(answer)
 
 
-def _checked(values: dict[str, Any]) -> dict[str, Any]:
-    """The values by name, each as its widget allows."""
+def _validated(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values by name, each allowed by its widget."""
     loader = [spec for spec in Loader.define_schema().inputs if spec.id in LOADER_FILES]
     widgets = [*(spec for spec in VRAMBudget.define_schema().inputs if spec.id != _MODEL), *loader]
-    strangers = values.keys() - {spec.id for spec in widgets} - {_MODEL, _FIXES}
-    if strangers:
-        raise BadInputError(f"'{min(strangers)}' is no input of VRAM Budget", _REMEDY)
+    unknown = values.keys() - {spec.id for spec in widgets} - {_MODEL, _FIXES}
+    if unknown:
+        raise BadInputError(f"'{min(unknown)}' is not an input of VRAM Budget", _REMEDY)
     if not isinstance(values.get(_MODEL), str):
-        raise BadInputError("the request names no model", "choose one in I2V Loader")
+        raise BadInputError("the request has no model", "choose one in I2V Loader")
     if not isinstance(values.setdefault(_FIXES, True), bool):
         raise BadInputError("fixes is not true or false", "send true or false")
     check_values(widgets, values)

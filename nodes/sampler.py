@@ -1,4 +1,4 @@
-"""Chunked Sampler."""
+"""Node `Chunked Sampler`."""
 
 from __future__ import annotations
 
@@ -21,27 +21,36 @@ class ChunkedSampler(io.ComfyNode):
             node_id="I2VChunkedSampler",
             display_name="Chunked Sampler",
             category=CATEGORY,
-            description="Makes the video's latents. Layers run in pieces where the plan says so, with the same result.",
+            description="Samples the video's latents. Layers run in chunks where the plan needs it, with the same "
+            "result.",
             search_aliases=["i2v sampler", "ksampler", "image to video sampler", "low vram sampler", "denoise video"],
             inputs=[
                 model_input(),
                 plan_input(),
-                I2VConditioningSocket.Input("conditioning", tooltip="From I2V Encode, made with the same plan."),
+                I2VConditioningSocket.Input(
+                    "conditioning", tooltip="Conditioning from I2V Encode, made with the same plan."
+                ),
                 steps_input(),
                 cfg_input(),
-                seed_input(another_each_run=True),
+                seed_input(changes_each_run=True),
                 scheduler_input(),
                 io.Combo.Input(
                     "checkpoint",
                     options=[when.value for when in CheckpointWhen],
                     default=CheckpointWhen.AUTO.value,
                     optional=True,
-                    tooltip="When what is sampled so far is kept on disk: auto every half minute of runs that take "
-                    "more than two, and when such a run is cancelled or fails; or after every step; or never. The "
-                    "same video queued again goes on from there. Default auto.",
+                    tooltip="When to save a checkpoint to disk: auto saves every 30 seconds in runs of more than 2 "
+                    "minutes, and when such a run is cancelled or fails; every step saves after each step; off never "
+                    "saves. Queue the same video again to resume from it. Default auto.",
                 ),
             ],
-            outputs=[io.Latent.Output("latent", tooltip="Latents, one a frame, as any VAE decode node takes them.")],
+            outputs=[
+                io.Latent.Output(
+                    "latent",
+                    tooltip="The video's latents; one per frame, for any VAE decode node, unless the model compresses "
+                    "time as Wan does.",
+                )
+            ],
         )
 
     @classmethod
@@ -61,5 +70,5 @@ class ChunkedSampler(io.ComfyNode):
         settings = stages.SamplerSettings(steps=steps, cfg=cfg, seed=seed, scheduler=scheduler)
         with host.stage(Stage.SAMPLE, model, plan, conditioning.preview_factors) as (fitting, runtime, notes):
             samples, report = stages.sample(model, fitting, conditioning, settings, runtime, checkpointing)
-        shown = host.concluded(report, notes)
+        shown = host.finish_stage(report, notes)
         return io.NodeOutput({"samples": samples, REPORTS: [*conditioning.reports, *shown["i2v_stage"]]}, ui=shown)

@@ -1,4 +1,4 @@
-"""I2V Save Video."""
+"""Node `I2V Save Video`."""
 
 from __future__ import annotations
 
@@ -29,41 +29,41 @@ class SaveVideo(io.ComfyNode):
             node_id="I2VSaveVideo",
             display_name="I2V Save Video",
             category=CATEGORY,
-            description="Saves a video. Connect model, plan and latent, and each frame goes from the decoder straight "
-            "into the file, so that host memory stays flat however long the video is; or connect images.",
+            description="Saves a video. Connect model, plan and latent to stream each frame from the decoder into the "
+            "file, so that host memory stays flat for any length; or connect images.",
             search_aliases=["save video", "export mp4", "video combine", "save gif", "save webm", "stream video"],
             is_output_node=True,
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             inputs=[
                 filename_prefix_input("video/i2v"),
-                format_input("All but gif hold the workflow."),
+                format_input("All but gif store the workflow."),
                 fps_input(),
                 io.Int.Input(
                     "quality",
                     default=19,
                     min=0,
                     max=51,
-                    tooltip="Constant rate factor (crf) of mp4 and webm: 0 is the best, 51 the smallest file; 6 less "
-                    "doubles the size. The others have none. Default 19.",
+                    tooltip="Constant rate factor (crf) of mp4 and webm, without unit: 0 is the best quality, 51 the "
+                    "smallest file; 6 less doubles the size. Not used by the other formats. Default 19.",
                 ),
                 I2VModelSocket.Input("model", optional=True, tooltip="To save a latent: the model from I2V Loader."),
                 I2VPlanSocket.Input("plan", optional=True, tooltip="To save a latent: the plan from VRAM Budget."),
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="The latent from Chunked Sampler or I2V Load Latent, to be decoded into the file.",
+                    tooltip="The latent from Chunked Sampler or I2V Load Latent, decoded into the file.",
                 ),
                 io.Image.Input("images", optional=True, tooltip="Finished frames, in place of model, plan and latent."),
                 io.Boolean.Input(
                     "memory_report",
                     default=False,
                     optional=True,
-                    tooltip="Write beside the video, as JSON, what each stage was predicted to take and what it took. "
-                    "Of images no stage is known. Default off.",
+                    tooltip="Write predicted and measured memory of each stage to a JSON file next to the video. For "
+                    "images there are no stages to report. Default off.",
                 ),
             ],
             outputs=[
-                io.String.Output("filename", tooltip="Full path of the file, or of the folder of pictures."),
+                io.String.Output("filename", tooltip="Full path of the file, or of the folder of images."),
                 report_output(),
             ],
         )
@@ -77,8 +77,9 @@ class SaveVideo(io.ComfyNode):
         latent: Any = _ABSENT,
         images: Any = _ABSENT,
     ) -> bool | str:
-        """Said before anything runs. The host gives None for what comes from another node, and marks every input that
-        is named here, hence no more than these.
+        """Check sources and name before anything runs. The host passes None for a value that comes from another node.
+
+        Only these inputs are parameters, since the host skips its own validation of every input named here.
         """
         sources = {"model": model, "plan": plan, "latent": latent, "images": images}
         try:
@@ -124,13 +125,13 @@ class SaveVideo(io.ComfyNode):
 
 
 def _check_sources(connected: set[str]) -> None:
-    """Raise `BadInputError` unless the frames come from exactly one way."""
+    """Raise `BadInputError` unless there is exactly one source of frames."""
     if connected in ({"images"}, set(_DECODED)):
         return
     found = ", ".join(name for name in (*_DECODED, "images") if name in connected)
     raise BadInputError(
-        f"what to save is not clear: {found or 'neither latent nor images'} {'is' if ',' not in found else 'are'} "
-        "connected",
+        f"the source of the frames is ambiguous: {found or 'neither latent nor images'} "
+        f"{'is' if ',' not in found else 'are'} connected",
         "connect either images alone, or model, plan and latent",
     )
 
@@ -159,11 +160,11 @@ def _decode_into(sink: VideoSink, model: I2VModel, plan: Plan, samples: Tensor) 
             for frame_HWC in frames_FHWC:
                 sink.write(frame_HWC)
                 runtime.check_cancelled()
-    return host.concluded(stream.report(), notes)
+    return host.finish_stage(stream.report(), notes)
 
 
 def _preview(output: host_files.OutputPath, sink: VideoSink) -> dict[str, Any]:
-    """What the page shows on the node: a film plays, and of a folder every picture is there."""
+    """Return what the page shows on the node: the video, or every image of a folder."""
     if output.path.is_dir():
         folder = output.name
         return {
@@ -171,7 +172,7 @@ def _preview(output: host_files.OutputPath, sink: VideoSink) -> dict[str, Any]:
                 {"filename": file.name, "subfolder": folder, "type": "output"} for file in sorted(output.path.iterdir())
             ]
         }
-    # The page would hand a GIF to its video player if it were said to be animated.
+    # The page would open a GIF in its video player if it were marked as animated.
     animated = {} if sink.settings.format == "gif" else {"animated": (True,)}
     return {"images": [output.as_result()], **animated}
 
@@ -182,4 +183,4 @@ def _summary(output: host_files.OutputPath, sink: VideoSink) -> str:
     if sink.stored_size_pixels == sink.size_pixels:
         return text
     stored_width, stored_height = sink.stored_size_pixels
-    return f"{text}, stored as {stored_width}×{stored_height} since {sink.settings.format} takes even sides only"
+    return f"{text}, stored as {stored_width}×{stored_height} since {sink.settings.format} needs even sides"

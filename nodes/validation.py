@@ -1,7 +1,7 @@
-"""Values held against a node's own schema when it runs.
+"""Validation of a node's inputs against its own schema when it runs.
 
-The host checks the widgets of a prompt, but neither what another node gives for them, nor what a prompt gives for a
-socket in place of a link: there anything may come, and it should be answered with what was expected.
+The host checks widget values in a prompt, but neither values that come from another node, nor values that a prompt has
+in place of a link. Those can be anything, and the error should say what was expected.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ Execute = TypeVar("Execute", bound=Callable[..., io.NodeOutput])
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What an input takes: whether a value is of it, its name, and where such a value comes from."""
+    """A type of input: how to test a value, its name in messages, and where to get such a value."""
 
-    holds: Callable[[Any], bool]
+    accepts: Callable[[Any], bool]
     name: str
     remedy: str
 
 
-_SET_IT = "set it on the node, or connect a node that gives one"
+_SET_IT = "set it on the node, or connect a node that outputs one"
 
 KINDS: Mapping[str, Kind] = {
     I2VModelSocket.io_type: Kind(lambda value: isinstance(value, I2VModel), "a model", "connect I2V Loader"),
     I2VPlanSocket.io_type: Kind(lambda value: isinstance(value, Plan), "a plan", "connect VRAM Budget"),
     I2VConditioningSocket.io_type: Kind(
-        lambda value: isinstance(value, Conditioning), "a conditioning of this pack", "connect I2V Encode"
+        lambda value: isinstance(value, Conditioning), "conditioning of this pack", "connect I2V Encode"
     ),
     I2VReportSocket.io_type: Kind(
         lambda value: isinstance(value, RunReport), "a report", "connect VAE Tiled Decode or I2V Save Video"
@@ -51,8 +51,8 @@ KINDS: Mapping[str, Kind] = {
     ),
     io.Image.io_type: Kind(
         lambda value: _is_pixels(value) and value.ndim == 4 and value.numel() > 0,
-        "a picture of shape (frames, height, width, 3)",
-        "connect a node that gives an IMAGE",
+        "an image of shape (frames, height, width, 3)",
+        "connect a node that outputs an IMAGE",
     ),
     io.Int.io_type: Kind(
         lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number", _SET_IT
@@ -63,14 +63,14 @@ KINDS: Mapping[str, Kind] = {
         _SET_IT,
     ),
     io.Boolean.io_type: Kind(lambda value: isinstance(value, bool), "true or false", _SET_IT),
-    io.String.io_type: Kind(lambda value: isinstance(value, str) and _is_whole(value), "a text", _SET_IT),
-    io.Combo.io_type: Kind(lambda value: isinstance(value, str), "a choice of its list", _SET_IT),
+    io.String.io_type: Kind(lambda value: isinstance(value, str) and _is_encodable(value), "text", _SET_IT),
+    io.Combo.io_type: Kind(lambda value: isinstance(value, str), "one of its options", _SET_IT),
 }
-"""By the host's name of an input's type."""
+"""Kinds by the host's name of the input type."""
 
 
 def checked(execute: Execute) -> Execute:
-    """A node's `execute` that raises `BadInputError` for values that its schema does not allow."""
+    """Wrap a node's `execute` to raise `BadInputError` for values that its schema does not allow."""
 
     @wraps(execute)
     def run(cls: type[io.ComfyNode], **values: Any) -> io.NodeOutput:
@@ -81,7 +81,7 @@ def checked(execute: Execute) -> Execute:
 
 
 def check_values(specs: Iterable[io.Input], values: Mapping[str, Any]) -> None:
-    """Raise `BadInputError` unless each input has a value that its schema allows; an optional one may have none."""
+    """Raise `BadInputError` unless every input has a value that its schema allows; optional ones may be missing."""
     for spec in specs:
         value = values.get(spec.id)
         if value is not None or not spec.optional:
@@ -90,27 +90,27 @@ def check_values(specs: Iterable[io.Input], values: Mapping[str, Any]) -> None:
 
 def _check(spec: io.Input, value: Any) -> None:
     kind = KINDS[spec.get_io_type()]
-    if not kind.holds(value):
-        raise BadInputError(f"{spec.id} is {_said(value)}, which is not {kind.name}", kind.remedy)
+    if not kind.accepts(value):
+        raise BadInputError(f"{spec.id} is {_describe(value)}, which is not {kind.name}", kind.remedy)
     options = getattr(spec, "options", None)
     if options is not None and value not in options:
-        raise BadInputError(f"{spec.id} is '{value}', which is not in its list", f"choose one of {', '.join(options)}")
+        raise BadInputError(f"'{value}' is not a valid {spec.id}", f"choose one of {', '.join(options)}")
     least, most = getattr(spec, "min", None), getattr(spec, "max", None)
     if least is not None and not least <= value <= most:
-        raise BadInputError(f"{spec.id} is {value}, which is not possible", f"use {least:,} to {most:,}")
+        raise BadInputError(f"{spec.id} is {value}, which is out of range", f"use {least:,} to {most:,}")
 
 
 def _is_pixels(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _is_whole(text: str) -> bool:
-    """Whether no character is a half of one (a lone surrogate), which JSON can hold and tokenizers cannot take."""
+def _is_encodable(text: str) -> bool:
+    """Return whether the text has no lone surrogates, which JSON can hold but tokenizers cannot take."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _said(value: Any) -> str:
-    """A value in words: plain ones as they are, others by their kind."""
+def _describe(value: Any) -> str:
+    """Describe a value for a message: plain values as they are, others by their type."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} in {str(value.dtype).removeprefix('torch.')}"
     if value is None or isinstance(value, (bool, int, float)):

@@ -1,6 +1,6 @@
-"""Widgets that more than one node has, each with its limits, its default and its tooltip.
+"""Widgets shared by several nodes, each with its limits, default and tooltip.
 
-A `note` stands in the tooltip before the default: what the widget means on that node beside the usual.
+A `note` is added to the tooltip before the default: what is special about the widget on that node.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from ..i2v_core.video import FORMATS
 
 def filename_prefix_input(default: str) -> io.Input:
     text = (
-        "Name of the file in ComfyUI's output folder, with folders before it. %date%, %date:yyyy-MM-dd hhmmss%, "
-        "%year%, %month%, %day%, %hour%, %minute%, %second%, %width% and %height% are filled in, and a number is added."
+        "File name within ComfyUI's output folder, with subfolders if you like. %date%, %date:yyyy-MM-dd hhmmss%, "
+        "%year%, %month%, %day%, %hour%, %minute%, %second%, %width% and %height% are filled in, and a number is "
+        "appended."
     )
     return io.String.Input("filename_prefix", default=default, tooltip=_tooltip(text, "", f"Default {default}."))
 
@@ -28,7 +29,7 @@ def negative_prompt_input(note: str = "", *, dynamic_prompts: bool) -> io.Input:
         multiline=True,
         dynamic_prompts=dynamic_prompts,
         default="",
-        tooltip=_tooltip("What to keep out, in words; used with guidance.", note, "Default: empty."),
+        tooltip=_tooltip("What to avoid in the video; used with guidance only.", note, "Default: empty."),
     )
 
 
@@ -44,29 +45,29 @@ def steps_input(note: str = "") -> io.Input:
 
 def cfg_input(note: str = "") -> io.Input:
     text = (
-        "Strength of guidance towards the prompt, without unit; 1 turns it off. I2VGen-XL: about 9. Stable Video "
-        "Diffusion: about 3, towards the picture, rising from 1 in the first frame."
+        "Guidance scale towards the prompt, without unit; 1 turns guidance off. I2VGen-XL: about 9. Stable Video "
+        "Diffusion: about 3, towards the image, rising from 1 in the first frame."
     )
     return io.Float.Input("cfg", default=9.0, min=1.0, max=100.0, step=0.05, tooltip=_tooltip(text, note, "Default 9."))
 
 
-def seed_input(note: str = "", *, another_each_run: bool) -> io.Input:
-    """With `another_each_run` the page has a widget that can change it after each run."""
-    text = "Number that the starting noise is made from. The same seed gives the same video on any device."
+def seed_input(note: str = "", *, changes_each_run: bool) -> io.Input:
+    """Build the seed widget; with `changes_each_run` the page adds a widget that can change it after each run."""
+    text = "Seed of the starting noise, a whole number. The same seed gives the same video on any device."
     return io.Int.Input(
         "seed",
         default=0,
         min=0,
         max=MAX_SEED,
-        control_after_generate=another_each_run,
+        control_after_generate=changes_each_run,
         tooltip=_tooltip(text, note, "Default 0."),
     )
 
 
 def scheduler_input(note: str = "") -> io.Input:
     text = (
-        f"How a step is taken. {AUTO_SCHEDULER} is the model's own: ddim for I2VGen-XL, euler for Stable Video "
-        "Diffusion, which takes no other."
+        f"Sampling algorithm. {AUTO_SCHEDULER} uses the model's own: ddim for I2VGen-XL, euler for Stable Video "
+        "Diffusion (its only one), unipc for Wan."
     )
     return io.Combo.Input(
         "scheduler",
@@ -78,13 +79,14 @@ def scheduler_input(note: str = "") -> io.Input:
 
 def format_input(note: str = "") -> io.Input:
     text = (
-        "mp4 is H.264, which plays everywhere; webm is VP9; gif has 256 colours a frame; png is a folder of pictures."
+        "File format: mp4 is H.264, which plays everywhere; webm is VP9; gif has 256 colours per frame; png is a "
+        "folder of images."
     )
     return io.Combo.Input("format", options=list(FORMATS), default="mp4", tooltip=_tooltip(text, note, "Default mp4."))
 
 
 def fps_input(note: str = "") -> io.Input:
-    text = "Frames per second at which the video plays; a gif goes up to 50."
+    text = "Playback speed in frames per second; a gif allows up to 50."
     return io.Float.Input("fps", default=8.0, min=1.0, max=120.0, step=0.01, tooltip=_tooltip(text, note, "Default 8."))
 
 

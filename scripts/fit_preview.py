@@ -1,10 +1,10 @@
-"""Fits the factors of a model's rough previews over many pictures, and writes them into its folder.
+"""Fits the linear factors of a model's rough previews to many images, and writes them into the model's folder.
 
 `.venv/bin/python scripts/fit_preview.py --model FOLDER [--pictures DIR] [--out FILE]`
 
-Without factors of its own a model's previews are fitted to the very picture that is animated. This says how good each
-is, in dB (PSNR at latent size): on the picture that the fit has seen, and on another view of it, as the frames of its
-video are. Pictures that the factors are judged on are not those that they are fitted to.
+Without such factors, previews are fitted to the input image of each video. This script prints how good both are, in dB
+(PSNR at latent size): on an image, and on another view of it, since later frames differ from the first. The images used
+for evaluation are held out from the fit.
 
 Shape legend: C latent channels, h/w latent size.
 """
@@ -27,7 +27,7 @@ PACK = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PACK))
 
 from i2v_core.chunking import LayerRunner  # noqa: E402
-from i2v_core.decoding import ONE_WHOLE_FRAME  # noqa: E402
+from i2v_core.decoding import ONE_FRAME_UNTILED  # noqa: E402
 from i2v_core.errors import BadInputError, I2VError  # noqa: E402
 from i2v_core.families import I2VModel, Placed, autoencoder_kl, family_of, load_model  # noqa: E402
 from i2v_core.families.pictures import cover, to_tensor  # noqa: E402
@@ -47,7 +47,7 @@ Pair = tuple[Tensor, Image.Image]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Views:
-    """One picture, and another view of it a little to the side, each with its latents (1, C, h, w)."""
+    """An image and a shifted view of it, each with its latents (1, C, h, w)."""
 
     first: Pair
     second: Pair
@@ -55,17 +55,17 @@ class Views:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a model folder in diffusers layout")
-    parser.add_argument("--pictures", type=Path, help="a folder of pictures, 8 or more; without it they are drawn")
-    parser.add_argument("--size", type=int, default=256, help="side of the pictures in pixels; default 256")
-    parser.add_argument("--out", type=Path, help=f"where to write; default {FACTORS_FILE} in the model's folder")
+    parser.add_argument("--model", type=Path, required=True, help="a model folder in diffusers format")
+    parser.add_argument("--pictures", type=Path, help="a folder of 8 or more images; default: generated images")
+    parser.add_argument("--size", type=int, default=256, help="side of the images in pixels; default 256")
+    parser.add_argument("--out", type=Path, help=f"file to write; default {FACTORS_FILE} in the model's folder")
     chosen = parser.parse_args(arguments)
     try:
         model = load_model(chosen.model)
         pictures = _read(chosen.pictures) if chosen.pictures else _draw(DRAWN)
         views = [_views(model, picture, chosen.size) for picture in pictures]
         if len(views) < 2 * HELD_OUT_EVERY:
-            raise BadInputError(f"{len(views)} pictures are too few", f"give {2 * HELD_OUT_EVERY} or more")
+            raise BadInputError(f"{len(views)} images are too few", f"use {2 * HELD_OUT_EVERY} or more")
     except I2VError as error:
         print(error, file=sys.stderr)
         return 1
@@ -80,25 +80,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _judge(factors: Tensor, held_out: Sequence[Views]) -> dict[str, float]:
-    """Print how good the factors are on pictures that they were not fitted to, and the fit to each picture; in dB."""
+    """Print and return the PSNR in dB on held-out images: of the factors, and of a fit to each image itself."""
     own = [fit_factors([views.first]) for views in held_out]
     rows = {
         "the picture itself": [views.first for views in held_out],
         "another view of it": [views.second for views in held_out],
     }
-    print(f"{len(held_out)} pictures, error in dB (higher is better)   these factors   fitted to the picture")
+    print(f"{len(held_out)} images, PSNR in dB (higher is better)       these factors     fitted to the image")
     found: dict[str, float] = {}
     for name, pairs in rows.items():
-        shared_db = _mean(_error_db(factors, pair) for pair in pairs)
-        own_db = _mean(_error_db(one, pair) for one, pair in zip(own, pairs, strict=True))
+        shared_db = _mean(_psnr_db(factors, pair) for pair in pairs)
+        own_db = _mean(_psnr_db(one, pair) for one, pair in zip(own, pairs, strict=True))
         print(f"  {name:<44}{shared_db:>15.2f}{own_db:>24.2f}")
         key = name.replace(" ", "_")
         found |= {f"{key}_db": round(shared_db, 2), f"{key}_db_if_fitted_to_it": round(own_db, 2)}
     return found
 
 
-def _error_db(factors: Tensor, pair: Pair) -> float:
-    """Peak signal-to-noise ratio of the preview of a picture's latents."""
+def _psnr_db(factors: Tensor, pair: Pair) -> float:
+    """Return the peak signal-to-noise ratio of the preview of an image's latents."""
     latents_1Chw, picture = pair
     preview = preview_frames(latents_1Chw[:, :, None], factors)[0].flatten(0, 1)
     error = float((preview - colours_at_latent_size(latents_1Chw, picture)).square().mean())
@@ -111,7 +111,7 @@ def _mean(values: Iterator[float]) -> float:
 
 
 def _views(model: I2VModel, picture: Image.Image, side_pixels: int) -> Views:
-    """Two squares of the picture, an eighth apart."""
+    """Cut two squares from the image, shifted by an eighth of their side."""
     shift = max(8, side_pixels // 8)
     larger = cover(picture, side_pixels + shift, side_pixels + shift)
     first = larger.crop((0, 0, side_pixels, side_pixels))
@@ -120,19 +120,19 @@ def _views(model: I2VModel, picture: Image.Image, side_pixels: int) -> Views:
 
 
 def _latents(model: I2VModel, picture: Image.Image) -> Tensor:
-    """As the sampler has them: scaled, (1, C, h, w)."""
+    """Encode an image to scaled latents (1, C, h, w), as the sampler uses them."""
     family = family_of(model.architecture)
     scale = model.architecture.config(family.decoder).get("scaling_factor")
     if family.facts.latent_dimensions != 4 or scale is None:
         raise BadInputError(
-            f"{family.facts.display_name} has no image autoencoder", "leave its previews to the fit to the picture"
+            f"{family.facts.display_name} has no image autoencoder", "use previews fitted to the input image"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = model.modules[family.decoder].float().to(device)
     vae = Placed(module=module, device=device, dtype=torch.float32, runner=LayerRunner())
     with torch.no_grad():
         centred = autoencoder_kl.centred(to_tensor(picture))
-        return autoencoder_kl.encode_mode(vae, centred, ONE_WHOLE_FRAME, on_chunk=lambda: None) * scale
+        return autoencoder_kl.encode_mode(vae, centred, ONE_FRAME_UNTILED, on_chunk=lambda: None) * scale
 
 
 def _read(folder: Path) -> Iterator[Image.Image]:
@@ -143,7 +143,7 @@ def _read(folder: Path) -> Iterator[Image.Image]:
 
 
 def _draw(number: int) -> Iterator[Image.Image]:
-    """Pictures of soft light, shapes and fine texture in any colours, the same each time."""
+    """Generate images of soft light, shapes and fine texture in random colours, the same each time."""
     choose = random.Random(0)
 
     def colour() -> tuple[int, int, int]:

@@ -1,8 +1,8 @@
-"""Writes the English names and tooltips of the nodes to locales/en, as a real ComfyUI gives them.
+"""Writes the nodes' English names and tooltips to locales/en, as a real ComfyUI reports them.
 
-Run it after a change: `.venv/bin/python scripts/make_locales.py`.
+Run it after a change of texts: `.venv/bin/python scripts/make_locales.py`.
 
-Other languages are written by hand; tests/host/test_locales.py says what is missing or left over in them.
+Other languages are written by hand; tests/host/test_locales.py reports missing and obsolete texts.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Locale = dict[str, dict[str, Any]]
 
 LOCALES = setup.PACK / "locales"
 PANEL = "i2vBudget"
-"""The section of `main` with the texts of the pack's own scripts; beside those in `ENGLISH` written by hand."""
+"""Section of `main` with the texts of the pack's panels: those in `ENGLISH`, and others written by hand."""
 
 
 def english(object_info: dict[str, dict[str, Any]]) -> Locale:
-    """The files of this pack's nodes in the form that ComfyUI's page reads, from the host's `/object_info`."""
+    """Build the locale files of this pack, in the form that ComfyUI's page reads, from the host's `/object_info`."""
     own = {name: node for name, node in object_info.items() if node["python_module"] == f"custom_nodes.{PACK_FOLDER}"}
     categories = {part: part for node in own.values() for part in node["category"].split("/")}
     main = {"nodeCategories": categories, PANEL: {**read("en")["main"][PANEL], **ENGLISH}}

@@ -1,7 +1,7 @@
-"""Makes the pictures of the docs and beside the workflows, and the bundled latent.
+"""Makes the images of the docs and the workflow thumbnails, and the bundled latent.
 
-Frames come from the bundled model, all else from the real page in a browser. Run it in the environment that test.py
-makes: `.venv/bin/python scripts/make_pictures.py`; with names of pictures, such as `graph live_budget`, only these.
+Frames come from the bundled model, everything else from the real page in a browser. Run it in the environment that
+test.py creates: `.venv/bin/python scripts/make_pictures.py`; names such as `graph live_budget` select images.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ PIPELINES = {
     "wan2.2-ti2v-5b": "WanPipeline",
 }
 FOLDERS = {"wan2.1-i2v-14b": "wan2.1-i2v-14b-480p"}
-"""Where workflows have a model in a folder of another name."""
+"""Model folders in the workflows that differ from the architecture's name."""
 FILES = {"wan2.1-i2v-14b": "wan2.1-i2v-14b-480p-Q4_K_M.gguf"}
-"""Where they have its transformer's weights in a file."""
+"""Weight files of the transformer that the workflows use."""
 CPU = torch.device("cpu")
 RUNTIME = stages.Runtime(device=CPU)
 SIDE_PIXELS, GAP_PIXELS, TEXT_PIXELS = 160, 6, 22
 CARD_PIXELS = 640
-"""Side of a workflow's picture: the template browser's cards are square."""
+"""Side of a workflow's thumbnail: the template browser's cards are square."""
 SHOWN_FRAMES = 4
 
 
@@ -86,14 +86,14 @@ def make_latent(model: I2VModel, plan: Plan, picture: Image.Image, text: str) ->
 
 
 def shown_frames(model: I2VModel, plan: Plan, samples: Tensor) -> list[Image.Image]:
-    """A few frames from the first to the last."""
+    """Decode a few frames, evenly spaced from the first to the last."""
     frames_FHWC, _ = stages.decode(model, plan, samples, RUNTIME)
     shown = torch.linspace(0, len(frames_FHWC) - 1, SHOWN_FRAMES).long()
     return [Image.fromarray(pixels) for pixels in (frames_FHWC[shown] * 255).round().byte().numpy()]
 
 
 def sheet(rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
-    """Rows of pictures, each row with a line of text above it."""
+    """Lay out rows of images, each with a line of text above it."""
     step, row_pixels = SIDE_PIXELS + GAP_PIXELS, SIDE_PIXELS + GAP_PIXELS + TEXT_PIXELS
     columns = max(len(pictures) for _, pictures in rows)
     canvas = Image.new("RGB", (columns * step + GAP_PIXELS, len(rows) * row_pixels + GAP_PIXELS), "white")
@@ -107,9 +107,9 @@ def sheet(rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
 
 
 def card(title: str, rows: list[list[Image.Image]]) -> Image.Image:
-    """A square picture for the template browser: rows of pictures as large as fits, and a title.
+    """Make a square thumbnail for the template browser: rows of images as large as fits, and a title.
 
-    The title is below, since the page has a badge of its own in the upper left.
+    The title is at the bottom, since the page shows a badge in the upper left corner.
     """
     canvas = Image.new("RGB", (CARD_PIXELS, CARD_PIXELS), "white")
     title_pixels = 44
@@ -129,8 +129,8 @@ def card(title: str, rows: list[list[Image.Image]]) -> Image.Image:
 
 
 def make_frames() -> None:
-    """What the bundled model makes: the README's frames, the cards of workflows that run it, the bundled latent."""
-    torch.set_num_threads(1)  # more slow small layers down
+    """Run the bundled model for the README's frames, thumbnails of the demo workflows, and the bundled latent."""
+    torch.set_num_threads(1)  # more threads slow small layers down
     model = load_model(PACK / "assets" / "demo_model")
     picture = Image.open(PICTURE).convert("RGB")
     plan, long_plan = plan_for(model, 16), plan_for(model, 48)
@@ -147,7 +147,7 @@ def make_frames() -> None:
     save_card("i2v_demo", card("picture + prompt → video", [frames[0][:2], frames[0][2:]]))
     save_card("i2v_batch", card("one video after another", [[shown[0], shown[-1]] for shown in frames]))
     save_card("i2v_long_clip", card("48 frames, saved as decoded", [long_frames[:2], long_frames[2:]]))
-    save_card("i2v_decode_latent", card("a kept latent, decoded again", [kept_frames[:2], kept_frames[2:]]))
+    save_card("i2v_decode_latent", card("a saved latent, decoded again", [kept_frames[:2], kept_frames[2:]]))
 
 
 def save_card(name: str, picture: Image.Image) -> None:
@@ -155,7 +155,7 @@ def save_card(name: str, picture: Image.Image) -> None:
 
 
 def graph(page: Page, _: Server) -> None:
-    """The demo after its run, and the picture that its memory report drew."""
+    """Take a picture of the demo graph after its run, and save the plot of its memory report."""
     page.drop(WORKFLOWS / "i2v_demo.json")
     page.set(BUDGET, {"budget": "80MiB"})
     run(page)
@@ -168,15 +168,15 @@ def graph(page: Page, _: Server) -> None:
 
 
 def live_budget(page: Page, _: Server) -> None:
-    """VRAM Budget with a video that does not fit, and what would."""
+    """Take a picture of VRAM Budget with a video that does not fit, and its suggestions."""
     page.drop(WORKFLOWS / "i2v_demo.json")
     page.set(BUDGET, {"width": 1280, "height": 704, "budget": "64MiB"})
-    page.see("what would fit", ".i2v-live.refused button")
+    page.see("suggestions", ".i2v-live.refused button")
     page.picture(IMAGES / "live_budget.png", plan_in_view(page))
 
 
 def plan_in_view(page: Page) -> Any:
-    """Where VRAM Budget is drawn, from its widgets to the end of the live plan."""
+    """Return the rectangle of VRAM Budget on the page, from its widgets to the end of the live plan."""
     page.fit(BUDGET)
     node, plan = page.raw.locator("[data-node-id='3']"), page.raw.locator(".i2v-live .content")
     page.wait(
@@ -193,7 +193,7 @@ def plan_in_view(page: Page) -> Any:
 
 
 def templates(page: Page, _: Server) -> None:
-    """The pack's workflows in the template browser."""
+    """Take a picture of the pack's workflows in the template browser."""
     page.templates(PACK_FOLDER)
     count = len(list(WORKFLOWS.glob("*.json")))
     loaded = "[...document.querySelectorAll('[data-testid^=template-workflow-] img')].filter((it) => it.naturalWidth)"
@@ -202,17 +202,17 @@ def templates(page: Page, _: Server) -> None:
 
 
 def compare(page: Page, server: Server) -> None:
-    """Frames of both videos and their difference, from the file that the workflow saved."""
+    """Make the thumbnail of the comparison: frames of both videos and their difference."""
     page.drop(WORKFLOWS / "i2v_compare.json")
     run(page)
     (file,) = (server.output_folder / "video").glob("i2v_compare*.mp4")
     frames = [Image.fromarray(frame) for frame in iio.imread(file, plugin="pyav")]
     shown = [frames[index] for index in (0, len(frames) // 2, len(frames) - 1)]
-    save_card("i2v_compare", card("much memory, little memory, difference", [[frame] for frame in shown]))
+    save_card("i2v_compare", card("large budget, small budget, difference", [[frame] for frame in shown]))
 
 
 def cards(page: Page, server: Server) -> None:
-    """VRAM Budget's plan of each workflow for a card; the configs are enough for it."""
+    """Make the thumbnails of the workflows for a given card: their live plans, which need only the models' configs."""
     for model, name, files in (
         ("i2vgen-xl", "I2VGen-XL", {f"i2vgen_xl_{size}gb": size for size in (6, 12, 24)}),
         ("svd", "SVD", {"i2v_svd": 6}),
@@ -242,11 +242,11 @@ def run(page: Page) -> None:
 
 
 def write_configs(name: str, folder: Path) -> None:
-    """The configs of a published model as a model folder has them, without weights."""
+    """Write a published model's configs as a model folder without weights."""
     configs: dict[str, Any] = json.loads((ARCHITECTURES / f"{name}.json").read_text("utf-8"))
     configs.pop("family", None)
     index = {"_class_name": PIPELINES[name], **configs.pop("pipeline", {})}
-    if "z_dim" in configs["vae"]:  # numbers that a model must have, and that no plan needs
+    if "z_dim" in configs["vae"]:  # required to load the model, not used for the plan
         configs["vae"] |= dict.fromkeys(("latents_mean", "latents_std"), [1.0] * configs["vae"]["z_dim"])
     files = {
         "tokenizer": "tokenizer_config",
@@ -261,7 +261,7 @@ def write_configs(name: str, folder: Path) -> None:
 
 
 def write_header(name: str, file: Path) -> None:
-    """A GGUF file of a published model's transformer, blocks in Q4_K: a header, and a hole where the weights are."""
+    """Write a GGUF file for a published model's transformer in Q4_K: a header, and a sparse hole for the weights."""
     import gguf
 
     architecture = with_weights(bundled_architecture(name), "q4_k")
@@ -291,7 +291,7 @@ PAGES: dict[str, tuple[bool, Callable[[Page, Server], None]]] = {
     "cards": (True, cards),
     "templates": (False, templates),
 }
-"""How each picture of the page is made, and whether in Nodes 2.0. The last shows those before it."""
+"""Images of the page by name: whether Nodes 2.0 is used, and the function. The last one shows those before it."""
 
 
 def main() -> None:
@@ -299,12 +299,12 @@ def main() -> None:
     wanted = sys.argv[1:] or ["frames", *PAGES]
     if "frames" in wanted:
         make_frames()
-    asked = [PAGES[name] for name in PAGES if name in wanted]
-    if not asked:
+    chosen = [PAGES[name] for name in PAGES if name in wanted]
+    if not chosen:
         return
     with Server(setup.find(Path(sys.executable))) as server, browser() as chromium:
         shutil.copy(PICTURE, server.input_folder)
-        for nodes_2, make in asked:
+        for nodes_2, make in chosen:
             with opened(chromium, server.url, nodes_2=nodes_2, width_pixels=1800, height_pixels=1000) as page:
                 make(page, server)
 

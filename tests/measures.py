@@ -1,4 +1,4 @@
-"""How far results are apart."""
+"""Differences between results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from torch import Tensor
 
 
 def relative_rms(result: Tensor, reference: Tensor) -> float:
-    """The root mean square of the difference, relative to that of the reference."""
+    """Return the root mean square of the difference, relative to that of the reference."""
     difference = result.double() - reference.double()
     return (difference.square().mean() / reference.double().square().mean()).sqrt().item()

@@ -1,4 +1,4 @@
-"""`python -m i2v_core`: exit codes, the keys of its JSON, its words, and what the published model must stay within."""
+"""`python -m i2v_core`: exit codes, JSON keys, texts, and bounds of the published model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from i2v_core.cli import main
 from i2v_core.units import GIB, MIB
+from tests.marking import first_quick
 
 KEYS = {"fits", "plan", "stages", "peak_bytes", "binding_stage", "reasons", "nearest"}
 SMALL = ("--width", "512", "--height", "512", "--frames", "16")
@@ -21,7 +22,7 @@ Captured = pytest.CaptureFixture[str]
 
 
 def run_json(capsys: Captured, *arguments: str) -> tuple[int, Any]:
-    """Exit code and answer."""
+    """Return the exit code and the parsed answer."""
     code = main([*arguments, "--json"])
     return code, json.loads(capsys.readouterr().out)
 
@@ -60,7 +61,7 @@ def test_a_refusal_as_json_names_what_would_fit(capsys: Captured) -> None:
 
 
 def test_more_memory_never_costs_more_time(capsys: Captured) -> None:
-    """From streamed to resident weights, and from pieces to whole layers."""
+    """Cover streamed to resident weights, and chunked to unchunked layers."""
     plans = [run_json(capsys, "plan", *SMALL, "--vram", vram)[1]["plan"] for vram in ("2GiB", "4GiB", "12GiB")]
     assert ["sample" in plan["streamed"] for plan in plans] == [True, False, False]
     assert [plan["workspace_bytes"] is None for plan in plans] == [False, False, True]
@@ -81,7 +82,7 @@ def test_streaming_needs_host_memory_for_a_second_copy_of_the_weights(capsys: Ca
 
 
 def test_where_nothing_exact_fits_approximate_plans_are_named_and_made_if_allowed(capsys: Captured) -> None:
-    """A card for which weights would have to stream, with too little host memory to stream from."""
+    """Plan for a card on which weights would have to stream, with too little host memory to stream from."""
     short = ("plan", *SMALL, "--vram", "2GiB", "--ram", "5GiB")
     code, refusal = run_json(capsys, *short)
     assert code == 3
@@ -193,7 +194,9 @@ def test_stable_video_diffusion_stays_within_its_bounds(
 WAN = ("--model", "wan2.1-i2v-14b", "--width", "832", "--height", "480", "--frames", "81", "--vram", "7.25GiB")
 
 
-@pytest.mark.parametrize(("weights", "formats"), [("q4_k_m", ["Q4_K"]), ("Q8_0", ["Q8_0"]), ("fp8", ["F8_E4M3"])])
+@pytest.mark.parametrize(
+    ("weights", "formats"), first_quick([("q4_k_m", ["Q4_K"]), ("Q8_0", ["Q8_0"]), ("fp8", ["F8_E4M3"])])
+)
 def test_quantised_weights_need_less_host_memory_and_are_named(
     capsys: Captured, weights: str, formats: list[str]
 ) -> None:
@@ -206,7 +209,7 @@ def test_quantised_weights_need_less_host_memory_and_are_named(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((*WAN, "--weights", "q4_z"), "'Q4_Z' is no format of weights"),
+        ((*WAN, "--weights", "q4_z"), "'Q4_Z' is not a weight format"),
         ((*WAN, "--weights", "absent.gguf"), "there is no file absent.gguf"),
         ((*SMALL, "--vram", "8GiB", "--weights", "q4_k"), "I2VGen-XL takes no quantised weights"),
     ],

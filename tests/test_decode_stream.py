@@ -1,4 +1,4 @@
-"""Decode as a stream: frames in order, one chunk on the device, and on from the same frame when memory runs out."""
+"""Streamed decoding: frames in order, one chunk on the device, and resumption after memory runs out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from i2v_core.memory.device import device_facts
 from i2v_core.memory.stage_meter import stage_meter
 from i2v_core.planning.plan import DecodeSettings, Plan, Stage
 from i2v_core.planning.planner import make_plan
-from i2v_core.planning.predict import predict_decode
+from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.stages import run as stage_run
 from i2v_core.units import GIB, MIB
@@ -52,9 +52,7 @@ def expected(model: I2VModel, plan: Plan, samples: Tensor) -> Tensor:
 
 
 def with_decode(plan: Plan, frames: TilingSettings, *, streamed: bool = False) -> Plan:
-    settings = DecodeSettings(frames=frames, streamed=streamed)
-    prediction = predict_decode(plan.request, settings, plan.sample.compute_dtype)
-    return replace(plan, decode=settings, predictions=(*plan.predictions[:2], prediction))
+    return with_settings(plan, decode=DecodeSettings(tiling=frames, streamed=streamed))
 
 
 def weights(model: I2VModel) -> list[int]:
@@ -62,7 +60,7 @@ def weights(model: I2VModel) -> list[int]:
 
 
 def failing_at(*calls: int) -> Callable[[], None]:
-    """What runs out of memory when it is called for the given times."""
+    """Return a function that raises an out-of-memory error at the given calls."""
     count = 0
 
     def check() -> None:
@@ -86,7 +84,7 @@ def test_frames_come_in_order_and_only_a_chunk_at_a_time(
     assert torch.equal(torch.cat(chunks), expected)
 
 
-def test_what_is_done_with_frames_is_not_counted(model: I2VModel, plan: Plan, samples: Tensor) -> None:
+def test_the_callers_work_on_frames_is_not_measured(model: I2VModel, plan: Plan, samples: Tensor) -> None:
     _, alone = stages.decode(model, plan, samples, RUNTIME)
     with stages.decode_stream(model, plan, samples, RUNTIME) as stream:
         kept = [torch.zeros(16 * MIB) for _ in stream]
@@ -116,10 +114,10 @@ def test_a_stream_that_is_left_early_leaves_nothing(
 
 
 @pytest.mark.parametrize("at", [(2,), (4,), (2, 4, 9), (3, 4, 5)])
-def test_after_an_out_of_memory_it_goes_on_from_the_same_frame(
+def test_after_an_out_of_memory_it_continues_from_the_same_frame(
     model: I2VModel, plan: Plan, samples: Tensor, expected: Tensor, at: tuple[int, ...]
 ) -> None:
-    """Each frame is given out once, and the result is the same."""
+    """Check that each frame is yielded once, and that the result is the same."""
     shown: list[Tensor] = []
     runtime = replace(RUNTIME, check_cancelled=failing_at(*at), on_frames=shown.append)
     before = weights(model)
@@ -131,7 +129,7 @@ def test_after_an_out_of_memory_it_goes_on_from_the_same_frame(
     assert weights(model) == before
 
 
-def test_on_a_card_smaller_than_planned_it_finds_pieces_that_fit(
+def test_on_a_card_smaller_than_planned_it_finds_tiles_that_fit(
     model: I2VModel, plan: Plan, samples: Tensor, expected: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = with_decode(plan, TilingSettings(chunk_size=1, tile_pixels=64)).prediction(Stage.DECODE).peak_bytes
@@ -143,7 +141,7 @@ def test_on_a_card_smaller_than_planned_it_finds_pieces_that_fit(
     assert report.measured_peak_bytes <= small * 1.05
 
 
-def test_where_nothing_is_small_enough_it_says_where_it_stopped(model: I2VModel, plan: Plan, samples: Tensor) -> None:
+def test_if_nothing_fits_the_error_names_the_frame(model: I2VModel, plan: Plan, samples: Tensor) -> None:
     before = weights(model)
     runtime = replace(RUNTIME, check_cancelled=failing_at(*range(4, 10_000)))
     with pytest.raises(DoesNotFitError, match=r"at frame 4 of 6.*I2V Save Latent") as raised:

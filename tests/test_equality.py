@@ -1,11 +1,12 @@
-"""Every way to save memory, alone and all together, against the model's own forward: 20 steps with guidance."""
+"""Every memory-saving setting, alone and all together, against the model's own forward: 20 steps with guidance."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from i2v_core.placement.precision import PRECISIONS
 from i2v_core.placement.storage import WeightStorage
 from i2v_core.planning.plan import Plan, SampleSettings
 from i2v_core.planning.planner import make_plan
-from i2v_core.planning.predict import predict_sample
+from i2v_core.planning.predict import predict_sample, with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.sampling.loop import Guidance, SampleLoop
 from i2v_core.sampling.noise import initial_noise
@@ -40,13 +41,13 @@ PROMPT = Prompt(
     negative_text="blue",
     fps=8,
 )
-# Of this little, the larger layers of the small model take several chunks.
+# So little that the larger layers of the small model are cut into several chunks.
 WORKSPACE_BYTES = 50_000
 WAYS = {
     "chunked": SampleSettings(compute_dtype=torch.float32, batched_guidance=True, workspace_bytes=WORKSPACE_BYTES),
     "sequential": SampleSettings(compute_dtype=torch.float32, batched_guidance=False),
     "streamed": SampleSettings(compute_dtype=torch.float32, batched_guidance=True, streamed=True),
-    "parked": SampleSettings(compute_dtype=torch.float32, batched_guidance=True, offload_skips=True),
+    "offloaded": SampleSettings(compute_dtype=torch.float32, batched_guidance=True, offload_skips=True),
     "together": SampleSettings(
         compute_dtype=torch.float32,
         batched_guidance=False,
@@ -56,7 +57,7 @@ WAYS = {
     ),
 }
 TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
-# What weights in 8 bits change, from what they must change at least to have been used.
+# Bounds of the difference that weights in 8 bits make: at least the lower one, if they were used at all.
 APPROXIMATE = [(WeightStorage.INT8, 1e-3, 2e-2), (WeightStorage.FP8, 3e-3, 5e-2)]
 
 
@@ -83,7 +84,7 @@ def conditioning(model: I2VModel, plan: Plan) -> Conditioning:
 
 @pytest.fixture(scope="module")
 def plain(model: I2VModel, conditioning: Conditioning) -> Callable[[str], Tensor]:
-    """The host's LATENT of the model's own forward, both guidance branches in one pass, by precision."""
+    """Return the host's LATENT of the model's own forward by precision, with both guidance branches in one pass."""
     family, size = family_of(model.architecture), conditioning.size
     denoisers = family.denoisers(model.architecture)
     assert conditioning.negative is not None
@@ -117,12 +118,17 @@ def plain(model: I2VModel, conditioning: Conditioning) -> Callable[[str], Tensor
     return latents
 
 
-@pytest.mark.parametrize(
-    ("subject", "way"),
-    [(name, way) for name, it in SUBJECTS.items() for way in WAYS if it.denoiser.has_skips or way != "parked"],
-    indirect=["subject"],
-)
-@pytest.mark.parametrize("precision", TOLERANCES)
+def cases() -> Iterator[tuple[str, str, str]]:
+    """Every model in every way, in fp32 and in half precision: fp16 and bf16 by turns, so that every model and every
+    way meets each of them.
+    """
+    for (at, (name, subject)), (turn, way) in product(enumerate(SUBJECTS.items()), enumerate(WAYS)):
+        if subject.denoiser.has_skips or way != "offloaded":
+            yield name, way, "fp32"
+            yield name, way, ("fp16", "bf16")[(at + turn) % 2]
+
+
+@pytest.mark.parametrize(("subject", "way", "precision"), cases(), indirect=["subject"])
 def test_equals_the_models_own_forward(
     model: I2VModel,
     plan: Plan,
@@ -132,25 +138,32 @@ def test_equals_the_models_own_forward(
     precision: str,
 ) -> None:
     settings = replace(WAYS[way], compute_dtype=PRECISIONS[precision])
-    pieces = 0
+    chunks = 0
 
     def count() -> None:
-        nonlocal pieces
-        pieces += 1
+        nonlocal chunks
+        chunks += 1
 
     runtime = stages.Runtime(device=CPU, check_cancelled=count)
-    result, _ = stages.sample(model, replace(plan, sample=settings), conditioning, settings_for(model), runtime)
+    result, _ = stages.sample(model, with_settings(plan, sample=settings), conditioning, settings_for(model), runtime)
     assert relative_rms(result, plain(precision)) <= TOLERANCES[precision]
     if precision != "fp32":
         assert relative_rms(result, plain("fp32")) <= 1.1 * relative_rms(plain(precision), plain("fp32"))
     if settings.workspace_bytes is not None:
         passes = STEPS if settings.batched_guidance else 2 * STEPS
         layers = predict_sample(plan.request, settings).layers
-        assert pieces > 1.2 * layers * passes, "the workspace should cut layers up"
+        assert chunks > 1.2 * layers * passes, "the workspace should chunk layers"
 
 
-@pytest.mark.parametrize(("precision", "streamed"), [("fp32", False), ("bf16", True)])
-@pytest.mark.parametrize(("storage", "least", "most"), APPROXIMATE)
+def approximate_cases() -> Iterator[tuple[str, WeightStorage, float, float, str, bool]]:
+    """Every model with every storage: in place in fp32, and streamed in bf16, by turns."""
+    for (at, name), (turn, approximate) in product(enumerate(SUBJECTS), enumerate(APPROXIMATE)):
+        yield name, *approximate, *(("fp32", False), ("bf16", True))[(at + turn) % 2]
+
+
+@pytest.mark.parametrize(
+    ("subject", "storage", "least", "most", "precision", "streamed"), approximate_cases(), indirect=["subject"]
+)
 def test_weights_in_8_bits_come_close_to_the_models_own_forward(
     model: I2VModel,
     plan: Plan,
@@ -164,6 +177,6 @@ def test_weights_in_8_bits_come_close_to_the_models_own_forward(
 ) -> None:
     settings = replace(WAYS["chunked"], compute_dtype=PRECISIONS[precision], weight_storage=storage, streamed=streamed)
     result, _ = stages.sample(
-        model, replace(plan, sample=settings), conditioning, settings_for(model), stages.Runtime(device=CPU)
+        model, with_settings(plan, sample=settings), conditioning, settings_for(model), stages.Runtime(device=CPU)
     )
     assert least <= relative_rms(result, plain("fp32")) <= most

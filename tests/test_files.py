@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that exist whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from i2v_core.errors import FileError
-from i2v_core.files import file_errors, whole_file, with_date
+from i2v_core.files import atomic_file, file_errors, with_date
 
 
 def make(path: Path, content: str, *, fail: bool = False) -> None:
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(content)
         assert temporary.parent == path.parent
         if fail:
@@ -36,7 +36,7 @@ def test_a_name_as_long_as_the_system_allows_can_be_had(tmp_path: Path) -> None:
 
 
 def test_too_long_a_name_is_said_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match="too long"), whole_file(tmp_path / ("x" * 256)):
+    with pytest.raises(FileError, match="too long"), atomic_file(tmp_path / ("x" * 256)):
         raise AssertionError("it went on")
 
 

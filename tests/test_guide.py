@@ -1,4 +1,4 @@
-"""The guide's table of what fits which card: every cell is what the planner says."""
+"""Checks the guide's table of what fits which card against the planner."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ GUIDE = (PACK / "docs" / "guide.md").read_text("utf-8")
 
 
 def table() -> list[tuple[int, str, str]]:
-    """(GB of the card, size, what the guide says) of every cell."""
-    _, _, section = GUIDE.partition("## Which settings for which card")
+    """Every cell as (GB of the card, video size, text)."""
+    _, _, section = GUIDE.partition("## Settings for your card")
     header, *rows = re.findall(r"^\| (.+) \|$", section.partition("\n## ")[0], re.MULTILINE)
     sizes = header.split(" | ")[1:]
     cells = [row.split(" | ") for row in rows]
     return [(int(name.split()[0]), size, cell) for name, *row in cells for size, cell in zip(sizes, row, strict=True)]
 
 
-def said_of(plan: Plan) -> str:
-    """A cell of the table."""
-    if plan.sample.offload_skips:
-        way = "parked"
-    elif plan.sample.streamed:
-        way = "streamed"
+def expected_cell(plan: Plan) -> str:
+    """The text that a cell of the table should have."""
+    if plan.sample.settings.offload_skips:
+        settings = "offloaded"
+    elif plan.sample.settings.streamed:
+        settings = "streamed"
     else:
-        way = "whole" if plan.sample.workspace_bytes is None else "pieces"
-    tiles = ", tiles" if plan.decode.frames.tile_pixels else ""
-    return f"{plan.peak_bytes / GIB:.2f} {way}{tiles}"
+        settings = "unchunked" if plan.sample.settings.workspace_bytes is None else "chunked"
+    tiles = ", tiles" if plan.decode.settings.tiling.tile_pixels else ""
+    return f"{plan.peak_bytes / GIB:.2f} {settings}{tiles}"
 
 
-@pytest.mark.parametrize(("gigabytes", "video", "said"), table(), ids=lambda it: str(it).replace("×", "x"))
-def test_a_cell_is_what_the_planner_says(gigabytes: int, video: str, said: str) -> None:
+@pytest.mark.parametrize(("gigabytes", "video", "text"), table(), ids=lambda it: str(it).replace("×", "x"))
+def test_a_cell_is_what_the_planner_says(gigabytes: int, video: str, text: str) -> None:
     width, height, frames = (int(part) for part in video.split("×"))
     size = VideoSize(width_pixels=width, height_pixels=height, frames=frames)
     request = Request(architecture=bundled_architecture("i2vgen-xl"), size=size, precision="fp16")
@@ -48,11 +48,11 @@ def test_a_cell_is_what_the_planner_says(gigabytes: int, video: str, said: str) 
     try:
         plan = make_plan(request, Budget(free_bytes=free_bytes, limit_bytes=free_bytes), Card(gigabytes).facts)
     except NothingFitsError as refusal:
-        assert said.startswith("refused: ")
-        near = refusal.suggestions
-        assert near.shorter is not None
-        assert near.smaller is not None
-        assert f"{near.shorter.frames} frames" in said
-        assert f"{near.smaller.width_pixels}×{near.smaller.height_pixels}" in said
+        assert text.startswith("refused: ")
+        suggestions = refusal.suggestions
+        assert suggestions.shorter is not None
+        assert suggestions.smaller is not None
+        assert f"{suggestions.shorter.frames} frames" in text
+        assert f"{suggestions.smaller.width_pixels}×{suggestions.smaller.height_pixels}" in text
     else:
-        assert said == said_of(plan)
+        assert text == expected_cell(plan)

@@ -1,4 +1,4 @@
-"""The steady reading of free memory."""
+"""The reading of free memory with hysteresis."""
 
 from __future__ import annotations
 

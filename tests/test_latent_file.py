@@ -1,4 +1,4 @@
-"""Latents saved and loaded; and files that are none, whatever they claim."""
+"""Latent files, saved and loaded; files that are not latents are refused, whatever they claim to be."""
 
 from __future__ import annotations
 

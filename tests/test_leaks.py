@@ -1,4 +1,4 @@
-"""A hundred runs in one process, with cancels and failures among them, leave what they found."""
+"""A hundred runs in one process, some cancelled or failing, leave memory as they found it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from i2v_core import stages
 from i2v_core.errors import RanOutError
 from i2v_core.families import I2VModel, Prompt, VideoSize, load_model
 from i2v_core.memory.device import device_facts
-from i2v_core.memory.leaks import Alive, LiveTensorReport, live_tensors, traced
+from i2v_core.memory.leaks import LiveTensorReport, TensorTotals, live_tensors, traced
 from i2v_core.planning.plan import Plan
 from i2v_core.planning.planner import make_plan
+from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.units import GIB, MIB
 
@@ -34,11 +35,11 @@ PROMPT = Prompt(image_FHWC=torch.rand(1, 70, 90, 3), text="a red circle", negati
 
 
 class StopError(Exception):
-    """What a caller raises to cancel."""
+    """Raised by the caller to cancel."""
 
 
 def quiet() -> None:
-    """Let a run go on."""
+    """Let a run continue."""
 
 
 def cancel() -> None:
@@ -50,7 +51,7 @@ def run_out() -> None:
 
 
 def at(call: int, act: Callable[[], None], *, again: bool = False) -> Callable[[], None]:
-    """Acts when it is called for that time, or from then on."""
+    """Return a function that calls `act` at the given call, or from then on."""
     calls = 0
 
     def check() -> None:
@@ -63,27 +64,27 @@ def at(call: int, act: Callable[[], None], *, again: bool = False) -> Callable[[
 
 
 def plans(model: I2VModel, device: torch.device) -> list[Plan]:
-    """Of every size: whole in place, and in small pieces with weights streamed and skip connections parked."""
+    """Make plans of several sizes: unchunked with resident weights, and chunked, streamed and with skips offloaded."""
     found: list[Plan] = []
     for width, height, frames in SIZES:
         size = VideoSize(width_pixels=width, height_pixels=height, frames=frames)
         request = Request(architecture=model.architecture, size=size, precision="fp32")
         plan = make_plan(request, Budget(free_bytes=GIB), device_facts(device))
         sample = replace(
-            plan.sample, streamed=True, offload_skips=True, workspace_bytes=MIB // 8, batched_guidance=False
+            plan.sample.settings, streamed=True, offload_skips=True, workspace_bytes=MIB // 8, batched_guidance=False
         )
-        streamed = replace(
+        streamed = with_settings(
             plan,
-            encode=replace(plan.encode, streamed=True),
+            encode=replace(plan.encode.settings, streamed=True),
             sample=sample,
-            decode=replace(plan.decode, streamed=True),
+            decode=replace(plan.decode.settings, streamed=True),
         )
         found += [plan, streamed]
     return found
 
 
 def video(model: I2VModel, plan: Plan, runtime: stages.Runtime, *, as_stream: bool) -> Tensor:
-    """The frames of one run."""
+    """Run all stages; return the frames."""
     settings = stages.SamplerSettings(steps=2, cfg=3.0, seed=1, scheduler="unipc")
     conditioning, _ = stages.encode(model, plan, PROMPT, runtime)
     samples, _ = stages.sample(model, plan, conditioning, settings, runtime)
@@ -94,7 +95,7 @@ def video(model: I2VModel, plan: Plan, runtime: stages.Runtime, *, as_stream: bo
 
 
 def runs(model: I2VModel, device: torch.device) -> Iterator[int]:
-    """The number of each run that is done. About half of them go wrong; the others give the right frames."""
+    """Yield the number of each finished run. About half of them fail; the others give the right frames."""
     choose = random.Random(0)
     all_plans = plans(model, device)
     runtime = stages.Runtime(device=device)
@@ -116,7 +117,7 @@ def runs(model: I2VModel, device: torch.device) -> Iterator[int]:
 
 
 def resident_bytes() -> int:
-    """What the process holds of host memory, once the C library has given back what is free."""
+    """Return the process's resident host memory, after the C library has released what is free."""
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
     return psutil.Process().memory_info().rss
@@ -124,14 +125,14 @@ def resident_bytes() -> int:
 
 @contextmanager
 def nothing_stays(device: torch.device) -> Iterator[Callable[[int], None]]:
-    """Gives what is to be told of each run that is done. When the context ends, memory is as after the warm-up."""
-    told: list[tuple[Alive, int, int]] = []
+    """Yield a callback for each finished run. Checks when the context ends that memory is as after the warm-up."""
+    told: list[tuple[TensorTotals, int, int]] = []
     survivors = LiveTensorReport()
 
     def done(number: int) -> None:
         if number in (WARM_UP, RUNS - 1):
             allocated = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-            told.append((Alive.of(live_tensors()), resident_bytes(), allocated))
+            told.append((TensorTotals.of(live_tensors()), resident_bytes(), allocated))
 
     yield done
     (before, before_resident, before_allocated), (after, after_resident, after_allocated) = told
@@ -151,13 +152,14 @@ def test_a_hundred_runs_leave_what_they_found(tiny_folder: Path, kind: str) -> N
             done(number)
 
 
+@pytest.mark.slow
 def test_a_leak_is_found_and_named() -> None:
     with traced() as survivors:
         kept = [torch.ones(300, 100)]
         view = kept[0][:10]
         garbage = torch.ones(50)
         del garbage
-        assert Alive.of(survivors.tensors()) == Alive(2, 300 * 100 * 4)
+        assert TensorTotals.of(survivors.tensors()) == TensorTotals(2, 300 * 100 * 4)
         report = survivors.report()
         assert "2 tensors of 0.1 MiB are alive that were not before" in report
         assert "(300, 100) in float32 on cpu, 117.2 KiB" in report

@@ -1,4 +1,4 @@
-"""The picture of a run's memory: what is drawn where, whatever the run was."""
+"""The picture of a run's memory shows the right things in the right places, whatever the run was."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ LIMIT_RED, RAN_OUT_ORANGE = (0xFF, 0x6B, 0x62), (0xFF, 0xB4, 0x5C)
 
 
 def pixels_of(picture_HW3: np.ndarray[Any, Any], colour: tuple[int, int, int]) -> np.ndarray[Any, Any]:
-    """(row, column) of every pixel of exactly this colour."""
+    """Return row and column of every pixel of exactly this colour."""
     return np.argwhere((picture_HW3 == colour).all(axis=-1))
 
 
 def long_lines(picture_HW3: np.ndarray[Any, Any], colour: tuple[int, int, int]) -> int:
-    """Rows in which this colour goes through most of the picture."""
+    """Count the rows in which this colour spans most of the picture."""
     rows, counts = np.unique(pixels_of(picture_HW3, colour)[:, 0], return_counts=True)
     return int((counts[rows > 0] > 0.8 * picture_HW3.shape[1]).sum())
 
@@ -108,7 +108,7 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPa
 
 
 def test_nothing_of_matplotlibs_shared_state_is_used() -> None:
-    """Others in the same process may draw with pyplot: in this thread, with settings of theirs."""
+    """Allow others in the same process to draw with pyplot, in this thread and with their own settings."""
     pictures: list[np.ndarray[Any, Any]] = []
     threads = [threading.Thread(target=lambda: pictures.append(draw_memory(STAGES, "a run"))) for _ in range(2)]
     for thread in threads:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,12 @@ from i2v_core.placement.storage import WeightStorage
 from i2v_core.placement.swap import all_tensors
 from i2v_core.planning.plan import DecodeSettings, EncodeSettings, Plan, SampleSettings, Stage
 from i2v_core.planning.planner import make_plan
-from i2v_core.planning.predict import predict_decode, predict_encode, predict_sample
+from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.units import GIB, KIB
 from tests.emulated_cuda import CARD, EmulatedCard, emulated_cuda
 from tests.measures import relative_rms
-from tests.subjects import Subject, load_with_every_parameter
+from tests.subjects import SUBJECTS, Subject, load_with_every_parameter
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -39,7 +40,7 @@ IMAGE = torch.rand(1, 70, 90, 3, generator=torch.Generator().manual_seed(0))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """How the stages go, in any precision."""
+    """Settings of all stages, without the precision."""
 
     sample: SampleSettings
     encode: EncodeSettings
@@ -48,7 +49,7 @@ class Way:
 
 IN_PLACE = SampleSettings(compute_dtype=torch.float32, batched_guidance=True)
 WORKSPACE_BYTES = 50_000
-THRIFTIEST = replace(
+LOWEST_MEMORY = replace(
     IN_PLACE, batched_guidance=False, workspace_bytes=WORKSPACE_BYTES, streamed=True, offload_skips=True
 )
 WHOLE = TilingSettings(chunk_size=2)
@@ -56,18 +57,18 @@ TILES = TilingSettings(chunk_size=2, tile_pixels=32, maps_bytes=0)
 WAYS = {
     "whole": Way(
         sample=IN_PLACE,
-        encode=EncodeSettings(streamed=False, picture=WHOLE),
-        decode=DecodeSettings(streamed=False, frames=WHOLE),
+        encode=EncodeSettings(streamed=False, tiling=WHOLE),
+        decode=DecodeSettings(streamed=False, tiling=WHOLE),
     ),
     "8 bits": Way(
         sample=replace(IN_PLACE, weight_storage=WeightStorage.FP8, workspace_bytes=WORKSPACE_BYTES),
-        encode=EncodeSettings(streamed=False, picture=replace(TILES, maps_bytes=100 * KIB)),
-        decode=DecodeSettings(streamed=False, frames=replace(TILES, maps_bytes=100 * KIB)),
+        encode=EncodeSettings(streamed=False, tiling=replace(TILES, maps_bytes=100 * KIB)),
+        decode=DecodeSettings(streamed=False, tiling=replace(TILES, maps_bytes=100 * KIB)),
     ),
-    "thriftiest": Way(
-        sample=THRIFTIEST,
-        encode=EncodeSettings(streamed=True, picture=TILES),
-        decode=DecodeSettings(streamed=True, frames=TILES),
+    "lowest memory": Way(
+        sample=LOWEST_MEMORY,
+        encode=EncodeSettings(streamed=True, tiling=TILES),
+        decode=DecodeSettings(streamed=True, tiling=TILES),
     ),
 }
 
@@ -79,7 +80,7 @@ def model(subject_folder: Path) -> I2VModel:
 
 @pytest.fixture
 def card() -> Iterator[EmulatedCard]:
-    """It must be left empty, with nothing pinned for it, and nothing on it may have been used without a wait."""
+    """Provide a card that must be left empty, with nothing pinned for it and no tensor used before its copy ended."""
     gc.collect()
     with emulated_cuda() as card:
         yield card
@@ -97,13 +98,7 @@ def plan_of(model: I2VModel, subject: Subject, way: Way, device: torch.device, p
     sample = replace(
         way.sample, compute_dtype=dtype, offload_skips=way.sample.offload_skips and subject.denoiser.has_skips
     )
-    for prediction in (
-        predict_encode(request, way.encode, dtype),
-        predict_sample(request, sample),
-        predict_decode(request, way.decode, dtype),
-    ):
-        plan = plan.with_prediction(prediction)
-    return replace(plan, encode=way.encode, sample=sample, decode=way.decode)
+    return with_settings(plan, encode=way.encode, sample=sample, decode=way.decode)
 
 
 def settings_of(model: I2VModel, steps: int = STEPS) -> stages.SamplerSettings:
@@ -111,7 +106,7 @@ def settings_of(model: I2VModel, steps: int = STEPS) -> stages.SamplerSettings:
 
 
 def made(model: I2VModel, plan: Plan) -> tuple[tuple[Tensor, Tensor], list[stages.StageReport]]:
-    """Latents and frames, and what the stages report. What a stage leaves to be collected would count for the next."""
+    """Run all stages, collecting garbage in between, which the next would count; return latents, frames and reports."""
     runtime = stages.Runtime(device=plan.device.torch_device)
     gc.collect()
     text = "a red circle" if "text" in family_of(model.architecture).facts.optional_inputs else ""
@@ -123,12 +118,17 @@ def made(model: I2VModel, plan: Plan) -> tuple[tuple[Tensor, Tensor], list[stage
     return (samples, frames), [encoded, sampled, decoded]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("way", WAYS)
+def cases() -> Iterator[tuple[str, str, str]]:
+    """Every model in every way, in fp32 and bf16 by turns, so that every model and every way meets both."""
+    for (at, name), (turn, way) in product(enumerate(SUBJECTS), enumerate(WAYS)):
+        yield name, way, ("fp32", "bf16")[(at + turn) % 2]
+
+
+@pytest.mark.parametrize(("subject", "way", "precision"), cases(), indirect=["subject"])
 def test_a_card_gives_what_the_cpu_gives_and_takes_as_much(
     model: I2VModel, subject: Subject, card: EmulatedCard, way: str, precision: str
 ) -> None:
-    lying = [tensor.data_ptr() for module in model.modules.values() for tensor in all_tensors(module)]
+    stored = [tensor.data_ptr() for module in model.modules.values() for tensor in all_tensors(module)]
     found, reports = made(model, plan_of(model, subject, WAYS[way], CARD, precision))
     expected, counted = made(model, plan_of(model, subject, WAYS[way], CPU, precision))
     for result, reference in zip(found, expected, strict=True):
@@ -139,13 +139,13 @@ def test_a_card_gives_what_the_cpu_gives_and_takes_as_much(
         most = 1.02 * of_cpu.measured_peak_bytes + 4 * KIB
         assert 0.9 * of_cpu.measured_peak_bytes <= report.measured_peak_bytes <= most
         assert report.measured_peak_bytes <= 1.06 * report.predicted_peak_bytes
-    assert lying == [tensor.data_ptr() for module in model.modules.values() for tensor in all_tensors(module)]
+    assert stored == [tensor.data_ptr() for module in model.modules.values() for tensor in all_tensors(module)]
 
 
 def test_the_host_waits_for_the_card_a_few_times_a_step_and_not_for_each_layer(
     model: I2VModel, subject: Subject, card: EmulatedCard
 ) -> None:
-    plan = plan_of(model, subject, WAYS["thriftiest"], CARD)
+    plan = plan_of(model, subject, WAYS["lowest memory"], CARD)
     runtime = stages.Runtime(device=CARD)
     conditioning, _ = stages.encode(model, plan, Prompt(image_FHWC=IMAGE, text=""), runtime)
 
@@ -154,11 +154,11 @@ def test_the_host_waits_for_the_card_a_few_times_a_step_and_not_for_each_layer(
         stages.sample(model, plan, conditioning, settings_of(model, steps), runtime)
         return card.streams.waits - before
 
-    layer_calls = predict_sample(plan.request, plan.sample).layer_calls
+    layer_calls = plan.sample.prediction.layer_calls
     assert (waits(6) - waits(3)) / 3 <= 15 < layer_calls
 
 
-def test_sampling_steps_down_on_a_card_that_is_too_small(model: I2VModel, subject: Subject) -> None:
+def test_sampling_falls_back_on_a_card_that_is_too_small(model: I2VModel, subject: Subject) -> None:
     plan = plan_of(model, subject, WAYS["whole"], CARD)
     expected, _ = made(model, plan_of(model, subject, WAYS["whole"], CPU))
     runtime = stages.Runtime(device=CARD)
@@ -173,7 +173,7 @@ def test_sampling_steps_down_on_a_card_that_is_too_small(model: I2VModel, subjec
 
 
 def test_clips_are_sampled_together(model: I2VModel, subject: Subject, card: EmulatedCard) -> None:
-    plan = plan_of(model, subject, WAYS["thriftiest"], CARD)
+    plan = plan_of(model, subject, WAYS["lowest memory"], CARD)
     both = replace(plan, request=replace(plan.request, clips=2))
     runtime = stages.Runtime(device=CARD)
     conditioning, _ = stages.encode(model, plan, Prompt(image_FHWC=IMAGE, text=""), runtime)

@@ -1,6 +1,6 @@
-"""Out of memory anywhere: the stage goes on from where it was, a rung lower, and the result is the undisturbed run's.
+"""Out of memory anywhere: the stage falls back and continues from its last step, with the result of an undisturbed run.
 
-Failures are put in at the layer calls of a real run, one kind after another.
+Failures are injected at the layer calls of a real run, one kind after another.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from i2v_core.errors import RanOutError
 from i2v_core.families import Conditioning, I2VModel, Placed, Prompt, VideoSize, load_model
 from i2v_core.memory.device import device_facts
 from i2v_core.planning.fallback import next_fallback
-from i2v_core.planning.plan import DecodeSettings, Plan, Stage
+from i2v_core.planning.plan import DecodeSettings, EncodeSettings, Plan, Stage
 from i2v_core.planning.planner import make_plan
-from i2v_core.planning.predict import predict_decode, predict_sample
+from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
-from i2v_core.sampling import spill
+from i2v_core.sampling import sysmem_fallback
 from i2v_core.stages.run import StageRun
 from i2v_core.units import GIB
 
@@ -41,7 +41,7 @@ PROMPT = Prompt(
     negative_text="blue",
     fps=8,
 )
-# As torch, CUDA itself, cuBLAS and CUDA's asynchronous allocator say it.
+# The messages of torch, CUDA itself, cuBLAS and CUDA's asynchronous allocator.
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "torch": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     "cuda": lambda: torch.AcceleratorError("CUDA error: out of memory"),
@@ -78,7 +78,7 @@ def weights(model: I2VModel) -> list[int]:
 
 
 class Failing(LayerRunner):
-    """A runner around another whose calls fail when it is told so."""
+    """Wraps a runner and makes chosen calls fail."""
 
     def __init__(self, inner: LayerRunner, fails: Callable[[LayerCall], BaseException | None]) -> None:
         self._inner, self._fails = inner, fails
@@ -94,7 +94,7 @@ class Failing(LayerRunner):
 
 @pytest.fixture
 def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[LayerCall], BaseException | None]], None]:
-    """From its call on, layer calls of all stages fail where the given function says so."""
+    """Return a function that makes layer calls of all stages fail with the errors that its argument returns."""
 
     def install(fails: Callable[[LayerCall], BaseException | None]) -> None:
         place = StageRun.place
@@ -110,7 +110,7 @@ def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[LayerCall], Bas
 
 
 def at(kind: str, *occurrences: int, error: str = "torch") -> Callable[[LayerCall], BaseException | None]:
-    """Fails at the given occurrences of a kind of layer call, counted over all attempts."""
+    """Fail at the given occurrences of a kind of layer call, counted over all attempts."""
     count = 0
 
     def fails(call: LayerCall) -> BaseException | None:
@@ -130,33 +130,34 @@ def kinds_of_calls(model: I2VModel, plan: Plan, conditioning: Conditioning, inst
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_failure_at_every_kind_of_layer_in_the_first_a_middle_and_the_last_step(
     model: I2VModel,
     plan: Plan,
     conditioning: Conditioning,
-    expected: Tensor,
     streamed: bool,
     monkeypatch: pytest.MonkeyPatch,
     fail: Any,
     survived: Counter[str],
 ) -> None:
-    settings = replace(plan.sample, streamed=streamed)
-    prediction = predict_sample(plan.request, settings)
-    chosen = replace(plan, sample=settings, predictions=(plan.predictions[0], prediction, plan.predictions[2]))
+    chosen = with_settings(plan, sample=replace(plan.sample.settings, streamed=streamed))
     kinds = kinds_of_calls(model, chosen, conditioning, fail)
+    monkeypatch.undo()
+    short = replace(SETTINGS, steps=3)
+    expected = stages.sample(model, plan, conditioning, short, RUNTIME)[0]
     before = weights(model)
     for kind in dict.fromkeys(kinds):
-        for step in (1, 3, STEPS):
+        for step in (1, 2, 3):
             monkeypatch.undo()
             fail(at(kind, (step - 1) * kinds.count(kind) + 1))
             shown: list[int] = []
             runtime = replace(RUNTIME, on_progress=lambda done, *_, shown=shown: shown.append(done))
-            samples, report = stages.sample(model, chosen, conditioning, SETTINGS, runtime)
+            samples, report = stages.sample(model, chosen, conditioning, short, runtime)
             assert torch.allclose(samples, expected, atol=2e-5), (kind, step)
-            assert shown == [1, 2, 3, 4, 5]  # no step was taken twice
-            assert f"at step {step - 1} of 5" in report.notes[0]
-            assert report.plan.prediction(Stage.SAMPLE).peak_bytes < prediction.peak_bytes
+            assert shown == [1, 2, 3]  # no step was taken twice
+            assert f"at step {step - 1} of 3" in report.notes[0]
+            assert report.plan.prediction(Stage.SAMPLE).peak_bytes < chosen.prediction(Stage.SAMPLE).peak_bytes
             assert weights(model) == before
             survived["out of memory in a layer"] += 1
 
@@ -181,7 +182,7 @@ def test_every_kind_of_error_counts(
 def test_failures_in_a_row_and_during_recovery(
     model: I2VModel, plan: Plan, conditioning: Conditioning, expected: Tensor, fail: Any, survived: Counter[str]
 ) -> None:
-    """The second comes with the first layer of the next attempt, the third right after that."""
+    """Let the second failure come with the first layer of the next attempt, the third right after it."""
     fail(at("conv_in", 3, 4, 5))
     samples, report = stages.sample(model, plan, conditioning, SETTINGS, RUNTIME)
     assert torch.allclose(samples, expected, atol=2e-5)
@@ -189,9 +190,7 @@ def test_failures_in_a_row_and_during_recovery(
     survived["out of memory during recovery"] += 3
 
 
-def test_what_is_no_lack_of_memory_is_not_tried_again(
-    model: I2VModel, plan: Plan, conditioning: Conditioning, fail: Any
-) -> None:
+def test_other_errors_are_not_retried(model: I2VModel, plan: Plan, conditioning: Conditioning, fail: Any) -> None:
     def fails(call: LayerCall) -> BaseException | None:
         return RuntimeError("shapes do not match")
 
@@ -200,53 +199,54 @@ def test_what_is_no_lack_of_memory_is_not_tried_again(
         stages.sample(model, plan, conditioning, SETTINGS, RUNTIME)
 
 
-def test_when_no_rung_is_left_the_host_makes_room_and_then_all_is_said(
+def test_without_fallback_the_host_frees_memory_and_then_the_error_names_the_remedy(
     model: I2VModel, plan: Plan, conditioning: Conditioning, fail: Any
 ) -> None:
-    rooms: list[int] = []
-    rung, rungs = plan, 0
-    while (lower := next_fallback(rung, Stage.SAMPLE)) is not None:
-        rung, rungs = lower, rungs + 1
+    requests: list[int] = []
+    current, fallbacks = plan, 0
+    while (lower := next_fallback(current, Stage.SAMPLE)) is not None:
+        current, fallbacks = lower, fallbacks + 1
     fail(at("conv_in", *range(3, 10_000)))
     before = weights(model)
-    runtime = replace(RUNTIME, make_room=lambda: rooms.append(1), free_bytes=lambda: 3 * 1024**2)
+    runtime = replace(RUNTIME, make_room=lambda: requests.append(1), free_bytes=lambda: 3 * 1024**2)
     with pytest.raises(RanOutError, match=r"sample ran out .* at step 2 of 5.* needs .* 3.0 MiB are free") as raised:
         stages.sample(model, plan, conditioning, SETTINGS, runtime)
     assert "free device memory" in raised.value.remedy
     assert "frames" in raised.value.remedy
     assert raised.value.__context__ is None
-    assert rooms == [1]
-    assert rungs >= 3
+    assert requests == [1]
+    assert fallbacks >= 3
     assert weights(model) == before
 
 
-def test_each_rung_takes_less_and_none_comes_twice(plan: Plan) -> None:
+def test_each_fallback_takes_less_and_none_comes_twice(plan: Plan) -> None:
     for stage in Stage:
-        rung, seen = plan, [plan.prediction(stage).peak_bytes]
-        while (lower := next_fallback(rung, stage)) is not None:
-            rung = lower
-            seen.append(rung.prediction(stage).peak_bytes)
+        current, seen = plan, [plan.prediction(stage).peak_bytes]
+        while (lower := next_fallback(current, stage)) is not None:
+            current = lower
+            seen.append(current.prediction(stage).peak_bytes)
         assert seen == sorted(set(seen), reverse=True)
         assert len(seen) > 3
 
 
-def test_approximate_rungs_only_where_they_are_allowed(plan: Plan) -> None:
-    """Without host memory to stream from, weights in 8 bits are what is left."""
+def test_approximate_fallbacks_only_where_they_are_allowed(plan: Plan) -> None:
+    """Leave no host memory to stream from: the last fallback is then weights in 8 bits."""
     plan = replace(plan, budget=replace(plan.budget, host_free_bytes=plan.prediction(Stage.SAMPLE).host_bytes))
     allowed = replace(plan, request=replace(plan.request, allow_approximate=True))
 
-    def last(rung: Plan) -> Plan:
-        while (lower := next_fallback(rung, Stage.SAMPLE)) is not None:
-            rung = lower
-        return rung
+    def last(current: Plan) -> Plan:
+        while (lower := next_fallback(current, Stage.SAMPLE)) is not None:
+            current = lower
+        return current
 
-    assert last(plan).sample.weight_storage is plan.sample.weight_storage
-    assert last(allowed).sample.weight_storage is not plan.sample.weight_storage
+    assert last(plan).sample.settings.weight_storage is plan.sample.settings.weight_storage
+    assert last(allowed).sample.settings.weight_storage is not plan.sample.settings.weight_storage
     assert last(allowed).prediction(Stage.SAMPLE).peak_bytes < last(plan).prediction(Stage.SAMPLE).peak_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
-def test_encode_and_decode_go_on_too(
+def test_encode_and_decode_continue_too(
     model: I2VModel,
     plan: Plan,
     conditioning: Conditioning,
@@ -255,12 +255,10 @@ def test_encode_and_decode_go_on_too(
     monkeypatch: pytest.MonkeyPatch,
     survived: Counter[str],
 ) -> None:
-    """At each of their layer calls, once."""
+    """Inject one failure at every third of their layer calls."""
     tiles = TilingSettings(chunk_size=1, tile_pixels=64)
-    encode = replace(plan.encode, picture=tiles, streamed=streamed)
-    decode = DecodeSettings(frames=tiles, streamed=streamed)
-    prediction = predict_decode(plan.request, decode, torch.float32)
-    chosen = replace(plan, encode=encode, decode=decode, predictions=(*plan.predictions[:2], prediction))
+    encode = EncodeSettings(tiling=tiles, streamed=streamed)
+    chosen = with_settings(plan, encode=encode, decode=DecodeSettings(tiling=tiles, streamed=streamed))
     samples = torch.randn(4, 4, 8, 9, generator=torch.Generator().manual_seed(5))
     frames = stages.decode(model, chosen, samples, RUNTIME)[0]
     for occurrence in range(1, 40, 3):
@@ -272,16 +270,16 @@ def test_encode_and_decode_go_on_too(
         survived["out of memory in decode"] += 1
         monkeypatch.undo()
         fail(at("band", occurrence))
-        told, report = stages.encode(model, chosen, PROMPT, RUNTIME)
+        encoded, report = stages.encode(model, chosen, PROMPT, RUNTIME)
         for name, tensor in conditioning.positive.items():
-            assert torch.allclose(told.positive[name], tensor, atol=1e-5), name
+            assert torch.allclose(encoded.positive[name], tensor, atol=1e-5), name
         survived["out of memory in encode"] += 1
 
 
-def test_a_spill_into_host_memory_costs_a_rung_and_no_step(
+def test_sysmem_fallback_costs_a_fallback_and_no_step(
     model: I2VModel, plan: Plan, conditioning: Conditioning, expected: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a clock on which the fourth step takes ten times as long as the others."""
+    """Run on a clock whose fourth step takes ten times as long as the others."""
     clock, shown = 0.0, []
 
     def tick(step: int, *_: object) -> None:
@@ -289,7 +287,7 @@ def test_a_spill_into_host_memory_costs_a_rung_and_no_step(
         shown.append(step)
         clock += 20.0 if step == 4 else 2.0
 
-    monkeypatch.setattr(spill.time, "monotonic", lambda: clock)
+    monkeypatch.setattr(sysmem_fallback.time, "monotonic", lambda: clock)
     runtime = replace(RUNTIME, on_progress=tick, free_bytes=lambda: 0)
     samples, report = stages.sample(model, plan, conditioning, SETTINGS, runtime)
     assert torch.allclose(samples, expected, atol=2e-5)

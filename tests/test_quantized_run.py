@@ -1,4 +1,4 @@
-"""Wan from GGUF and fp8 files, through the stages: equal to diffusers' own GGUF model, within what is predicted."""
+"""Wan from GGUF and fp8 files, through all stages: equal to diffusers' own GGUF model, within the predicted memory."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from i2v_core.placement.quantized import quantized_weights
 from i2v_core.planning.approximations import approximations
 from i2v_core.planning.margin import needed_bytes
 from i2v_core.planning.plan import Plan, Stage
-from i2v_core.planning.planner import make_plan, min_peak
-from i2v_core.planning.predict import predict_sample
-from i2v_core.planning.report import report
+from i2v_core.planning.planner import make_plan
+from i2v_core.planning.predict import predict_sample, with_settings
+from i2v_core.planning.report import plan_as_dict, report
 from i2v_core.planning.request import Budget, Request
+from i2v_core.planning.search import min_peak
 from i2v_core.planning.trace import trace_denoiser
 from i2v_core.units import GIB, KIB
 from tests.emulated_cuda import CARD, emulated_cuda
@@ -46,7 +47,7 @@ SIZE = VideoSize(width_pixels=96, height_pixels=64, frames=9)
 PROMPT = Prompt(image_FHWC=torch.rand(1, 70, 90, 3, generator=torch.Generator().manual_seed(0)), text="a red circle")
 SAMPLER = stages.SamplerSettings(steps=3, cfg=4.0, seed=1, scheduler="unipc")
 VECTORS_BYTES = 8 * KIB
-"""For what predictions leave out: scales and shifts, of one number a channel, and attention's of one a token."""
+"""Allowance for what predictions leave out: scales and shifts per channel, attention's values per token."""
 Q5_0, F32 = QuantizationType.Q5_0, QuantizationType.F32
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +55,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantised:
-    """A small Wan 2.1 whose transformer came from a file, and that file."""
+    """A small Wan 2.1 with its transformer from a file, and that file."""
 
     model: I2VModel
     file: Path
@@ -74,7 +75,7 @@ def wan(
 
 
 def plain_transformer(wan: Quantised, dtype: torch.dtype) -> Any:
-    """What another program has of the same file: diffusers' own GGUF model, or all numbers as floats."""
+    """Load the file as other programs do: with diffusers' own GGUF model, or dequantized to floats."""
     if wan.file.suffix == ".gguf":
         return read_by_diffusers(wan.file, wan.model.folder, dtype)
     ours = wan.model.modules["transformer"]
@@ -96,12 +97,11 @@ def planned(wan: Quantised, precision: str) -> Plan:
 
 
 def changed(plan: Plan, **settings: Any) -> Plan:
-    sample = replace(plan.sample, **settings)
-    return replace(plan, sample=sample).with_prediction(predict_sample(plan.request, sample))
+    return with_settings(plan, sample=replace(plan.sample.settings, **settings))
 
 
 def prediction_of(wan: Quantised, transformer: Any, precision: str, settings: ChunkSettings | None) -> Tensor:
-    """One pass for fixed random inputs: by the transformer's own forward, or in pieces with weights streamed."""
+    """Run one pass on fixed random inputs: with the transformer's own forward, or chunked with streamed weights."""
     from i2v_core.placement.streaming import streamed
 
     family, dtype = family_of(wan.model.architecture), PRECISIONS[precision]
@@ -128,9 +128,7 @@ def prediction_of(wan: Quantised, transformer: Any, precision: str, settings: Ch
 
 
 @pytest.mark.parametrize(("precision", "most"), [("fp32", 2e-6), ("bf16", 2e-2)])
-def test_pieces_with_streamed_weights_give_what_the_file_gives_plainly(
-    wan: Quantised, precision: str, most: float
-) -> None:
+def test_chunks_with_streamed_weights_equal_the_plain_forward(wan: Quantised, precision: str, most: float) -> None:
     plain = plain_transformer(wan, PRECISIONS[precision])
     if wan.file.suffix == ".gguf":
         expected = prediction_of(wan, plain, precision, None)
@@ -144,6 +142,7 @@ def test_pieces_with_streamed_weights_give_what_the_file_gives_plainly(
     assert {name: tensor.data_ptr() for name, tensor in transformer.named_parameters()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_way_to_place_quantised_weights_gives_the_same_video(wan: Quantised, precision: str) -> None:
     plan = planned(wan, precision)
@@ -168,8 +167,8 @@ def test_sampling_takes_what_is_predicted(wan: Quantised, streamed: bool, worksp
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_what_restoring_takes_is_foreseen(save_wan: Callable[..., None], tmp_path: Path, streamed: bool) -> None:
-    """With layers so wide that restoring a weight takes more than its layer does with so few tokens."""
+def test_memory_of_dequantizing_is_predicted(save_wan: Callable[..., None], tmp_path: Path, streamed: bool) -> None:
+    """Use layers so wide that dequantizing a weight takes more memory than the layer does with so few tokens."""
     save_wan_of_blocks(save_wan, tmp_path)
     wide = tiny_transformer(num_attention_heads=8, added_kv_proj_dim=256, ffn_dim=2048)
     wide.save_config(tmp_path / "transformer")
@@ -187,10 +186,8 @@ def test_what_restoring_takes_is_foreseen(save_wan: Callable[..., None], tmp_pat
     assert scratch_bytes > 0.2 * predicted.peak_bytes
 
 
-def test_experts_from_two_files_take_turns_within_what_is_predicted(
-    save_wan: Callable[..., None], tmp_path: Path
-) -> None:
-    """One in 4 bits, the other in fp8: the prediction is that of the larger."""
+def test_experts_from_two_files_take_turns_within_the_prediction(save_wan: Callable[..., None], tmp_path: Path) -> None:
+    """Store one in 4 bits, the other in fp8: the prediction is that of the larger."""
     folder = tmp_path / "a14b"
     experts = save_wan_of_blocks(save_wan, folder, layout="wan2.2-a14b")
     files = {
@@ -207,10 +204,10 @@ def test_experts_from_two_files_take_turns_within_what_is_predicted(
     assert sampled.measured_peak_bytes - VECTORS_BYTES <= predicted_bytes <= 1.08 * sampled.measured_peak_bytes
     only_low = model.architecture.with_stored({**model.architecture.stored, "transformer": {}})
     as_floats = replace(request, architecture=only_low)
-    assert predict_sample(as_floats, plan.sample).peak_bytes > predicted_bytes
+    assert predict_sample(as_floats, plan.sample.settings).peak_bytes > predicted_bytes
 
 
-def test_the_least_plan_runs_on_a_card_of_its_size(wan: Quantised, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lowest_memory_plan_runs_on_a_card_of_its_size(wan: Quantised, monkeypatch: pytest.MonkeyPatch) -> None:
     request = Request(architecture=wan.model.architecture, size=SIZE, precision="bf16")
     usable_bytes = needed_bytes(min_peak(request, CPU), CPU)
     plan = make_plan(request, Budget(free_bytes=usable_bytes), CPU)
@@ -230,7 +227,7 @@ def test_the_report_says_that_the_weights_are_approximate(wan: Quantised) -> Non
     plan = planned(wan, "bf16")
     (formats,) = {", ".join(wan.model.architecture.stored_formats)}
     assert f"{formats} weights: approximate" in report(plan)
-    assert plan.as_dict()["file_formats"] == list(wan.model.architecture.stored_formats)
+    assert plan_as_dict(plan)["file_formats"] == list(wan.model.architecture.stored_formats)
 
 
 def test_no_plan_reduces_them_further(wan: Quantised) -> None:
@@ -243,7 +240,7 @@ def test_weights_take_less_than_as_floats_in_every_way(wan: Quantised) -> None:
     exact = replace(request, architecture=request.architecture.with_stored({}))
     plan = planned(wan, "bf16")
     for streamed in (False, True):
-        settings = replace(plan.sample, streamed=streamed, workspace_bytes=64 * KIB)
+        settings = replace(plan.sample.settings, streamed=streamed, workspace_bytes=64 * KIB)
         quantised, floats = predict_sample(request, settings), predict_sample(exact, settings)
         assert quantised.peak_bytes < floats.peak_bytes or streamed
         if streamed:
@@ -251,7 +248,7 @@ def test_weights_take_less_than_as_floats_in_every_way(wan: Quantised) -> None:
 
 
 def test_layers_say_where_their_weights_are(wan: Quantised) -> None:
-    """Every quantised weight is in some layer call: none is ever met as bytes."""
+    """Check that every quantised weight is in some layer call: no layer gets it as bytes."""
     trace = trace_denoiser(wan.model.architecture, SIZE, 1, torch.bfloat16, ChunkSettings(workspace_bytes=64 * KIB))
     met = {weight for call in trace.calls for module in call.modules for weight in quantized_weights(module)}
     assert met == set(quantized_weights(trace.module))
@@ -259,7 +256,7 @@ def test_layers_say_where_their_weights_are(wan: Quantised) -> None:
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_on_a_card_the_result_is_the_cpus(wan: Quantised, streamed: bool) -> None:
-    """Restored on the card: nothing is on two devices, and no copy is used before its end."""
+    """Dequantize on the card: nothing mixes devices, and no copy is used before it ends."""
     plan = changed(planned(wan, "bf16"), streamed=streamed, workspace_bytes=50_000)
     conditioning, _ = stages.encode(wan.model, plan, PROMPT, RUNTIME)
     expected, counted = stages.sample(wan.model, plan, conditioning, SAMPLER, RUNTIME)

@@ -1,5 +1,4 @@
-"""A video that was cancelled, or whose program ended, goes on from its checkpoint; a checkpoint that is not right does
-not."""
+"""A video that was cancelled, or whose program ended, resumes from its checkpoint if that is valid."""
 
 from __future__ import annotations
 
@@ -8,6 +7,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,11 +21,13 @@ from i2v_core.families import FAMILIES, Conditioning, I2VModel, Prompt, VideoSiz
 from i2v_core.memory.device import device_facts
 from i2v_core.planning.plan import Plan
 from i2v_core.planning.planner import make_plan
+from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.sampling import checkpoint
 from i2v_core.sampling.checkpoint import Checkpointing, CheckpointWhen
 from i2v_core.units import GIB
 from tests.emulated_cuda import CARD, emulated_cuda
+from tests.marking import first_quick
 
 CPU = torch.device("cpu")
 RUNTIME = stages.Runtime(device=CPU)
@@ -44,7 +46,7 @@ SCHEDULERS = [choice.name for choice in FAMILIES["i2vgen-xl"].facts.schedulers]
 
 
 class StopError(Exception):
-    """What a caller raises to cancel."""
+    """Raised by the caller to cancel."""
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +66,24 @@ def conditioning(model: I2VModel, plan: Plan) -> Conditioning:
     return stages.encode(model, plan, PROMPT, RUNTIME)[0]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(model: I2VModel, plan: Plan, conditioning: Conditioning) -> Callable[[str], Tensor]:
+    """The samples of a run that nothing stops, by its scheduler."""
+
+    @cache
+    def samples(scheduler: str) -> Tensor:
+        return stages.sample(model, plan, conditioning, replace(SETTINGS, scheduler=scheduler), RUNTIME)[0]
+
+    return samples
+
+
 @pytest.fixture
 def every_step(tmp_path: Path) -> Checkpointing:
     return Checkpointing(folder=tmp_path / "checkpoints", when=CheckpointWhen.EVERY_STEP)
 
 
 def stop_after(step: int) -> stages.Runtime:
-    """Cancels once so many steps are done, in the middle of the next."""
+    """Return a runtime that cancels in the middle of the step after `step`."""
     done, calls = 0, 0
 
     def progress(at: int, *_: object) -> None:
@@ -91,39 +104,46 @@ def steps_seen(runtime: stages.Runtime, seen: list[int]) -> stages.Runtime:
 
 
 def cancelled(
-    model: I2VModel, plan: Plan, told: Conditioning, settings: stages.SamplerSettings, at: int, chosen: Checkpointing
+    model: I2VModel,
+    plan: Plan,
+    conditioning: Conditioning,
+    settings: stages.SamplerSettings,
+    at: int,
+    chosen: Checkpointing,
 ) -> Path | None:
-    """Runs up to a step; the checkpoint that is left."""
+    """Run up to a step, cancel, and return the checkpoint file that is left."""
     with pytest.raises(StopError):
-        stages.sample(model, plan, told, settings, stop_after(at), chosen)
+        stages.sample(model, plan, conditioning, settings, stop_after(at), chosen)
     return next(iter(chosen.folder.glob("*")), None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("goes_on", [CARD, CPU], ids=["on the card", "on the CPU"])
-def test_a_run_that_was_cancelled_on_a_card_goes_on(
+def test_a_run_that_was_cancelled_on_a_card_resumes(
     model: I2VModel,
     plan: Plan,
     conditioning: Conditioning,
     every_step: Checkpointing,
     scheduler: str,
     goes_on: torch.device,
+    undisturbed: Callable[[str], Tensor],
 ) -> None:
     settings = replace(SETTINGS, scheduler=scheduler)
-    expected, _ = stages.sample(model, plan, conditioning, settings, RUNTIME)
+    expected = undisturbed(scheduler)
     with emulated_cuda() as card:
         with pytest.raises(StopError):
             stages.sample(model, plan, conditioning, settings, replace(stop_after(3), device=CARD), every_step)
         runtime = replace(RUNTIME, device=goes_on)
         found, report = stages.sample(model, plan, conditioning, settings, runtime, every_step)
     assert torch.equal(found, expected)
-    assert "went on" in " ".join(report.notes)
+    assert "resumed" in " ".join(report.notes)
     assert not card.races, card.races[0]
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", first_quick(SCHEDULERS))
 @pytest.mark.parametrize("at", [1, 3, 5])
-def test_a_cancelled_run_goes_on_and_ends_as_if_nothing_had_been(
+def test_a_cancelled_run_resumes_with_the_same_result(
     model: I2VModel,
     plan: Plan,
     conditioning: Conditioning,
@@ -131,26 +151,28 @@ def test_a_cancelled_run_goes_on_and_ends_as_if_nothing_had_been(
     scheduler: str,
     at: int,
     survived: Counter[str],
+    undisturbed: Callable[[str], Tensor],
 ) -> None:
     settings = replace(SETTINGS, scheduler=scheduler)
-    expected, _ = stages.sample(model, plan, conditioning, settings, RUNTIME)
+    expected = undisturbed(scheduler)
     assert cancelled(model, plan, conditioning, settings, at, every_step)
     seen: list[int] = []
     samples, report = stages.sample(model, plan, conditioning, settings, steps_seen(RUNTIME, seen), every_step)
     assert torch.equal(samples, expected)
     survived["cancels"] += 1
     assert seen == list(range(at + 1, 7))
-    assert report.notes == (f"went on from step {at} of 6, kept from an earlier run",)
+    assert report.notes == (f"resumed from step {at} of 6, saved by an earlier run",)
     assert not list(every_step.folder.iterdir())  # done, so there is nothing to keep
 
 
-def test_another_plan_may_go_on(
+def test_another_plan_may_resume(
     model: I2VModel, plan: Plan, conditioning: Conditioning, every_step: Checkpointing
 ) -> None:
-    """Also one that cuts the work up in another way."""
+    """Include plans with other chunking and streaming."""
     expected, _ = stages.sample(model, plan, conditioning, SETTINGS, RUNTIME)
     assert cancelled(model, plan, conditioning, SETTINGS, 3, every_step)
-    other = replace(plan, sample=replace(plan.sample, streamed=True, batched_guidance=False, workspace_bytes=65536))
+    sample = replace(plan.sample.settings, streamed=True, batched_guidance=False, workspace_bytes=65536)
+    other = with_settings(plan, sample=sample)
     samples, report = stages.sample(model, other, conditioning, SETTINGS, RUNTIME, every_step)
     assert report.notes
     assert torch.allclose(samples, expected, atol=2e-5)
@@ -159,28 +181,28 @@ def test_another_plan_may_go_on(
 Change = Callable[[stages.SamplerSettings, Conditioning], tuple[stages.SamplerSettings, Conditioning]]
 
 
-def changed_positive(told: Conditioning) -> Conditioning:
-    name, tensor = next(iter(told.positive.items()))
-    return replace(told, positive={**told.positive, name: tensor + 1e-3})
+def changed_positive(conditioning: Conditioning) -> Conditioning:
+    name, tensor = next(iter(conditioning.positive.items()))
+    return replace(conditioning, positive={**conditioning.positive, name: tensor + 1e-3})
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda settings, told: (replace(settings, seed=3), told),
-        lambda settings, told: (replace(settings, cfg=4.5), told),
-        lambda settings, told: (replace(settings, scheduler="ddim"), told),
-        lambda settings, told: (replace(settings, steps=7), told),
-        lambda settings, told: (settings, changed_positive(told)),
+        lambda settings, conditioning: (replace(settings, seed=3), conditioning),
+        lambda settings, conditioning: (replace(settings, cfg=4.5), conditioning),
+        lambda settings, conditioning: (replace(settings, scheduler="ddim"), conditioning),
+        lambda settings, conditioning: (replace(settings, steps=7), conditioning),
+        lambda settings, conditioning: (settings, changed_positive(conditioning)),
     ],
     ids=["seed", "cfg", "scheduler", "steps", "conditioning"],
 )
-def test_another_video_does_not_go_on_from_it(
+def test_another_video_does_not_resume_from_it(
     model: I2VModel, plan: Plan, conditioning: Conditioning, every_step: Checkpointing, change: Change
 ) -> None:
     kept = cancelled(model, plan, conditioning, SETTINGS, 3, every_step)
-    settings, told = change(SETTINGS, conditioning)
-    _, report = stages.sample(model, plan, told, settings, RUNTIME, every_step)
+    settings, conditioning = change(SETTINGS, conditioning)
+    _, report = stages.sample(model, plan, conditioning, settings, RUNTIME, every_step)
     assert not report.notes
     assert kept is not None
     assert kept.exists()
@@ -233,17 +255,20 @@ def rewrite(file: Path, change: Callable[[dict[str, object], dict[str, Tensor]],
 
 @pytest.mark.parametrize(
     "damage",
-    [
-        truncate,
-        empty,
-        claim_a_huge_header,
-        take_another_key,
-        take_another_step,
-        take_no_step,
-        spoil_latents,
-        shrink_latents,
-        lose_a_tensor,
-    ],
+    first_quick(
+        [
+            truncate,
+            empty,
+            claim_a_huge_header,
+            take_another_key,
+            take_another_step,
+            take_no_step,
+            spoil_latents,
+            shrink_latents,
+            lose_a_tensor,
+        ],
+        quick=3,
+    ),
 )
 def test_a_damaged_checkpoint_is_set_aside(
     model: I2VModel,
@@ -253,8 +278,9 @@ def test_a_damaged_checkpoint_is_set_aside(
     damage: Callable[[Path], None],
     caplog: pytest.LogCaptureFixture,
     survived: Counter[str],
+    undisturbed: Callable[[str], Tensor],
 ) -> None:
-    expected, _ = stages.sample(model, plan, conditioning, SETTINGS, RUNTIME)
+    expected = undisturbed("unipc")
     kept = cancelled(model, plan, conditioning, SETTINGS, 3, every_step)
     assert kept is not None
     damage(kept)
@@ -280,7 +306,7 @@ def test_a_full_or_read_only_disk_does_not_stop_the_sampling(
     survived["disks that cannot be written to"] += 1
 
 
-def test_what_is_short_is_not_kept_unless_asked_for(
+def test_short_runs_write_no_checkpoint_unless_asked_to(
     model: I2VModel, plan: Plan, conditioning: Conditioning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     automatic = Checkpointing(folder=tmp_path / "auto")
@@ -291,10 +317,10 @@ def test_what_is_short_is_not_kept_unless_asked_for(
     assert cancelled(model, plan, conditioning, SETTINGS, 3, automatic)
 
 
-def test_long_runs_are_kept_every_half_minute(
+def test_long_runs_write_a_checkpoint_every_half_minute(
     model: I2VModel, plan: Plan, conditioning: Conditioning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock on which a step takes 25 seconds."""
+    """Run on a clock on which a step takes 25 seconds."""
     clock = 0.0
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock)
     kept: list[int] = []
@@ -311,7 +337,7 @@ def test_long_runs_are_kept_every_half_minute(
     assert not short.is_due(1)
 
 
-def test_when_memory_runs_out_for_good_what_is_done_is_kept(
+def test_a_checkpoint_is_left_when_memory_runs_out_for_good(
     model: I2VModel, plan: Plan, conditioning: Conditioning, tmp_path: Path
 ) -> None:
     expected, _ = stages.sample(model, plan, conditioning, SETTINGS, RUNTIME)
@@ -327,13 +353,14 @@ def test_when_memory_runs_out_for_good_what_is_done_is_kept(
 
     runtime = replace(RUNTIME, on_progress=progress, check_cancelled=fail)
     automatic = Checkpointing(folder=tmp_path)
-    with pytest.raises(RanOutError, match=r"at step 4 of 6.*go on from step 4, kept in"):
+    with pytest.raises(RanOutError, match=r"at step 4 of 6.*continue from step 4, saved in"):
         stages.sample(model, plan, conditioning, SETTINGS, runtime, automatic)
     samples, report = stages.sample(model, plan, conditioning, SETTINGS, RUNTIME, automatic)
     assert torch.allclose(samples, expected, atol=2e-5)
     assert "step 4 of 6" in report.notes[0]
 
 
+@pytest.mark.slow
 def test_old_checkpoints_do_not_pile_up(
     model: I2VModel, plan: Plan, conditioning: Conditioning, every_step: Checkpointing
 ) -> None:

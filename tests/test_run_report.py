@@ -1,4 +1,4 @@
-"""The report of a run: what is written, and what is left where it cannot be."""
+"""The report of a run: its content, and errors when it cannot be written."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from i2v_core.memory.device import device_facts
 from i2v_core.memory.timeline import Timeline
 from i2v_core.planning.plan import Plan, Stage
 from i2v_core.planning.planner import make_plan
+from i2v_core.planning.report import plan_as_dict
 from i2v_core.planning.request import Budget, Request
 from i2v_core.run_report import RunReport, StageFigures, write_run_report
 from i2v_core.units import GIB
@@ -43,7 +44,7 @@ def test_retries_and_notes_are_in_it(tmp_path: Path, plan: Plan) -> None:
     path = write_run_report(tmp_path / "clip.mp4", RunReport(plan=plan, stages=(stage.as_dict(), stage.as_dict())))
     assert path == tmp_path / "clip.mp4.json"
     report = json.loads(path.read_text("utf-8"))
-    assert report["plan"] == json.loads(json.dumps(plan.as_dict()))
+    assert report["plan"] == json.loads(json.dumps(plan_as_dict(plan)))
     assert report["seconds"] == 3.0
     assert report["stages"][1] == {
         "stage": "decode",

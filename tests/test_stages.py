@@ -1,4 +1,4 @@
-"""The three stages, one after another, and what stops them."""
+"""The three stages in sequence, their errors and cancellation."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from i2v_core.decoding import TilingSettings
 from i2v_core.errors import BadInputError, PlanMismatchError
 from i2v_core.families import FAMILIES, Architecture, Conditioning, I2VModel, Prompt, VideoSize, load_model
 from i2v_core.memory.device import device_facts
-from i2v_core.planning.plan import Plan
+from i2v_core.planning.plan import DecodeSettings, Plan
 from i2v_core.planning.planner import make_plan
+from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.units import GIB
+from tests.marking import first_quick
 
 DEVICE = torch.device("cpu")
 RUNTIME = stages.Runtime(device=DEVICE)
@@ -28,7 +30,7 @@ SCHEDULERS = [choice.name for choice in FAMILIES["i2vgen-xl"].facts.schedulers]
 
 
 class StopError(Exception):
-    """What a caller raises to cancel."""
+    """Raised by the caller to cancel."""
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +69,13 @@ def test_a_picture_and_a_prompt_become_frames(model: I2VModel, plan: Plan, sampl
     assert report.measured_peak_bytes > 0
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", first_quick(SCHEDULERS))
 def test_the_same_seed_gives_the_same_video(
     model: I2VModel, plan: Plan, conditioning: Conditioning, scheduler: str
 ) -> None:
     settings = replace(SETTINGS, scheduler=scheduler)
     first, _ = stages.sample(model, plan, conditioning, settings, RUNTIME)
-    torch.rand(7)  # whatever else draws from the global generator
+    torch.rand(7)  # other code may draw from the global generator
     again, _ = stages.sample(model, plan, conditioning, settings, RUNTIME)
     other, _ = stages.sample(model, plan, conditioning, replace(settings, seed=5), RUNTIME)
     assert torch.equal(first, again)
@@ -105,7 +107,7 @@ def test_progress_shows_every_step_and_every_chunk(
     assert seen == [(1, 3, True), (2, 3, True), (3, 3, True)]
     seen.clear()
     stages.decode(
-        model, replace(plan, decode=replace(plan.decode, frames=TilingSettings(chunk_size=3))), samples, runtime
+        model, with_settings(plan, decode=DecodeSettings(tiling=TilingSettings(chunk_size=3))), samples, runtime
     )
     assert seen == [(3, 4, False), (4, 4, False)]
 
@@ -129,7 +131,7 @@ def test_a_cancel_acts_inside_a_step_and_leaves_the_model_as_it_was(
     assert torch.equal(stages.sample(model, plan, conditioning, SETTINGS, RUNTIME)[0], samples)
 
 
-def test_what_does_not_belong_together_is_refused(
+def test_a_plan_for_another_size_is_refused(
     model: I2VModel, plan: Plan, conditioning: Conditioning, samples: torch.Tensor
 ) -> None:
     longer = plan_for(model, frames=5)

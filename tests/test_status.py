@@ -1,4 +1,4 @@
-"""What is said while a stage runs: how far it is, how long it takes, what it holds."""
+"""The status of a running stage: its progress, remaining time and memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STATUS = StageStatus(
 
 
 class Clock:
-    """Goes on when it is told to."""
+    """A clock that the test sets."""
 
     now = 100.0
 
@@ -44,7 +44,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def test_a_step_under_way_says_all() -> None:
+def test_the_status_during_a_step() -> None:
     assert str(STATUS).splitlines() == [
         "step 6 of 30, 2.31 s a step, 58 s left;",
         "3.00 GiB in use, peak 3.40 GiB of 4.00 GiB",
@@ -62,7 +62,7 @@ def test_a_step_under_way_says_all() -> None:
         ({"stage": Stage.DECODE, "seconds_each": 0.2}, "frame 6 of 30, 0.20 s a frame, 5 s left"),
     ],
 )
-def test_what_is_said_when(change: dict[str, object], said: str) -> None:
+def test_the_first_line_of_the_status(change: dict[str, object], said: str) -> None:
     assert str(replace(STATUS, **change)).splitlines()[0] == f"{said};"
 
 
@@ -95,7 +95,7 @@ def test_the_first_step_does_not_count_and_the_median_of_the_latest_does(clock: 
     assert pace.seconds_each == 3.0
 
 
-def test_another_way_begins_anew_where_it_is(clock: Clock) -> None:
+def test_begin_restarts_the_measurement(clock: Clock) -> None:
     pace = Pace(clock)
     for done in (1, 2, 3):
         clock.now += 1.0
@@ -121,8 +121,8 @@ def model(tiny_folder: Path) -> I2VModel:
     return load_model(tiny_folder)
 
 
-def test_stages_say_where_they_are_from_before_the_first_step_on(model: I2VModel) -> None:
-    """And each keeps a timeline whose peak is the one that it reports."""
+def test_stages_report_their_status_from_before_the_first_step_on(model: I2VModel) -> None:
+    """Check too that each timeline's peak is the reported one."""
     said: list[StageStatus] = []
     runtime = stages.Runtime(device=CPU, on_status=said.append)
     size = VideoSize(width_pixels=64, height_pixels=64, frames=4)

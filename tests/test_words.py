@@ -1,4 +1,4 @@
-"""Sentences of the library: English by themselves, and with all that a page needs for its own language."""
+"""Messages of the library: English text, and the key and values that a page translates."""
 
 from __future__ import annotations
 

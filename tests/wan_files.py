@@ -1,4 +1,4 @@
-"""Small transformers of Wan in files as people have them: GGUF and fp8, weights named as the published code does."""
+"""Small Wan transformers in the formats that users have: GGUF and fp8, with the published code's weight names."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _TO_PUBLISHED = (
 
 
 def published_name(name: str) -> str:
-    """The published code's name for a weight that diffusers gives this name."""
+    """Return the published code's name of a weight, given diffusers' name."""
     if name.endswith("scale_shift_table"):
         return name.replace("scale_shift_table", "modulation" if "." in name else "head.modulation")
     if name.startswith("blocks.") and ".norm3." in name:
@@ -52,7 +52,7 @@ def published_name(name: str) -> str:
 
 
 def tiny_transformer(*, sees: bool = True, seed: int = 0, **config: Any) -> Any:
-    """A transformer of random weights whose rows hold whole blocks of 32 numbers."""
+    """Build a transformer with random weights whose rows are multiples of 32 numbers."""
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(seed)
@@ -77,7 +77,7 @@ def tiny_transformer(*, sees: bool = True, seed: int = 0, **config: Any) -> Any:
 
 
 def save_wan_of_blocks(save_wan: Callable[..., None], folder: Path, *, layout: str = "wan2.1-i2v") -> dict[str, Any]:
-    """A small Wan whose transformers' weights are in no file of the folder; the transformers by component."""
+    """Save a small Wan without its transformers' weights; return the transformers by component."""
     save_wan(folder, layout=layout)
     names = [name for name in ("transformer", "transformer_2") if (folder / name).is_dir()]
     made = {name: tiny_transformer(sees="2.1" in layout, seed=seed) for seed, name in enumerate(names)}
@@ -89,7 +89,7 @@ def save_wan_of_blocks(save_wan: Callable[..., None], folder: Path, *, layout: s
 
 
 def small_types(name: str, tensor: Tensor) -> QuantizationType:
-    """As files of 4 to 5 bits have them: most weights in the small format, some in the better, the rest as floats."""
+    """Choose types as files of 4 to 5 bits do: most weights small, some in a better format, the rest as floats."""
     if tensor.ndim != 2 or "modulation" in name:
         return QuantizationType.F32
     if "text_embedding" in name:
@@ -107,7 +107,7 @@ def write_gguf(
     *,
     flat: bool = False,
 ) -> Path:
-    """Weights, named by diffusers, in a GGUF file; `flat`: with no more dimensions than llama.cpp has."""
+    """Write weights with diffusers' names to a GGUF file; `flat`: with no more dimensions than llama.cpp supports."""
     writer = gguf.GGUFWriter(file, architecture)
     for name, tensor in weights.items():
         published = published_name(name)
@@ -147,7 +147,7 @@ def write_fp8(
 
 
 def read_by_diffusers(file: Path, folder: Path, dtype: torch.dtype) -> Any:
-    """The transformer as diffusers itself reads the GGUF file."""
+    """Load the transformer with diffusers' own GGUF reader."""
     from diffusers import GGUFQuantizationConfig, WanTransformer3DModel
 
     return WanTransformer3DModel.from_single_file(

@@ -1,14 +1,13 @@
-"""Exact execution of a denoiser in pieces: the plain forward's result, in a fraction of its activation memory."""
+"""Chunked execution of a denoiser: the result of its own forward, in a fraction of the activation memory."""
 
 from ..placement.layer_calls import LayerCall, LayerKind, LayerRunner, Unit
-from .execution import DistinctPieces, ShapeOnlyRunner
+from .execution import ShapeOnlyRunner
 from .inject import replace_forward
 from .settings import ChunkSettings
 from .unet3d import chunked
 
 __all__ = [
     "ChunkSettings",
-    "DistinctPieces",
     "LayerCall",
     "LayerKind",
     "LayerRunner",

@@ -1,4 +1,4 @@
-"""How one layer call is cut into chunks, and what the layers of a chunked forward share."""
+"""Choosing the chunk size of a layer call, and the state that all layers of a chunked forward share."""
 
 from __future__ import annotations
 
@@ -15,18 +15,24 @@ from .settings import ChunkSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pieces:
-    """Work of `total` units, of `unit_bytes` each, in pieces of `smallest` to `largest` units (None: all of them)."""
+class ChunkableWork:
+    """Work of `total` units that may run in chunks."""
 
     total: int
+
     unit_bytes: int
+    """Workspace bytes of one unit."""
+
     smallest: int = 1
+    """Fewest units a chunk, even where they need more than the workspace."""
+
     largest: int | None = None
+    """Most units a chunk, however large the workspace; None: no limit."""
 
-    def size(self, limit_bytes: int) -> int:
-        """How many units fit into a workspace at once.
+    def chunk_size(self, limit_bytes: int) -> int:
+        """Return how many units to run at once in a workspace of `limit_bytes`.
 
-        Lowered so that the pieces, no more of them for it, come out as equal as they can.
+        Of all sizes that give the fewest chunks this is the smallest, so that chunks are about equal.
         """
         fitting = max(self.smallest, limit_bytes // self.unit_bytes)
         count = -(-self.total // min(fitting, self.largest or self.total, self.total))
@@ -35,71 +41,63 @@ class Pieces:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """What is known of a layer call before it is cut.
-
-    `whole_bytes` is the workspace of the layer's own forward over all units (None: it is never run), `beforehand` what
-    a layer in pieces does before the first.
-    """
+    """A layer call whose chunk size is still to be chosen. See `LayerCall` for the fields that it takes over."""
 
     kind: LayerKind
     unit: Unit
     modules: tuple[nn.Module, ...]
-    pieces: Pieces
-    whole_bytes: int | None
-    beforehand: Pieces | None
-    result_apart: bool
+    work: ChunkableWork
 
-    def cut(self, limit_bytes: int) -> LayerCall:
-        """The call for a workspace of so many bytes."""
-        pieces, whole_bytes = self.pieces, self.whole_bytes
-        at_once = pieces.largest is None or pieces.largest >= pieces.total
-        whole = whole_bytes is not None and whole_bytes <= limit_bytes and at_once
-        size = pieces.total if whole else pieces.size(limit_bytes)
-        beforehand = self.beforehand
-        beforehand_bytes = 0 if beforehand is None else beforehand.size(limit_bytes) * beforehand.unit_bytes
+    unchunked_bytes: int | None
+    """Workspace of the layer's own forward over all units; None: that forward is never used."""
+
+    preparation: ChunkableWork | None
+    """Work that a chunked layer does before its first chunk, such as a first pass for statistics."""
+
+    result_excluded: bool
+
+    def call_within(self, limit_bytes: int) -> LayerCall:
+        """Return the call, chunked for a workspace of `limit_bytes`."""
+        work, unchunked_bytes = self.work, self.unchunked_bytes
+        at_once = work.largest is None or work.largest >= work.total
+        unchunked = unchunked_bytes is not None and unchunked_bytes <= limit_bytes and at_once
+        size = work.total if unchunked else work.chunk_size(limit_bytes)
+        preparation = self.preparation
+        preparation_bytes = 0 if preparation is None else preparation.chunk_size(limit_bytes) * preparation.unit_bytes
         return LayerCall(
             kind=self.kind,
             unit=self.unit,
             modules=self.modules,
-            total=pieces.total,
+            total=work.total,
             chunk_size=size,
-            whole=whole,
-            workspace_bytes=whole_bytes
-            if whole and whole_bytes is not None
-            else max(size * pieces.unit_bytes, beforehand_bytes),
-            result_apart=self.result_apart,
+            unchunked=unchunked,
+            workspace_bytes=unchunked_bytes
+            if unchunked and unchunked_bytes is not None
+            else max(size * work.unit_bytes, preparation_bytes),
+            result_excluded=self.result_excluded,
             limit_bytes=limit_bytes,
-            cut=self.cut,
+            with_limit=self.call_within,
         )
 
 
-class DistinctPieces(LayerRunner):
-    """Leaves out chunks that need the same memory as others: for tracing. The values that come out are void.
-
-    What runs is the first chunk, the second (beside the result that the first began) and a last one of another shape.
-    """
-
-    def pieces(self, total: int, size: int) -> Iterator[slice]:
-        pieces = list(super().pieces(total, size))
-        yield from pieces[:2]
-        if len(pieces) > 2 and total % size:
-            yield pieces[-1]
-
-
 class ShapeOnlyRunner(LayerRunner):
-    """Goes through a forward for its sizes alone: what is live is real, what layers take is `workspace_bytes`."""
+    """Runs a forward for its tensor sizes alone: live tensors are real, the layers' own use is `workspace_bytes`."""
 
-    outlines = True
+    shape_only = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Execution:
-    """What the layers of one chunked forward share."""
+    """State that the layers of one chunked forward share."""
 
     settings: ChunkSettings
     runner: LayerRunner
+
     on_chunk: Callable[[], None]
+    """Called before every chunk; may raise to stop the forward."""
+
     num_frames: int
+    """Frames of one clip of the batch."""
 
     @contextmanager
     def layer(
@@ -109,44 +107,45 @@ class Execution:
         unit: Unit = "part",
         total: int,
         unit_bytes: int,
-        whole_bytes: int | None = None,
-        beforehand: Pieces | None = None,
+        unchunked_bytes: int | None = None,
+        preparation: ChunkableWork | None = None,
         smallest: int = 1,
         largest: int | None = None,
-        result_apart: bool = False,
+        result_excluded: bool = False,
     ) -> Generator[LayerCall]:
-        """Chooses the chunk of a layer call, and runs the body inside the runner's context, announced by `on_chunk`.
+        """Choose the chunk size of a layer call, enter the runner's context, call `on_chunk`, and run the body.
 
-        See `Layer` and `Pieces`; `largest` is a limit on a chunk that holds whatever memory there is.
+        See `Layer` and `ChunkableWork` for the arguments.
         """
         layer = Layer(
             kind=kind,
             unit=unit,
             modules=modules,
-            pieces=Pieces(total=total, unit_bytes=unit_bytes, smallest=smallest, largest=largest),
-            whole_bytes=whole_bytes,
-            beforehand=beforehand,
-            result_apart=result_apart,
+            work=ChunkableWork(total=total, unit_bytes=unit_bytes, smallest=smallest, largest=largest),
+            unchunked_bytes=unchunked_bytes,
+            preparation=preparation,
+            result_excluded=result_excluded,
         )
-        with self.enter(layer.cut) as call:
+        with self.enter(layer.call_within) as call:
             yield call
 
     @contextmanager
-    def enter(self, cut: Callable[[int], LayerCall]) -> Generator[LayerCall]:
-        """The runner's context around a call, which is cut to the workspace, announced by `on_chunk`."""
-        call = cut(self.settings.workspace_bytes)
+    def enter(self, call_within: Callable[[int], LayerCall]) -> Generator[LayerCall]:
+        """Chunk a call for the workspace, enter the runner's context, call `on_chunk`, and run the body."""
+        call = call_within(self.settings.workspace_bytes)
         with self.runner.enter(call):
             self.on_chunk()
             yield call
 
-    def pieces(self, total: int, size: int) -> Iterator[slice]:
-        """The runner's slices, each announced by `on_chunk`, which may raise to stop."""
-        for piece in self.runner.pieces(total, size):
+    def chunk_slices(self, total: int, size: int) -> Iterator[slice]:
+        """Yield the runner's slices, with a call of `on_chunk` before each, which may raise to stop."""
+        for chunk in self.runner.chunk_slices(total, size):
             self.on_chunk()
-            yield piece
+            yield chunk
 
     def chunks(self, call: LayerCall) -> Iterator[slice]:
-        return self.pieces(call.total, call.chunk_size)
+        """Yield the slices of a layer call's chunks, with a call of `on_chunk` before each."""
+        return self.chunk_slices(call.total, call.chunk_size)
 
     def over_frames(
         self,
@@ -156,9 +155,14 @@ class Execution:
         shape: tuple[int, ...],
         target: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Runs a layer a chunk at a time over the frames of `source`; `shape` is that of one frame's result.
+        """Run a layer over the frames of `source` (N, ...), a chunk at a time, and return its result (N, *shape).
 
-        The results go into `target`, which `run` may read from; into a new tensor if None.
+        Args:
+            call: the layer call, chunked by frames.
+            run: returns the layer's result for some of the frames.
+            source: gives dtype and device of a new result.
+            shape: the shape of one frame's result.
+            target: the tensor to write to, which `run` may read the same frames of; None: a new one.
         """
         if self.runner.shape_only:
             return source.new_empty(call.total, *shape) if target is None else target
@@ -169,13 +173,17 @@ class Execution:
             if target is None:
                 target = result.new_empty(call.total, *result.shape[1:])
             target[frames] = result
-            del result  # not beside the next chunk's workspace
+            del result  # or it would be alive beside the next chunk's workspace
         assert target is not None
         return target
 
 
 class ChunkedForwardBase:
-    """What stands in for a model's forward: the model, and what each of its runs is executed with."""
+    """Base class for replacement forwards: holds the model, and makes an `Execution` for each call.
+
+    Subclasses define `__call__` with the arguments and the result of the model's own forward. See `unet3d.py`, and
+    `inject.replace_forward` for an example.
+    """
 
     def __init__(self, model: Any, settings: ChunkSettings, on_chunk: Callable[[], None], runner: LayerRunner) -> None:
         self._model = model

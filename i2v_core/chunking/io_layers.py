@@ -1,4 +1,4 @@
-"""The denoiser's two ends: what goes into its blocks, and what comes out of them.
+"""Layers before and after an I2VGen-XL UNet's blocks: embeddings, the first convolution, the output.
 
 Legend: B batch, F frames, N batch × frames, C channels, H height, W width (latent), T context tokens.
 """
@@ -14,19 +14,23 @@ from . import temporal_layers, workspace
 from .execution import Execution
 
 LATENT_TOKENS = 64
-"""What the first frame's latent is pooled and convolved to, whatever its size: 32 × 32, then 16 × 16, then 8 × 8."""
+"""Context tokens made of the first frame's latent, which is pooled to 32 × 32 and convolved to 16 × 16, then 8 × 8."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepConditions:
-    """What every block looks at: the embedding of time and frame rate (N, width), the context (B, T, width)."""
+class BlockInputs:
+    """Tensors that every block takes beside the hidden state."""
 
     embedding: torch.Tensor
+    """Embedded time step and frame rate (N, width)."""
+
     context: torch.Tensor
+    """Context tokens for cross-attention (B, T, width)."""
+
     attention_kwargs: dict[str, Any]
 
 
-def conditions(
+def block_inputs(
     unet: Any,
     execution: Execution,
     *,
@@ -37,8 +41,8 @@ def conditions(
     image_embeddings: torch.Tensor,
     text_BTC: torch.Tensor,
     attention_kwargs: dict[str, Any],
-) -> StepConditions:
-    """All that the blocks look at, from what the caller gave."""
+) -> BlockInputs:
+    """Compute the inputs that all blocks share from the arguments of the forward."""
     modules = (unet.time_embedding, unet.fps_embedding, unet.image_latents_context_embedding, unet.context_embedding)
     batch, channels, height, width = first_latent_BCHW.shape
     unit_bytes = workspace.embeddings(
@@ -55,7 +59,7 @@ def conditions(
     with execution.layer("embeddings", *modules, total=1, unit_bytes=unit_bytes):
         steps = torch.as_tensor(timestep, device=fps.device).reshape(-1).expand(batch)
         embedding = _embedding(unet, steps, timestep_cond, fps)
-        return StepConditions(
+        return BlockInputs(
             embedding=embedding.repeat_interleave(execution.num_frames, dim=0),
             context=_context(unet, first_latent_BCHW, image_embeddings, text_BTC),
             attention_kwargs=attention_kwargs,
@@ -65,7 +69,7 @@ def conditions(
 def _embedding(
     unet: Any, steps_B: torch.Tensor, timestep_cond: torch.Tensor | None, fps_B: torch.Tensor
 ) -> torch.Tensor:
-    """The step and the frame rate (B, width)."""
+    """Return the embedding of time step and frame rate (B, width)."""
     dtype = unet.time_embedding.linear_1.weight.dtype
     of_step: torch.Tensor = unet.time_embedding(unet.time_proj(steps_B).to(dtype), timestep_cond)
     return of_step + unet.fps_embedding(unet.time_proj(fps_B).to(dtype))
@@ -74,7 +78,7 @@ def _embedding(
 def _context(
     unet: Any, first_latent_BCHW: torch.Tensor, image_embeddings: torch.Tensor, text_BTC: torch.Tensor
 ) -> torch.Tensor:
-    """Text, then the first frame's latent, then the picture, as tokens."""
+    """Return the context tokens (B, T, width): text, then the first frame's latent, then the picture."""
     latent_tokens: torch.Tensor = unet.image_latents_context_embedding(first_latent_BCHW)
     picture_tokens: torch.Tensor = unet.context_embedding(image_embeddings)
     return torch.cat(
@@ -90,7 +94,7 @@ def _context(
 def conv_in(
     unet: Any, execution: Execution, sample_BCFHW: torch.Tensor, image_latents_BCFHW: torch.Tensor
 ) -> torch.Tensor:
-    """The first hidden state (N, C, H, W): noisy sample and image features, joined a chunk of frames at a time."""
+    """Return the first hidden state (N, C, H, W), of sample and image features concatenated a chunk at a time."""
     sample = _by_frame(sample_BCFHW)
     features = _image_features(unet, execution, _by_frame(image_latents_BCFHW))
     unit_bytes = workspace.conv_in(
@@ -109,7 +113,7 @@ def conv_in(
 
 
 def _image_features(unet: Any, execution: Execution, latents: torch.Tensor) -> torch.Tensor:
-    """What conv_in sees of the image latents (N, C, H, W), of the same shape."""
+    """Return the features of the image latents (N, C, H, W), of the same shape, which `conv_in` takes."""
     unit_bytes = workspace.image_latents(
         channels=latents.shape[1], pixels=latents.shape[-2] * latents.shape[-1], itemsize=latents.element_size()
     )
@@ -122,7 +126,7 @@ def _image_features(unet: Any, execution: Execution, latents: torch.Tensor) -> t
 
 
 def out(unet: Any, execution: Execution, hidden: torch.Tensor) -> torch.Tensor:
-    """The prediction (B, F, C, H, W)."""
+    """Return the prediction (B, F, C, H, W) for the last hidden state (N, C, H, W)."""
     unit_bytes = workspace.out(
         width=hidden.shape[1],
         out=unet.conv_out.out_channels,

@@ -1,4 +1,4 @@
-"""What a caller decides about chunked execution."""
+"""Settings of chunked execution."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkSettings:
-    """How finely the denoiser is cut.
-
-    workspace_bytes: the temporary memory that one layer call may take beside the hidden state and the skip
-        connections. A layer whose whole call needs no more runs whole; others run in the largest chunks that fit.
-        A layer of which even the smallest chunk (one frame, or one row of pixels over all frames) needs more runs
-        with the smallest chunk: `workspace_bytes` is then exceeded.
-    offload_skips: keep skip connections in host memory (pinned, for a CUDA device) from where they are made to where
-        they are used.
-    """
+    """Settings of chunked execution."""
 
     workspace_bytes: int
+    """Temporary memory that one layer call may take beside the hidden state and the skip connections.
+
+    A layer that needs no more runs unchunked; others run in the largest chunks that fit. Where even the smallest chunk
+    (one frame, or one row of pixels over all frames) needs more, that chunk runs, and `workspace_bytes` is exceeded."""
+
     offload_skips: bool = False
+    """Keep skip connections in host memory (pinned, for a CUDA device) until they are used."""
 
     def __post_init__(self) -> None:
         if self.workspace_bytes < 1:

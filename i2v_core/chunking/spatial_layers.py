@@ -1,4 +1,4 @@
-"""Layers that treat every frame by itself, run over chunks of frames.
+"""Layers that process each frame by itself, run over chunks of frames.
 
 Legend: N batch × frames, C channels, H height, W width (latent, at the layer's resolution), B batch, T context tokens.
 """
@@ -25,10 +25,11 @@ def resnet(
     upsampler: Any = None,
     in_place: bool = False,
 ) -> torch.Tensor:
-    """A `ResnetBlock2D`; before it, a chunk at a time, the upsampling and the concatenation with the skip connection.
+    """Run a `ResnetBlock2D`, after upsampling and concatenation with a skip connection where these are given.
 
-    Neither the upsampled tensor nor the concatenation ever exists whole. `in_place` allows the result to overwrite
-    `hidden`; a skip on the device is always the layer's to overwrite.
+    All three run a chunk of frames at a time, so the upsampled and the concatenated tensor never exist for all frames.
+    The result (N, C, H, W) may overwrite `hidden` if `in_place`, and may always overwrite a skip on the device, which
+    nothing else uses.
     """
     height, width = hidden.shape[-2:] if skip is None else skip.tensor.shape[-2:]
     result_shape = (len(hidden), block.out_channels, height, width)
@@ -52,7 +53,7 @@ def resnet(
         pixels=height * width,
         upsamples=upsampler is not None,
         shortcut=block.conv_shortcut is not None,
-        parked=skip is not None and skip.offloaded,
+        offloaded=skip is not None and skip.offloaded,
         itemsize=hidden.element_size(),
     )
     modules = (block,) if upsampler is None else (upsampler, block)
@@ -61,7 +62,7 @@ def resnet(
 
 
 def downsample(execution: Execution, downsampler: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """A `Downsample2D`."""
+    """Run a `Downsample2D`, which halves height and width, rounded up."""
     height, width = hidden.shape[-2:]
     return convolve(execution, "downsample", downsampler, hidden, (-(-height // 2), -(-width // 2)))
 
@@ -69,7 +70,7 @@ def downsample(execution: Execution, downsampler: Any, hidden: torch.Tensor) -> 
 def convolve(
     execution: Execution, kind: str, layer: Any, hidden: torch.Tensor, size: tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """A convolution, to another height and width where they are given."""
+    """Run a convolution; `size` is the result's height and width where they differ from the input's."""
     height, width = size or (hidden.shape[-2], hidden.shape[-1])
     shape = (layer.out_channels, height, width)
     unit_bytes = workspace.convolution(
@@ -86,7 +87,7 @@ def transformer(
     context: torch.Tensor,
     attention_kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    """A `Transformer2DModel`, in place. `context` (B, T, width) is repeated for the frames of a chunk only."""
+    """Run a `Transformer2DModel`, in place if chunked; `context` (B, T, width) is repeated for one chunk at a time."""
     sizes = {
         "width": model.inner_dim,
         "pixels": hidden.shape[-2] * hidden.shape[-1],
@@ -100,12 +101,12 @@ def transformer(
         unit="frame",
         total=len(hidden),
         unit_bytes=workspace.transformer(**sizes),
-        whole_bytes=workspace.plain_transformer(**sizes) * len(hidden),
+        unchunked_bytes=workspace.plain_transformer(**sizes) * len(hidden),
     ) as call:
         if execution.runner.shape_only:
-            return torch.empty_like(hidden) if call.whole else hidden
+            return torch.empty_like(hidden) if call.unchunked else hidden
         batch_of_frame = torch.arange(len(hidden), device=hidden.device) // execution.num_frames
-        if call.whole:
+        if call.unchunked:
             return model(
                 hidden,
                 encoder_hidden_states=context[batch_of_frame],
@@ -121,7 +122,7 @@ def transformer(
 def _transform(
     model: Any, chunk: torch.Tensor, context: torch.Tensor, attention_kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    """What a spatial transformer adds to its input."""
+    """Return the residual (N, C, H, W) that a spatial transformer adds to its input."""
     count, _, height, width = chunk.shape
     tokens = _tokens(model, chunk)
     for block in model.transformer_blocks:
@@ -133,7 +134,7 @@ def _transform(
 
 
 def _tokens(model: Any, chunk: torch.Tensor) -> torch.Tensor:
-    """Tokens (N, H·W, width) of normalised frames, projected before or after the change of layout."""
+    """Return tokens (N, H·W, width) of normalised frames, projected before or after the change of layout."""
     planes = model.norm(chunk)
     if not model.use_linear_projection:
         planes = model.proj_in(planes)

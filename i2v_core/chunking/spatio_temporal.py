@@ -1,10 +1,10 @@
-"""Layers that are made of a part over space and a part over time: those of Stable Video Diffusion's denoiser.
+"""Layers of Stable Video Diffusion's UNet, each with a spatial part and a temporal part.
 
-Blattmann et al., "Stable Video Diffusion: Scaling Latent Video Diffusion Models to Large Datasets", 2023. The part over
-space runs over chunks of frames, that over time over strips of pixels that hold all frames.
+Blattmann et al., "Stable Video Diffusion: Scaling Latent Video Diffusion Models to Large Datasets", 2023. The spatial
+part runs over chunks of frames, the temporal part over chunks of pixels that hold all frames.
 
 Legend: B batch, F frames, N batch × frames, C channels, H height, W width (latent), P pixels (height × width, or a
-strip of them), D width of a token, T context tokens.
+chunk of them), D width of a token, T context tokens.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 
 from . import workspace
 from .execution import Execution
-from .group_norm import over_all_frames, statistics
+from .group_norm import norm_over_frames, statistics_pass
 from .temporal_layers import LARGEST_ATTENTION_BATCH, by_pixel, convolve_normalised
 from .transformer_block import apply_block, apply_temporal_block
 
 
 def temporal_resnet(execution: Execution, block: Any, hidden: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-    """The `TemporalResnetBlock` of a `SpatioTemporalResBlock` and the blend of both, in place.
+    """Run the `TemporalResnetBlock` of a `SpatioTemporalResBlock`, and blend its result into `hidden`, in place.
 
-    `embedding` (N, width) is the same for all frames of a clip.
+    `embedding` (N, width) must be the same for all frames of a clip.
     """
     hidden = hidden.contiguous()
     pixels_BFCP = by_pixel(execution, hidden)
@@ -38,32 +38,34 @@ def temporal_resnet(execution: Execution, block: Any, hidden: torch.Tensor, embe
         unit_bytes=workspace.temporal_conv(
             channels=hidden.shape[1], frames=len(hidden), itemsize=hidden.element_size()
         ),
-        beforehand=statistics(pixels_BFCP),
+        preparation=statistics_pass(pixels_BFCP),
         smallest=hidden.shape[-1],
     ) as call:
         if execution.runner.shape_only:
             return hidden
-        of_clip = embedding[:: execution.num_frames]
-        told_B1C1 = layer.time_emb_proj(layer.nonlinearity(of_clip))[:, None, :, None]
-        affine = over_all_frames(execution, layer.norm1, pixels_BFCP)
-        for strip in execution.chunks(call):
-            scratch_BFCP[..., strip] = convolve_normalised(layer.conv1, affine, pixels_BFCP[..., strip]).add_(told_B1C1)
-        affine = over_all_frames(execution, layer.norm2, scratch_BFCP)
+        clip_embedding = embedding[:: execution.num_frames]
+        embedding_B1C1 = layer.time_emb_proj(layer.nonlinearity(clip_embedding))[:, None, :, None]
+        affine = norm_over_frames(execution, layer.norm1, pixels_BFCP)
+        for chunk in execution.chunks(call):
+            scratch_BFCP[..., chunk] = convolve_normalised(layer.conv1, affine, pixels_BFCP[..., chunk]).add_(
+                embedding_B1C1
+            )
+        affine = norm_over_frames(execution, layer.norm2, scratch_BFCP)
         share = temporal_share(block.time_mixer, hidden.dtype)
-        for strip in execution.chunks(call):
-            pixels_BFCP[..., strip].addcmul_(convolve_normalised(layer.conv2, affine, scratch_BFCP[..., strip]), share)
+        for chunk in execution.chunks(call):
+            pixels_BFCP[..., chunk].addcmul_(convolve_normalised(layer.conv2, affine, scratch_BFCP[..., chunk]), share)
     return hidden
 
 
 def temporal_share(mixer: Any, dtype: torch.dtype) -> torch.Tensor:
-    """What an `AlphaBlender` takes of the part over time, where all frames are a video's: a number."""
+    """Return the weight, a scalar tensor, that an `AlphaBlender` gives the temporal part for frames of a video."""
     video = torch.zeros(1, 1, device=mixer.mix_factor.device)
     spatial: torch.Tensor = mixer.get_alpha(video, 3).to(dtype).reshape(())
     return spatial if mixer.switch_spatial_to_temporal_mix else 1.0 - spatial
 
 
 def transformer(execution: Execution, model: Any, hidden: torch.Tensor, context_BTD: torch.Tensor) -> torch.Tensor:
-    """A `TransformerSpatioTemporalModel`, in place; its tokens take as much again."""
+    """Run a `TransformerSpatioTemporalModel`, in place; its tokens take as much memory again as `hidden`."""
     hidden = hidden.contiguous()
     tokens_NPD = hidden.new_empty(len(hidden), hidden.shape[-2] * hidden.shape[-1], model.inner_dim)
     blocks = list(zip(model.transformer_blocks, model.temporal_transformer_blocks, strict=True))
@@ -82,7 +84,7 @@ def _over_space(
     tokens_NPD: torch.Tensor,
     context_BTD: torch.Tensor,
 ) -> None:
-    """A block over the pixels of each frame, in place on the tokens; which come of `hidden`, where that is given."""
+    """Run a block over the pixels of each frame, in place on the tokens, which are first made of `hidden` if given."""
     frames, pixels, width = tokens_NPD.shape
     unit_bytes = workspace.transformer_in_place(
         width=width,
@@ -92,17 +94,19 @@ def _over_space(
         context_width=context_BTD.shape[2],
         itemsize=tokens_NPD.element_size(),
     )
-    ends = () if hidden is None else (model.norm, model.proj_in)
-    with execution.layer("transformer", *ends, block, unit="frame", total=frames, unit_bytes=unit_bytes) as call:
+    outer_modules = () if hidden is None else (model.norm, model.proj_in)
+    with execution.layer(
+        "transformer", *outer_modules, block, unit="frame", total=frames, unit_bytes=unit_bytes
+    ) as call:
         if execution.runner.shape_only:
             return
         batch_of_frame = torch.arange(frames, device=tokens_NPD.device) // execution.num_frames
-        for piece in execution.chunks(call):
+        for chunk in execution.chunks(call):
             if hidden is not None:
-                normed_nPC = model.norm(hidden[piece]).flatten(2).transpose(1, 2)
-                tokens_NPD[piece] = model.proj_in(normed_nPC)
+                normed_nPC = model.norm(hidden[chunk]).flatten(2).transpose(1, 2)
+                tokens_NPD[chunk] = model.proj_in(normed_nPC)
                 del normed_nPC
-            apply_block(block, tokens_NPD[piece], context_BTD[batch_of_frame[piece]], {})
+            apply_block(block, tokens_NPD[chunk], context_BTD[batch_of_frame[chunk]], {})
 
 
 def _over_time(
@@ -115,7 +119,9 @@ def _over_time(
     *,
     is_last: bool,
 ) -> None:
-    """A block over the frames of each pixel, blended into the tokens; after the last, `hidden` takes what is added."""
+    """Run a block over the frames of each pixel and blend it into the tokens; the last adds their projection to
+    `hidden`.
+    """
     batch, context_tokens, context_width = context_BTD.shape
     _, pixels, width = tokens_NPD.shape
     tokens_BFPD = tokens_NPD.view(batch, -1, pixels, width)
@@ -127,11 +133,11 @@ def _over_time(
         context_width=context_width,
         itemsize=tokens_NPD.element_size(),
     )
-    ends = (model.time_pos_embed, model.time_mixer, *((model.proj_out,) if is_last else ()))
+    outer_modules = (model.time_pos_embed, model.time_mixer, *((model.proj_out,) if is_last else ()))
     with execution.layer(
         "temporal_transformer",
         block,
-        *ends,
+        *outer_modules,
         unit="pixel",
         total=pixels,
         unit_bytes=unit_bytes,
@@ -140,23 +146,23 @@ def _over_time(
     ) as call:
         if execution.runner.shape_only:
             return
-        places_FD = _places(model, tokens_BFPD)
+        positions_FD = _position_embedding(model, tokens_BFPD)
         spatial_share = 1.0 - temporal_share(model.time_mixer, tokens_NPD.dtype)
-        for strip in execution.chunks(call):
-            spatial_BPFD = tokens_BFPD[:, :, strip].transpose(1, 2)
-            temporal_BPFD = torch.add(spatial_BPFD.contiguous(), places_FD)
+        for chunk in execution.chunks(call):
+            spatial_BPFD = tokens_BFPD[:, :, chunk].transpose(1, 2)
+            temporal_BPFD = torch.add(spatial_BPFD.contiguous(), positions_FD)
             apply_temporal_block(block, temporal_BPFD.flatten(0, 1), context_BTD)
             temporal_BPFD.lerp_(spatial_BPFD, spatial_share)
             if is_last:
                 added_BPFC = model.proj_out(temporal_BPFD)
-                by_pixel(execution, hidden)[..., strip].add_(added_BPFC.permute(0, 2, 3, 1))
+                by_pixel(execution, hidden)[..., chunk].add_(added_BPFC.permute(0, 2, 3, 1))
                 del added_BPFC
             else:
                 spatial_BPFD.copy_(temporal_BPFD)
-            del temporal_BPFD  # not beside the next strip's
+            del temporal_BPFD  # or it would be alive beside the next chunk's
 
 
-def _places(model: Any, tokens_BFPD: torch.Tensor) -> torch.Tensor:
-    """The embedding of each frame's place in the clip (F, D)."""
+def _position_embedding(model: Any, tokens_BFPD: torch.Tensor) -> torch.Tensor:
+    """Return the embedding of each frame's position in the clip (F, D)."""
     numbers = torch.arange(tokens_BFPD.shape[1], device=tokens_BFPD.device)
     return model.time_pos_embed(model.time_proj(numbers).to(tokens_BFPD.dtype))

@@ -1,4 +1,4 @@
-"""The forward of Stable Video Diffusion's denoiser, layer by layer: the same graph as the model's own.
+"""Chunked forward of Stable Video Diffusion's UNet: the same graph as the model's own, layer by layer.
 
 Legend: B batch, F frames, N batch × frames, C channels, H height, W width (latent), T context tokens, D their width.
 """
@@ -27,7 +27,7 @@ def chunked(
     on_chunk: Callable[[], None] = nothing,
     runner: LayerRunner | None = None,
 ) -> Generator[None]:
-    """`inject.replace_forward` for a `UNetSpatioTemporalConditionModel`."""
+    """Make a `UNetSpatioTemporalConditionModel` run chunked within the context; see `inject.replace_forward`."""
     from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
 
     with replace_forward(unet, UNetSpatioTemporalConditionModel, ChunkedForward, settings, on_chunk, runner):
@@ -35,7 +35,7 @@ def chunked(
 
 
 class ChunkedForward(ChunkedForwardBase):
-    """Stands in for `UNetSpatioTemporalConditionModel.forward`: the same arguments and result, without gradients."""
+    """Replaces `UNetSpatioTemporalConditionModel.forward`: the same arguments and result, without gradients."""
 
     @torch.no_grad()
     def __call__(
@@ -52,14 +52,16 @@ class ChunkedForward(ChunkedForwardBase):
         execution = self._execution(num_frames=sample.shape[1])
         embedding = _embedding(unet, execution, sample, timestep, added_time_ids)
         hidden = spatial_layers.convolve(execution, "conv_in", unet.conv_in, sample.flatten(0, 1))
-        walk = _Walk(execution, embedding, hidden, encoder_hidden_states)
-        del hidden  # the walk gives it up
-        walk.through(unet)
-        prediction = io_layers.out(unet, execution, walk.hidden)
+        forward = _SVDForward(execution, embedding, hidden, encoder_hidden_states)
+        del hidden  # so that `forward` holds the only reference, and can free it
+        forward.run_blocks(unet)
+        prediction = io_layers.out(unet, execution, forward.hidden)
         return UNetSpatioTemporalConditionOutput(sample=prediction) if return_dict else (prediction,)
 
 
-class _Walk(UNetForward):
+class _SVDForward(UNetForward):
+    """The blocks of Stable Video Diffusion, whose layers pair a spatial part with a temporal one."""
+
     def __init__(
         self, execution: Execution, embedding: torch.Tensor, hidden: torch.Tensor, context_BTD: torch.Tensor
     ) -> None:
@@ -69,7 +71,7 @@ class _Walk(UNetForward):
     def _resnet_of(self, block: Any, index: int) -> Any:
         return block.resnets[index].spatial_res_block
 
-    def _along_time(self, block: Any, index: int) -> None:
+    def _temporal_layer(self, block: Any, index: int) -> None:
         self.hidden = spatio_temporal.temporal_resnet(
             self._execution, block.resnets[index], self.hidden, self._embedding
         )
@@ -87,7 +89,7 @@ def _embedding(
     timestep: torch.Tensor | float,
     time_ids: torch.Tensor,
 ) -> torch.Tensor:
-    """The step, and the frame rate, motion and noise of the picture (B, 3), for every frame: (N, width)."""
+    """Return the embedding (N, width) of the time step and of frame rate, motion and noise (B, 3), for every frame."""
     batch, dtype = len(sample_BFCHW), sample_BFCHW.dtype
     unit_bytes = workspace.repeated_embedding(
         batch=batch,
@@ -97,6 +99,6 @@ def _embedding(
     )
     with execution.layer("embeddings", unet.time_embedding, unet.add_embedding, total=1, unit_bytes=unit_bytes):
         steps_B = torch.as_tensor(timestep, device=sample_BFCHW.device).reshape(-1).expand(batch)
-        of_step = unet.time_embedding(unet.time_proj(steps_B).to(dtype))
-        of_ids = unet.add_embedding(unet.add_time_proj(time_ids.flatten()).reshape(batch, -1).to(dtype))
-        return (of_step + of_ids).repeat_interleave(execution.num_frames, dim=0)
+        step = unet.time_embedding(unet.time_proj(steps_B).to(dtype))
+        ids = unet.add_embedding(unet.add_time_proj(time_ids.flatten()).reshape(batch, -1).to(dtype))
+        return (step + ids).repeat_interleave(execution.num_frames, dim=0)

@@ -1,6 +1,6 @@
-"""The I2VGen-XL denoiser's forward, layer by layer: the same graph as the model's own, without its idle tensors.
+"""Chunked forward of I2VGen-XL's UNet: the same graph as the model's own, without tensors that it no longer needs.
 
-Only the order of sums inside two-pass normalisations and the shapes given to kernels differ (`walk`).
+Only the order of sums inside two-pass normalisations and the shapes given to kernels differ (see `unet_forward`).
 
 Legend: B batch, F frames, N batch × frames, C channels, H height, W width (latent).
 """
@@ -17,7 +17,7 @@ from torch import nn
 from . import io_layers, spatial_layers, temporal_layers
 from .execution import ChunkedForwardBase, Execution, LayerRunner
 from .inject import nothing, replace_forward
-from .io_layers import StepConditions
+from .io_layers import BlockInputs
 from .settings import ChunkSettings
 from .unet_forward import UNetForward
 
@@ -30,11 +30,11 @@ def chunked(
     on_chunk: Callable[[], None] = nothing,
     runner: LayerRunner | None = None,
 ) -> Generator[None]:
-    """`inject.replace_forward` for an `I2VGenXLUNet`.
+    """Make an `I2VGenXLUNet` run chunked within the context; see `inject.replace_forward`.
 
     Raises:
         TypeError: the model is of another class.
-        ValueError: it is in training mode, or uses FreeU, which needs whole concatenations.
+        ValueError: it is in training mode, or uses FreeU, which needs concatenations of all frames.
     """
     from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLUNet
 
@@ -45,10 +45,12 @@ def chunked(
         yield
 
 
-class _Walk(UNetForward):
-    def __init__(self, execution: Execution, conditions: StepConditions, hidden: torch.Tensor) -> None:
-        super().__init__(execution, conditions.embedding, hidden)
-        self._conditions = conditions
+class _I2VGenForward(UNetForward):
+    """The blocks of I2VGen-XL, whose spatial and temporal layers are separate modules."""
+
+    def __init__(self, execution: Execution, block_inputs: BlockInputs, hidden: torch.Tensor) -> None:
+        super().__init__(execution, block_inputs.embedding, hidden)
+        self._inputs = block_inputs
 
     def start(self, transformer_in: Any) -> None:
         self._temporal_transformer(transformer_in)
@@ -56,7 +58,7 @@ class _Walk(UNetForward):
     def _resnet_of(self, block: Any, index: int) -> Any:
         return block.resnets[index]
 
-    def _along_time(self, block: Any, index: int) -> None:
+    def _temporal_layer(self, block: Any, index: int) -> None:
         self.hidden = temporal_layers.temporal_conv(self._execution, block.temp_convs[index], self.hidden)
 
     def _attention(self, block: Any, index: int) -> None:
@@ -64,19 +66,19 @@ class _Walk(UNetForward):
             self._execution,
             block.attentions[index],
             self.hidden,
-            self._conditions.context,
-            self._conditions.attention_kwargs,
+            self._inputs.context,
+            self._inputs.attention_kwargs,
         )
         self._temporal_transformer(block.temp_attentions[index])
 
     def _temporal_transformer(self, model: Any) -> None:
         self.hidden = temporal_layers.temporal_transformer(
-            self._execution, model, self.hidden, self._conditions.attention_kwargs
+            self._execution, model, self.hidden, self._inputs.attention_kwargs
         )
 
 
 class ChunkedForward(ChunkedForwardBase):
-    """Stands in for `I2VGenXLUNet.forward`: the same arguments and result, without gradients."""
+    """Replaces `I2VGenXLUNet.forward`: the same arguments and result, without gradients."""
 
     @torch.no_grad()
     def __call__(
@@ -94,7 +96,7 @@ class ChunkedForward(ChunkedForwardBase):
         from diffusers.models.unets.unet_3d_condition import UNet3DConditionOutput
 
         execution = self._execution(num_frames=sample.shape[2])
-        conditions = io_layers.conditions(
+        block_inputs = io_layers.block_inputs(
             self._model,
             execution,
             timestep=timestep,
@@ -105,19 +107,21 @@ class ChunkedForward(ChunkedForwardBase):
             text_BTC=encoder_hidden_states,
             attention_kwargs=cross_attention_kwargs or {},
         )
-        prediction = _denoise(self._model, execution, conditions, sample, image_latents)
+        prediction = _denoise(self._model, execution, block_inputs, sample, image_latents)
         return UNet3DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
 
 def _denoise(
     unet: Any,
     execution: Execution,
-    conditions: StepConditions,
+    block_inputs: BlockInputs,
     sample_BCFHW: torch.Tensor,
     image_latents_BCFHW: torch.Tensor,
 ) -> torch.Tensor:
-    """The prediction (B, C, F, H, W) for a noisy sample of the same shape."""
-    walk = _Walk(execution, conditions, io_layers.conv_in(unet, execution, sample_BCFHW, image_latents_BCFHW))
-    walk.start(unet.transformer_in)
-    walk.through(unet)
-    return io_layers.out(unet, execution, walk.hidden).transpose(1, 2)
+    """Return the prediction (B, C, F, H, W) for a noisy sample of the same shape."""
+    forward = _I2VGenForward(
+        execution, block_inputs, io_layers.conv_in(unet, execution, sample_BCFHW, image_latents_BCFHW)
+    )
+    forward.start(unet.transformer_in)
+    forward.run_blocks(unet)
+    return io_layers.out(unet, execution, forward.hidden).transpose(1, 2)

@@ -1,7 +1,7 @@
-"""The order of layers in a 3-D UNet of resolutions, which its kinds share; what a layer is, each kind knows.
+"""The order of layers that all 3-D UNets share; subclasses define the layers.
 
-Where a model's own forward holds on to all skip connections, whole concatenations and whole upsampled tensors, a walk
-gives each tensor up at its last use, and hands every layer to `frames` or `strips`, which cut it as the settings say.
+A model's own forward holds all skip connections, concatenations and upsampled tensors at full size. Here each tensor is
+freed at its last use, and every layer runs through `spatial_layers` or `temporal_layers`, which chunk it.
 
 Legend: N batch × frames, C channels, H height, W width (latent).
 """
@@ -19,31 +19,51 @@ from .skips import Skips
 
 
 class UNetForward(ABC):
-    """One forward through a UNet. `hidden` (N, C, H, W) is the only reference to the hidden state between layers.
+    """One forward through a UNet's blocks.
 
-    `embedding` (N, width) is that of what all layers are told, time among it.
+    `hidden` (N, C, H, W) is the only reference to the hidden state between layers, so that each layer can free it.
+
+    Example: a UNet whose blocks have spatial layers only.
+
+        class SpatialForward(UNetForward):
+            def _resnet_of(self, block, index):
+                return block.resnets[index]
+
+            def _temporal_layer(self, block, index):
+                pass
+
+            def _attention(self, block, index):
+                self.hidden = spatial_layers.transformer(
+                    self._execution, block.attentions[index], self.hidden, context, {}
+                )
+
+        forward = SpatialForward(execution, embedding, hidden)
+        del hidden
+        forward.run_blocks(unet)
+        prediction = io_layers.out(unet, execution, forward.hidden)
     """
 
     def __init__(self, execution: Execution, embedding: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Start a forward with the embedding (N, width) that all ResNet layers take, and the first hidden state."""
         self.hidden = hidden
         self._execution = execution
         self._embedding = embedding
-        self._skips = Skips(park=execution.settings.offload_skips)
+        self._skips = Skips(offload=execution.settings.offload_skips)
 
     @abstractmethod
     def _resnet_of(self, block: Any, index: int) -> Any:
-        """The block's `ResnetBlock2D` of this index."""
+        """Return the block's `ResnetBlock2D` of this index."""
 
     @abstractmethod
-    def _along_time(self, block: Any, index: int) -> None:
-        """What comes after the block's ResNet layer of this index, along time."""
+    def _temporal_layer(self, block: Any, index: int) -> None:
+        """Run the temporal layer that follows the block's ResNet layer of this index."""
 
     @abstractmethod
     def _attention(self, block: Any, index: int) -> None:
-        """The block's attention layer of this index, over space and over time."""
+        """Run the block's spatial and temporal attention of this index."""
 
-    def through(self, unet: Any) -> None:
-        """All blocks, from the first skip connection on."""
+    def run_blocks(self, unet: Any) -> None:
+        """Run all blocks; the first hidden state is the first skip connection."""
         self._skips.push(self.hidden)
         for block in unet.down_blocks:
             self._down(block)
@@ -64,14 +84,16 @@ class UNetForward(ABC):
 
     def _middle(self, block: Any) -> None:
         self._resnet(block, 0)
-        self._along_time(block, 0)
+        self._temporal_layer(block, 0)
         for index in range(len(block.attentions)):
             self._attention(block, index)
             self._resnet(block, index + 1)
-            self._along_time(block, index + 1)
+            self._temporal_layer(block, index + 1)
 
     def _up(self, block: Any, upsampler: Any) -> None:
-        """An up-block, with the upsampler of the block before it: that goes into the first layer's chunks."""
+        """Run an up-block. The previous block's upsampler runs inside the first layer's chunks, so it is passed on to
+        here.
+        """
         for index in range(len(block.resnets)):
             self.hidden = spatial_layers.resnet(
                 self._execution,
@@ -80,16 +102,16 @@ class UNetForward(ABC):
                 self._embedding,
                 skip=self._skips.pop(),
                 upsampler=upsampler if index == 0 else None,
-                in_place=not self._skips.hold(self.hidden),
+                in_place=not self._skips.holds(self.hidden),
             )
             self._after_resnet(block, index)
 
     def _resnet(self, block: Any, index: int) -> None:
-        in_place = not self._skips.hold(self.hidden)
+        in_place = not self._skips.holds(self.hidden)
         resnet = self._resnet_of(block, index)
         self.hidden = spatial_layers.resnet(self._execution, resnet, self.hidden, self._embedding, in_place=in_place)
 
     def _after_resnet(self, block: Any, index: int) -> None:
-        self._along_time(block, index)
+        self._temporal_layer(block, index)
         if getattr(block, "has_cross_attention", False):
             self._attention(block, index)

@@ -1,53 +1,55 @@
-"""Bytes of temporary memory that each kind of layer takes for one frame or one pixel.
+"""Temporary memory that each kind of layer takes for one frame or one pixel, in bytes.
 
-Counted are the tensors that are alive at once inside the layer's code, its input and (where it is written in place or
-into one tensor for all chunks) its output left out; not vectors of a number a channel or a row (some KiB), nor what a
-kernel takes for itself. The factors follow from that
-code, line by line, and a test measures each of them on the real layers. `width` is the number of numbers of one token.
+Counted are the tensors that are alive at once inside the layer's code. Not counted are its input, its output where that
+is written in place or into one tensor for all chunks, vectors of one number a channel or row (some KiB), and memory
+that a kernel takes for itself. The factors follow from that code line by line; a test measures each of them on the real
+layers. `width` is the number of elements of one token, `itemsize` the bytes of one element.
 """
 
 from __future__ import annotations
 
 ATTENTION_FACTOR = 7
-"""Widths a token in self-attention: the tokens, their norm, query, key, value, the attention's output, and the output
-projection (or, after it, the quotient by the rescale factor)."""
+"""Widths that self-attention takes for one token: the token, its norm, query, key, value, the attention's output, and
+the output projection (or, after it, the quotient by the rescale factor)."""
 
-FEED_FORWARD_PIECES = 3
-"""The feed-forward takes 17 widths a row beside the tokens: the norm, GEGLU's projection (8), the gate's GELU (4) and
-the product (4). In so many pieces it takes no more than attention: 1 + 17/3 < 7."""
+FEED_FORWARD_CHUNKS = 3
+"""Chunks that the feed-forward runs in. It takes 17 widths a row beside the tokens: the norm, GEGLU's projection (8),
+the gate's GELU (4) and the product (4). In three chunks it takes no more than attention: 1 + 17/3 < 7."""
 
 PLAIN_TRANSFORMER_FACTOR = 20
-"""Widths a token in diffusers' own transformer block: at the product inside GEGLU the block's input, its hidden state,
-the attention's output and the norm are alive (4) beside GEGLU's 16."""
+"""Widths that diffusers' own transformer block takes for one token: at the product inside GEGLU the block's input, its
+hidden state, the attention's output and the norm are alive (4) beside GEGLU's 16."""
 
 PLAIN_TEMPORAL_CONV_FACTOR = 3
-"""Widths a token in diffusers' own temporal convolution: the stage's input, its norm, and SiLU's (or the
+"""Widths that diffusers' own temporal convolution takes for one token: the stage's input, its norm, and SiLU's (or the
 convolution's) output."""
 
 
 def resnet(
-    *, hidden: int, skip: int, out: int, pixels: int, upsamples: bool, shortcut: bool, parked: bool, itemsize: int
+    *, hidden: int, skip: int, out: int, pixels: int, upsamples: bool, shortcut: bool, offloaded: bool, itemsize: int
 ) -> int:
-    """Bytes a frame of a ResNet block, with the upsampling and the concatenation before it.
+    """Return bytes a frame of a ResNet block, with the upsampling and the concatenation before it.
 
-    Inside the block, of `joined` input channels, the peak is one of: norm and SiLU; SiLU and first convolution; the
-    final sum and its quotient beside the second convolution and the shortcut's output.
+    `hidden`, `skip` and `out` are numbers of channels. Inside the block, of `joined` input channels, the peak is one
+    of: norm and SiLU; SiLU and first convolution; the final sum and its quotient beside the second convolution and the
+    shortcut's output.
     """
     upsampled = hidden if upsamples else 0
     joined = hidden + skip
     copied = joined if skip else upsampled
     inside = max(2 * joined, joined + out, (4 if shortcut else 3) * out)
-    joining = upsampled + copied + (skip if parked else 0) if skip else 0
+    joining = upsampled + copied + (skip if offloaded else 0) if skip else 0
     return max(2 * upsampled, joining, copied + inside) * pixels * itemsize
 
 
 def convolution(*, width: int, pixels_out: int, itemsize: int) -> int:
-    """Bytes a frame of a convolution, strided or not: its output."""
+    """Return bytes a frame of a convolution, strided or not: its output."""
     return width * pixels_out * itemsize
 
 
 def transformer(*, width: int, pixels: int, context_tokens: int, context_width: int, itemsize: int) -> int:
-    """Bytes a frame of a spatial transformer: self-attention, or cross-attention with keys and values of the context.
+    """Return bytes a frame of a spatial transformer: self-attention, or cross-attention with the context's keys and
+    values.
 
     Cross-attention holds the tokens, their norm, the query, the attention's output and the output projection.
     """
@@ -59,9 +61,10 @@ def transformer(*, width: int, pixels: int, context_tokens: int, context_width: 
 def transformer_in_place(
     *, width: int, channels: int, pixels: int, context_tokens: int, context_width: int, itemsize: int
 ) -> int:
-    """Bytes a frame of a spatial block whose tokens lie outside: attention without them, or what they are made of.
+    """Return bytes a frame of a spatial block whose tokens are allocated outside of it.
 
-    That is the norm of `channels`, its copy as tokens, and the projection.
+    The peak is attention without the tokens, or making them: the norm of `channels`, its copy in the tokens' layout,
+    and the projection.
     """
     self_attention = (ATTENTION_FACTOR - 1) * width * pixels
     cross_attention = width * (4 * pixels + 2 * context_tokens) + context_tokens * context_width
@@ -72,43 +75,43 @@ def transformer_in_place(
 def temporal_block(
     *, width: int, frames: int, batch: int, context_tokens: int, context_width: int, itemsize: int
 ) -> int:
-    """Bytes a pixel, over all frames of the batch, of a temporal block: self-attention, or cross-attention.
+    """Return bytes a pixel, over all frames of the batch, of a temporal block: self-attention, or cross-attention.
 
-    That holds the tokens, their norm, the query, the attention's output and the output projection; and for each pixel
-    the context, keys and values.
+    Cross-attention holds the tokens, their norm, the query, the attention's output and the output projection, and for
+    each pixel the context, keys and values.
     """
     context = batch * context_tokens * (2 * width + context_width)
     return max(ATTENTION_FACTOR * width * frames, 5 * width * frames + context) * itemsize
 
 
 def plain_transformer(*, width: int, pixels: int, context_tokens: int, context_width: int, itemsize: int) -> int:
-    """Bytes a frame of diffusers' own forward of a spatial transformer."""
-    whole = max(PLAIN_TRANSFORMER_FACTOR * pixels, 7 * pixels + 2 * context_tokens)
-    return (width * whole + context_tokens * context_width) * itemsize
+    """Return bytes a frame of diffusers' own forward of a spatial transformer."""
+    widths = max(PLAIN_TRANSFORMER_FACTOR * pixels, 7 * pixels + 2 * context_tokens)
+    return (width * widths + context_tokens * context_width) * itemsize
 
 
 def temporal_transformer(*, width: int, channels: int, frames: int, itemsize: int) -> int:
-    """Bytes a pixel, over all frames of the batch, of a temporal transformer: attention, or a projection in or out."""
+    """Return bytes a pixel, over all frames of the batch, of a temporal transformer: attention, or a projection."""
     return max(ATTENTION_FACTOR * width, width + channels) * frames * itemsize
 
 
 def plain_temporal_transformer(*, width: int, channels: int, frames: int, itemsize: int) -> int:
-    """Bytes a pixel of diffusers' own forward: the feed-forward, or the three tensors of the output's end."""
+    """Return bytes a pixel of diffusers' own forward: the feed-forward, or three tensors at the final residual sum."""
     return max(PLAIN_TRANSFORMER_FACTOR * width, 3 * channels) * frames * itemsize
 
 
 def temporal_conv(*, channels: int, frames: int, itemsize: int) -> int:
-    """Bytes a pixel of one stage of a temporal convolution: its normalised input and its output."""
+    """Return bytes a pixel of one stage of a temporal convolution: its normalised input and its output."""
     return 2 * channels * frames * itemsize
 
 
 def plain_temporal_conv(*, channels: int, frames: int, itemsize: int) -> int:
-    """Bytes a pixel of diffusers' own forward."""
+    """Return bytes a pixel of diffusers' own temporal convolution."""
     return PLAIN_TEMPORAL_CONV_FACTOR * channels * frames * itemsize
 
 
 def group_statistics(*, channels: int, pixels: int, batch: int, itemsize: int) -> int:
-    """Bytes a frame, over the batch, of the statistics' fp32 copy (none where the values are fp32 already)."""
+    """Return bytes a frame, over the batch, of the statistics' fp32 copy (1 where the values are fp32 already)."""
     return batch * channels * pixels * 4 if itemsize < 4 else 1
 
 
@@ -124,11 +127,11 @@ def embeddings(
     context_width: int,
     itemsize: int,
 ) -> int:
-    """Bytes of all embeddings, these themselves included: the embedding of time for every frame, and beside it either
-    the convolutions of the first frame's latent, or the context's parts and the context.
+    """Return bytes of all embeddings, their results included.
 
-    The first convolution has its SiLU beside it, then what that is pooled to: 32 × 32 pixels whatever the latent's
-    size, which the second convolution makes a quarter of, of twice the width.
+    The time embedding for every frame is alive, and beside it either the convolutions of the first frame's latent, or
+    the context and its parts. The first convolution's SiLU is pooled to 32 × 32 pixels whatever the latent's size; the
+    second convolution makes a quarter of these, of twice the width.
     """
     pooled = 32 * 32
     convolving = conv_width * max(2 * pixels, pixels + pooled, pooled + 2 * pooled // 4)
@@ -137,27 +140,30 @@ def embeddings(
 
 
 def repeated_embedding(*, batch: int, frames: int, width: int, itemsize: int) -> int:
-    """Bytes of an embedding, and of its copy for every frame."""
+    """Return bytes of an embedding, and of its copy for every frame."""
     return (batch + frames) * width * itemsize
 
 
 def image_latents(*, channels: int, pixels: int, itemsize: int) -> int:
-    """Bytes a frame of the image latents' three convolutions: two tensors of four times the latent's width."""
+    """Return bytes a frame of the image latents' three convolutions: two tensors of four times the latent's width."""
     return 2 * 4 * channels * pixels * itemsize
 
 
 def image_temporal(*, channels: int, frames: int, itemsize: int) -> int:
-    """Bytes a pixel of the image latents' temporal encoder: its input, norm, attention's output and their sum (4
-    widths), and the feed-forward's two inner tensors of four widths each; its attention, of inner width two, holds
-    less: input, norm, query, key, value, output and projection (2 + 4 × 2 + 1)."""
+    """Return bytes a pixel of the image latents' temporal encoder.
+
+    The peak is its input, norm, attention's output and their sum (4 widths), with the feed-forward's two inner tensors
+    of four widths each. Its attention, of inner width two, holds less: input, norm, query, key, value, output and
+    projection (2 + 4 × 2 + 1).
+    """
     return (4 + 2 * 4) * channels * frames * itemsize
 
 
 def conv_in(*, channels: int, out: int, pixels: int, itemsize: int) -> int:
-    """Bytes a frame of the first convolution: sample and image features joined, and the result."""
+    """Return bytes a frame of the first convolution: sample and image features concatenated, and the result."""
     return (channels + out) * pixels * itemsize
 
 
 def out(*, width: int, out: int, pixels: int, itemsize: int) -> int:
-    """Bytes a frame of the last norm, SiLU and convolution: two of them at a time."""
+    """Return bytes a frame of the last norm, SiLU and convolution, of which two results are alive at a time."""
     return max(2 * width, width + out) * pixels * itemsize

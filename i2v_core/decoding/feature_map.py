@@ -1,6 +1,6 @@
-"""What one layer passes on to the next, read and written a band of rows at a time.
+"""Feature maps: what one layer passes on to the next, read and written a tile of rows at a time.
 
-Legend: N frames, C channels, H rows of the whole map, r rows of a band, W width, G groups.
+Legend: N frames, C channels, H rows of the map, r rows of a tile, W width, G groups.
 """
 
 from __future__ import annotations
@@ -12,34 +12,34 @@ import torch
 
 from ..chunking.group_norm import GroupMoments
 from ..memory.meter import rounded_bytes
-from ..placement.offload import empty_offloaded, fetch
+from ..placement.offload import empty_offloaded, onload
 
-# Statistics in fp32 take a copy of what is in half precision: of so many groups at a time.
+# Statistics need an fp32 copy of values in half precision, which is made of so many groups at a time.
 _GROUPS_AT_ONCE = 8
 
 
 class FeatureMap:
-    """Feature planes (N, C, H, W) on the device, or parked in host memory; made by `FeatureMaps`.
+    """Feature planes (N, C, H, W) on the device, or offloaded to host memory; made by `FeatureMaps`.
 
-    Rows are outermost in memory, so that a band of them is one block: that is what copies to and from a device are
-    fast with. Of a map of groups the moments of what is written are gathered.
+    Rows are outermost in memory, so that a tile is one contiguous block, which is fast to copy to and from a device. If
+    `groups` is not 0, the moments of each group are gathered while the map is written.
     """
 
-    def __init__(self, rows_HNCW: torch.Tensor, device: torch.device, *, parked: bool, groups: int) -> None:
+    def __init__(self, rows_HNCW: torch.Tensor, device: torch.device, *, offloaded: bool, groups: int) -> None:
         self.height, self.frames, self.channels, self.width = rows_HNCW.shape
-        self.device, self.parked, self.groups = device, parked, groups
+        self.device, self.offloaded, self.groups = device, offloaded, groups
         self._rows_HNCW = rows_HNCW
-        self.overwritten()
+        self.reset()
 
     @classmethod
-    def over(cls, source_NCHW: torch.Tensor) -> FeatureMap:
-        """A tensor on the device as a map that is only read, and that no normalisation follows."""
-        return cls(source_NCHW.permute(2, 0, 1, 3), source_NCHW.device, parked=False, groups=1)
+    def view_of(cls, source_NCHW: torch.Tensor) -> FeatureMap:
+        """Return a map over a tensor on the device, which may only be read, and not be normalised."""
+        return cls(source_NCHW.permute(2, 0, 1, 3), source_NCHW.device, offloaded=False, groups=1)
 
     @property
     def moments(self) -> GroupMoments:
-        """Those of all that has been written."""
-        assert self._moments is not None, "without groups there are none"
+        """Moments of all values that have been written."""
+        assert self._moments is not None, "a map without groups gathers no moments"
         return self._moments
 
     @property
@@ -51,37 +51,37 @@ class FeatureMap:
         return self._rows_HNCW.dtype
 
     def read(self, rows: slice, frames: slice = slice(None)) -> torch.Tensor:
-        """A band (N, C, r, W) on the device, of some frames: a view, or a copy of what is parked."""
-        band_rNCW = self._rows_HNCW[rows, frames]
-        return (fetch(band_rNCW, self.device) if self.parked else band_rNCW).permute(1, 2, 0, 3)
+        """Return a tile (N, C, r, W) of some frames on the device: a view, or a copy of an offloaded map."""
+        tile_rNCW = self._rows_HNCW[rows, frames]
+        return (onload(tile_rNCW, self.device) if self.offloaded else tile_rNCW).permute(1, 2, 0, 3)
 
-    def write(self, rows: slice, band_NCrW: torch.Tensor, frames: slice = slice(None)) -> None:
-        """Every row of every frame is to be written once, or the moments are void."""
+    def write(self, rows: slice, tile_NCrW: torch.Tensor, frames: slice = slice(None)) -> None:
+        """Write a tile. Moments are right only if every row of every frame has been written exactly once."""
         if self.groups:
-            self._add_moments(band_NCrW, frames)
-        band_rNCW, target_rNCW = band_NCrW.permute(2, 0, 1, 3), self._rows_HNCW[rows, frames]
-        if self.parked:
-            target_rNCW.copy_(band_rNCW.contiguous(), non_blocking=self.device.type == "cuda")
+            self._add_moments(tile_NCrW, frames)
+        tile_rNCW, target_rNCW = tile_NCrW.permute(2, 0, 1, 3), self._rows_HNCW[rows, frames]
+        if self.offloaded:
+            target_rNCW.copy_(tile_rNCW.contiguous(), non_blocking=self.device.type == "cuda")
         else:
-            target_rNCW.copy_(band_rNCW)
+            target_rNCW.copy_(tile_rNCW)
 
-    def overwritten(self) -> FeatureMap:
-        """The map, about to be written anew; its moments begin again."""
+    def reset(self) -> FeatureMap:
+        """Start the moments anew, before the map is overwritten; returns the map."""
         self._moments = GroupMoments(self.frames, self.groups, self.device) if self.groups else None
         return self
 
-    def _add_moments(self, band_NCrW: torch.Tensor, frames: slice) -> None:
-        grouped = band_NCrW.reshape(len(band_NCrW), self.groups, -1, *band_NCrW.shape[2:])
-        pieces = [
+    def _add_moments(self, tile_NCrW: torch.Tensor, frames: slice) -> None:
+        grouped = tile_NCrW.reshape(len(tile_NCrW), self.groups, -1, *tile_NCrW.shape[2:])
+        parts = [
             torch.var_mean(grouped[:, start : start + _GROUPS_AT_ONCE].float(), dim=(2, 3, 4), correction=0)
             for start in range(0, self.groups, _GROUPS_AT_ONCE)
         ]
-        variance, mean = (torch.cat(values, dim=1) for values in zip(*pieces, strict=True))
-        self.moments.add(mean, variance, count=grouped[0, 0].numel(), of=frames)
+        variance, mean = (torch.cat(values, dim=1) for values in zip(*parts, strict=True))
+        self.moments.add(mean, variance, count=grouped[0, 0].numel(), members=frames)
 
 
 def moments_bytes(feature_map: FeatureMap) -> int:
-    """What the moments of a row take while they are taken: a copy in fp32 of some groups; none of what is in fp32."""
+    """Return bytes that computing a row's moments takes: an fp32 copy of some groups, or none if the map is in fp32."""
     if feature_map.dtype is torch.float32 or not feature_map.groups:
         return 0
     numbers = feature_map.frames * feature_map.channels * feature_map.width
@@ -89,32 +89,32 @@ def moments_bytes(feature_map: FeatureMap) -> int:
 
 
 class FeatureMaps:
-    """Gives out feature maps: on the device while they take no more than `limit_bytes` together, else parked.
+    """Allocates feature maps: on the device while they take no more than `limit_bytes` together, else offloaded.
 
-    `groups` are those of the normalisations that follow; 0 where none goes by the statistics of a map.
+    `groups` is the number of groups of the normalisations that follow; 0 if none uses statistics of a map.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, limit_bytes: int | None, groups: int) -> None:
         self._device, self._dtype, self._limit_bytes, self._groups = device, dtype, limit_bytes, groups
         self._on_device: WeakSet[FeatureMap] = WeakSet()
 
-    def new(self, frames: int, channels: int, height: int, width: int, *, waits: bool = False) -> FeatureMap:
-        """`waits`: for more than the next layer, so that it is parked wherever there is a limit."""
+    def new(self, frames: int, channels: int, height: int, width: int, *, long_lived: bool = False) -> FeatureMap:
+        """Allocate a map; a `long_lived` one outlives the next layer, and so is offloaded wherever there is a limit."""
         shape = (height, frames, channels, width)
         size_bytes = rounded_bytes(height * frames * channels * width * self._dtype.itemsize)
         limit_bytes = self._limit_bytes
-        parked = limit_bytes is not None and (waits or self._taken_bytes + size_bytes > limit_bytes)
-        if parked:
+        offloaded = limit_bytes is not None and (long_lived or self._device_bytes + size_bytes > limit_bytes)
+        if offloaded:
             rows_HNCW = empty_offloaded(shape, self._dtype, self._device)
         else:
             rows_HNCW = torch.empty(shape, dtype=self._dtype, device=self._device)
-        # What no group normalisation can follow, such as a picture's three channels, has moments all the same.
+        # Channels that the groups do not divide, such as a picture's three, are never normalised; any groups will do.
         groups = gcd(self._groups, channels) if self._groups else 0
-        made = FeatureMap(rows_HNCW, self._device, parked=parked, groups=groups)
-        if not parked:
+        made = FeatureMap(rows_HNCW, self._device, offloaded=offloaded, groups=groups)
+        if not offloaded:
             self._on_device.add(made)
         return made
 
     @property
-    def _taken_bytes(self) -> int:
+    def _device_bytes(self) -> int:
         return sum(it.size_bytes for it in self._on_device)

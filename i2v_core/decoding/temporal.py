@@ -1,7 +1,7 @@
-"""AutoencoderKLTemporalDecoder (of Stable Video Diffusion) in bands of rows that hold all frames.
+"""Tiled AutoencoderKLTemporalDecoder, of Stable Video Diffusion, in tiles of rows that hold all frames.
 
-Its decoder looks along time in every block, and some of its normalisations take statistics over frames, height and
-width: so nothing less than a layer over all frames can be exact. Its encoder is that of AutoencoderKL.
+Every block of its decoder has temporal layers, and some of its normalisations take statistics over frames, height and
+width, so only layers that run over all frames give the exact result. Its encoder is that of AutoencoderKL.
 
 Legend: N frames, C latent channels, h/w latent size, H/W pixel size.
 """
@@ -14,46 +14,48 @@ from typing import Any
 import torch
 
 from ..chunking import LayerRunner
-from .bands import RowTiledLayers
 from .feature_map import FeatureMap
-from .kl import bands_of
-from .pieces import TilingSettings
+from .kl import row_tiled_layers
+from .row_tiles import RowTiledLayers
+from .settings import TilingSettings
 
 
 def decode_clip_into(
     vae: Any,
     samples_NChw: torch.Tensor,
     frames_NHW3: torch.Tensor,
-    pieces: TilingSettings,
+    tiling: TilingSettings,
     *,
     runner: LayerRunner,
     on_chunk: Callable[[], None],
 ) -> None:
-    """What `vae.decode` makes of the latents of one clip on the device, written to `frames_NHW3` in host memory."""
+    """Decode the latents of one clip on the device as `vae.decode` does, and write the result to `frames_NHW3` on the
+    host.
+    """
     decoder = vae.decoder
-    bands = bands_of(vae, samples_NChw, pieces, runner, on_chunk)
-    hidden = bands.convolve(decoder.conv_in, FeatureMap.over(samples_NChw))
-    hidden = _middle(bands, decoder.mid_block, hidden)
+    layers = row_tiled_layers(vae, samples_NChw, tiling, runner, on_chunk)
+    hidden = layers.convolve(decoder.conv_in, FeatureMap.view_of(samples_NChw))
+    hidden = _middle(layers, decoder.mid_block, hidden)
     for block in decoder.up_blocks:
         for resnet in block.resnets:
-            hidden = _resnet(bands, resnet, hidden)
+            hidden = _resnet(layers, resnet, hidden)
         for upsampler in block.upsamplers or ():
-            hidden = bands.upsample(upsampler.conv, hidden)
-    hidden = bands.convolve(decoder.conv_out, hidden, norm=decoder.conv_norm_out)
-    bands.result_along_time(decoder.time_conv_out, hidden, frames_NHW3)
+            hidden = layers.upsample(upsampler.conv, hidden)
+    hidden = layers.convolve(decoder.conv_out, hidden, norm=decoder.conv_norm_out)
+    layers.write_temporal_output(decoder.time_conv_out, hidden, frames_NHW3)
 
 
-def _middle(bands: RowTiledLayers, block: Any, hidden: FeatureMap) -> FeatureMap:
-    """A `MidBlockTemporalDecoder`, which may have more of one than of the other, and leaves them out."""
-    hidden = _resnet(bands, block.resnets[0], hidden)
+def _middle(layers: RowTiledLayers, block: Any, hidden: FeatureMap) -> FeatureMap:
+    """Run a `MidBlockTemporalDecoder`; as its own forward, it skips ResNets beyond the number of attentions."""
+    hidden = _resnet(layers, block.resnets[0], hidden)
     for resnet, attention in zip(block.resnets[1:], block.attentions, strict=False):
-        hidden = _resnet(bands, resnet, bands.attention(attention, hidden))
+        hidden = _resnet(layers, resnet, layers.attention(attention, hidden))
     return hidden
 
 
-def _resnet(bands: RowTiledLayers, block: Any, hidden: FeatureMap) -> FeatureMap:
-    """A `SpatioTemporalResBlock` without embedding."""
-    hidden = bands.resnet(block.spatial_res_block, hidden)
+def _resnet(layers: RowTiledLayers, block: Any, hidden: FeatureMap) -> FeatureMap:
+    """Run a `SpatioTemporalResBlock` without embedding."""
+    hidden = layers.resnet(block.spatial_res_block, hidden)
     layer = block.temporal_res_block
-    inner = bands.along_time(layer.conv1, hidden, layer.norm1)
-    return bands.along_time(layer.conv2, inner, layer.norm2, onto=hidden, mixer=block.time_mixer)
+    inner = layers.temporal_convolve(layer.conv1, hidden, layer.norm1)
+    return layers.temporal_convolve(layer.conv2, inner, layer.norm2, add_to=hidden, mixer=block.time_mixer)

@@ -1,6 +1,7 @@
-"""Model families: one file or package each in this folder, with an object named `FAMILY`, or several in `FAMILIES`.
+"""Model families: one module or package each in this folder, which defines an object `FAMILY`, or several in
+`FAMILIES`.
 
-They are discovered by these names: no list of them is kept.
+Families are discovered by these names, so a new one needs no registration.
 """
 
 from __future__ import annotations
@@ -30,28 +31,33 @@ FAMILIES: dict[str, Family] = _families()
 
 
 def family_of(architecture: Architecture) -> Family:
+    """Return the family that an architecture belongs to."""
     return FAMILIES[architecture.family]
 
 
 def bundled_models() -> list[str]:
-    """Names of the published models whose architecture is bundled."""
+    """Return the names of the published models whose architectures are bundled."""
     return sorted(file.stem for file in _ARCHITECTURES.glob("*.json"))
 
 
 def bundled_architecture(name: str) -> Architecture:
-    """The architecture of a published model, which is all that planning needs: no weights.
+    """Return the architecture of a published model, which is all that planning needs; there are no weights.
 
-    A file is named after its family, or says under `family` what that is.
+    A file is named after its family, or names it in the key `family`.
     """
     configs = read_json(_ARCHITECTURES / f"{name}.json")
     return Architecture.from_configs(configs.pop("family", name), configs)
 
 
 def with_weights(architecture: Architecture, weights: str) -> Architecture:
-    """The architecture with its denoisers' weights as a file has them, or all in one format; for plans.
+    """Return the architecture with quantised denoiser weights, for a plan.
+
+    Args:
+        architecture: the architecture with weights of any format.
+        weights: a file of weights, or the name of one format for all of them.
 
     Raises:
-        BadInputError: the model takes no such weights, or there is no such format.
+        BadInputError: the model takes no quantised weights, or there is no such format.
         ModelFolderError: the file cannot be used.
         MissingPackageError: the package gguf is needed.
     """
@@ -63,18 +69,18 @@ def with_weights(architecture: Architecture, weights: str) -> Architecture:
 
 
 def load_model(folder: Path, files: WeightFiles = NO_FILES) -> I2VModel:
-    """Load a model folder in diffusers layout into host RAM; the weights of components in `files` from there.
+    """Load a model folder in diffusers layout into host RAM, with the weights of components in `files` from these.
 
     Raises:
         ModelFolderError: no such folder, no known family, or files that are missing, damaged or refused.
-        BadInputError: a file is given for what the model takes none for.
+        BadInputError: a file is given for a component that takes none.
         MissingPackageError: a file needs a package that is not installed.
     """
     return _family_for(folder, files).load(folder, files)
 
 
 def read_architecture(folder: Path, files: WeightFiles = NO_FILES) -> Architecture:
-    """The architecture of a model, without reading weights. Raises as `load_model` does."""
+    """Return the architecture of a model, without reading weights. Raises as `load_model` does."""
     return _family_for(folder, files).architecture(folder, files)
 
 

@@ -1,4 +1,4 @@
-"""What every model family offers. A new family is one file that makes an object of this shape.
+"""The interface of model families. A new family is a module or package that defines an object of type `Family`.
 
 Shape legend: B batch (guidance branches), C latent channels, T latent frames, F pixel frames, H/W height and width
 (latent space after B, C, T; pixel space after F).
@@ -26,43 +26,51 @@ TensorMap = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Placed:
-    """A component that is ready to run on `device` in `dtype`, whichever its parameters are in between its calls.
-
-    `runner` brings in the weights of a component that was placed to run layer by layer.
-    """
+    """A component that is ready to run."""
 
     module: Any
+
     device: torch.device
+    """The device to run on. Between calls its parameters may be elsewhere, since they may be streamed."""
+
     dtype: torch.dtype
+    """The compute precision, which parameters may differ from between calls."""
+
     runner: LayerRunner
+    """Loads the weights of a component that was placed to run layer by layer."""
 
 
 class Place(Protocol):
-    """Makes a component ready to run for as long as the context lasts: by its own forward, or layer by layer."""
+    """Places a component to run within the context, by its own forward or layer by layer."""
 
     def __call__(self, component: str, *, by_layer: bool = False) -> AbstractContextManager[Placed]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """What the user asks of the video. `image_FHWC` is (F, H, W, 3) in 0…1; only frame 0 is used.
-
-    Fields with a default are those that not every family has a use for (`FamilyFacts.takes`). `fps` is the frame rate
-    to imagine, `motion_bucket` how much is to move, `noise_augmentation` the deviation of noise added to the picture,
-    in -1…1.
+    """The user's inputs for a video. `FamilyFacts.optional_inputs` says which of the fields with defaults a family
+    uses.
     """
 
     image_FHWC: Tensor
+    """Picture in 0…1, of which only frame 0 is used."""
+
     text: str = ""
     negative_text: str = ""
+
     fps: int = 16
+    """Frame rate that the model is conditioned on."""
+
     motion_bucket: int = 127
+    """Amount of motion."""
+
     noise_augmentation: float = 0.02
+    """Standard deviation of the noise that is added to the picture in -1…1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Denoiser:
-    """A component that the sampler runs: at timesteps from `from_timestep` up, and below that of the one before."""
+    """A component that the sampler runs at timesteps of at least `from_timestep`, below that of the one before."""
 
     component: str
     from_timestep: float = -math.inf
@@ -70,103 +78,145 @@ class Denoiser:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditioning:
-    """What the denoiser is told, on the CPU: its keyword arguments for each guidance branch, with B = 1.
-
-    `negative` is None where the plan has no guidance. `preview_factors` (C + 1, 3) turn a latent pixel and a one into
-    red, green and blue. `reports` say what encoding took, for the report of the whole run.
-    """
+    """Inputs of the denoiser beside latents and timestep, made from the prompt; all tensors are on the CPU."""
 
     family: str
     size: VideoSize
+
     positive: TensorMap
+    """The denoiser's keyword arguments for the positive branch, with B = 1."""
+
     negative: TensorMap | None
+    """Keyword arguments for the negative branch; None for a plan without guidance."""
+
     preview_factors: Tensor
+    """Matrix (C + 1, 3) from a latent pixel and a constant 1 to red, green and blue."""
+
     reports: tuple[Mapping[str, Any], ...] = ()
+    """Reports of the encode stage, for the report of the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """One component's work within a stage. `run` makes its own inputs, so that the same code can run on meta tensors,
-    where its memory is predicted without weights. `passes` is how often it runs, one after another; `depends_on_size`
-    says whether the video's size matters to it, `by_layer` whether it runs layer by layer. `read_in_place` names parts
-    that are not called: their weights are read where they lie, and are not brought to the device when others stream.
-    """
+    """One component's work within a stage, whose memory can be predicted by running it on meta tensors."""
 
     name: str
     component: str
+
     run: Callable[[Placed], object]
+    """Runs one pass on inputs of its own, with undefined values."""
+
     passes: int = 1
+    """Number of passes, one after another."""
+
     depends_on_size: bool = True
+    """Whether memory depends on the video's size."""
+
     by_layer: bool = False
+    """Whether the component runs layer by layer."""
+
     read_in_place: frozenset[str] = frozenset()
+    """Submodules that are never called: their weights are read in host memory, and not copied to the device when the
+    others are streamed."""
 
 
 class Family(Protocol):
-    """Facts and behaviour of one model family."""
+    """Facts and behaviour of one model family.
+
+    Example: load a model, encode a prompt, and run one step of its denoiser.
+
+        model = load_model(folder)
+        family = family_of(model.architecture)
+        conditioning = family.encode(model, prompt, size, guidance, tiling, place, on_chunk)
+        with place("unet") as unet:
+            prediction = family.denoise(unet.module, latents, timestep, conditioning.positive)
+    """
 
     @property
-    def facts(self) -> FamilyFacts: ...
+    def facts(self) -> FamilyFacts:
+        """Constants of the family."""
+        ...
 
     def denoisers(self, architecture: Architecture) -> tuple[Denoiser, ...]:
-        """What the sampler runs, in the order of the steps: one, or experts that take over from one another."""
+        """Return the components that the sampler runs, in the order of the steps: one, or several experts."""
         ...
 
     @property
     def decoder(self) -> str:
-        """Name of the component that turns latents into frames."""
+        """Name of the component that decodes latents to frames."""
         ...
 
     def recognises(self, folder: Path) -> bool:
-        """Whether a folder in diffusers layout says that it is of this family."""
+        """Whether a folder in diffusers layout holds a model of this family."""
         ...
 
     def architecture(self, folder: Path, files: WeightFiles = NO_FILES) -> Architecture:
-        """From the configs, and headers of `files`, without weights. Raises `ModelFolderError` for those that cannot be
-        used. `files` are of components in `facts.from_files`.
+        """Return the architecture of a folder from its configs and the headers of `files`, without reading weights.
+
+        `files` are of components in `facts.from_files`.
+
+        Raises:
+            ModelFolderError: a config or a file cannot be used.
         """
         ...
 
     def load(self, folder: Path, files: WeightFiles = NO_FILES) -> I2VModel:
-        """Raises `ModelFolderError` naming every missing or damaged file."""
+        """Load a folder into host RAM.
+
+        Raises:
+            ModelFolderError: names every missing or damaged file.
+        """
         ...
 
     def stored_weights(self, weights: str, config: Mapping[str, Any]) -> dict[str, list[str]]:
-        """Names of a denoiser's weights by the quantised format that they are stored in.
+        """Return the names of a denoiser's weights by the quantised format that they are stored in.
 
-        `weights` names a file, or one format for all of them; `config` is the denoiser's. Called only where the
-        denoiser is in `facts.from_files`. Raises `BadInputError` or `ModelFolderError` for what cannot be used.
+        Called only for denoisers in `facts.from_files`.
+
+        Args:
+            weights: a file, or the name of one format for all weights.
+            config: the denoiser's config.
+
+        Raises:
+            BadInputError: there is no such format.
+            ModelFolderError: the file cannot be used.
         """
         ...
 
     def skeleton(self, architecture: Architecture, component: str) -> nn.Module:
-        """The component without weights, on the current default device (meta, when predicting)."""
+        """Return a component without weights, on the default device, which is meta when memory is predicted."""
         ...
 
     def full_precision_components(self, architecture: Architecture, *, decoding: bool) -> frozenset[str]:
-        """Components that the model's own config wants in fp32 whatever the plan's precision, in decode or before."""
-        ...
+        """Return the components that the model's config wants in fp32 whatever the plan's precision.
 
-    def encode_workloads(
-        self, architecture: Architecture, size: VideoSize, guidance: bool, pieces: TilingSettings
-    ) -> tuple[Workload, ...]: ...
-
-    def denoise_workload(self, architecture: Architecture, size: VideoSize, branches: int) -> Workload:
-        """One pass of a denoiser; of whichever, where there are several."""
-        ...
-
-    def decode_workload(self, size: VideoSize, pieces: TilingSettings) -> Workload:
-        """One chunk of frames."""
-        ...
-
-    def decode_chunk_sizes(self, size: VideoSize, of_use: int) -> Sequence[int]:
-        """How many frames the decoder may take at once with the result of all at once: from many to few.
-
-        More than `of_use` would save no time. Where the decoder looks at all frames, that is one number, all of them.
+        `decoding` asks for the decode stage, else for the stages before it.
         """
         ...
 
-    def cuts_frames(self, architecture: Architecture) -> bool:
-        """Whether the autoencoder can run in tiles with the result of whole frames."""
+    def encode_workloads(
+        self, architecture: Architecture, size: VideoSize, guidance: bool, tiling: TilingSettings
+    ) -> tuple[Workload, ...]:
+        """Return the work of the encode stage, component by component."""
+        ...
+
+    def denoise_workload(self, architecture: Architecture, size: VideoSize, branches: int) -> Workload:
+        """Return one pass of a denoiser, which is the same for each of several."""
+        ...
+
+    def decode_workload(self, size: VideoSize, tiling: TilingSettings) -> Workload:
+        """Return the decode of one chunk of frames."""
+        ...
+
+    def decode_chunk_sizes(self, size: VideoSize, max_useful: int) -> Sequence[int]:
+        """Return how many frames may be decoded at a time without changing the result, from many to few.
+
+        More than `max_useful` would save no time. A decoder with temporal layers over all frames has one such number.
+        """
+        ...
+
+    def supports_tiling(self, architecture: Architecture) -> bool:
+        """Whether the autoencoder can run in tiles, with the result of untiled frames."""
         ...
 
     def encode(
@@ -175,43 +225,48 @@ class Family(Protocol):
         prompt: Prompt,
         size: VideoSize,
         guidance: bool,
-        pieces: TilingSettings,
+        tiling: TilingSettings,
         place: Place,
         on_chunk: Callable[[], None],
     ) -> Conditioning:
-        """`pieces` are for the autoencoder, which takes the picture."""
+        """Encode a prompt; `tiling` is for the autoencoder, which encodes the picture."""
         ...
 
     def denoise(self, denoiser: nn.Module, latents_BCTHW: Tensor, timestep: Tensor, inputs: TensorMap) -> Tensor:
-        """The denoiser's prediction, (B, C, T, H, W); what it predicts is the scheduler's to know."""
+        """Return the denoiser's prediction (B, C, T, H, W), of noise or whatever else the scheduler expects."""
         ...
 
     def guidance_scale(self, cfg: float, latent_frames: int) -> float | Tensor:
-        """What the difference of the branches is multiplied by: one number, or one for each frame (1, 1, T, 1, 1)."""
+        """Return the guidance scale: one number, or one for each frame (1, 1, T, 1, 1)."""
         ...
 
     def inputs_for_frames(self, inputs: TensorMap, frames: Tensor) -> TensorMap:
-        """A branch's inputs for a denoiser that is given these latent frames of the clip alone: their indices (t,),
-        rising, `facts.anchor_frames` first. What tells a frame its place in the clip must go on telling that.
+        """Return a branch's inputs for a denoiser that gets only a window of the clip's latent frames.
+
+        `frames` (t,) are the frames' indices in rising order, `facts.anchor_frames` first. An input that encodes a
+        frame's position in the clip must keep that position.
         """
         ...
 
     def chunked(
         self, denoiser: nn.Module, settings: ChunkSettings, *, runner: LayerRunner, on_chunk: Callable[[], None]
     ) -> AbstractContextManager[None]:
-        """While the context lasts the denoiser runs in pieces, with the same result; `on_chunk` is called at least
-        once a piece.
+        """Make the denoiser run chunked within the context, with the same result.
+
+        `on_chunk` is called at least once for each chunk.
         """
         ...
 
     def latents_to_host(self, architecture: Architecture, latents_BCTHW: Tensor, inputs: TensorMap) -> Tensor:
-        """The sampler's latents as the host's LATENT: unscaled; frames on the batch axis for an image VAE. `inputs` are
-        those of the positive branch, on the CPU, of which some may belong into the result.
+        """Return the sampler's latents as the host's LATENT: unscaled, and with frames on the batch axis for an image
+        VAE.
+
+        `inputs` are the positive branch's, on the CPU, since some families put one of them into the result.
         """
         ...
 
     def decoded_frames(self, samples: Tensor) -> int:
-        """How many frames the host's LATENT samples decode to."""
+        """Return how many frames the host's LATENT samples decode to."""
         ...
 
     def decode(
@@ -219,12 +274,12 @@ class Family(Protocol):
         decoder: Placed,
         samples: Tensor,
         first_frame: int,
-        pieces: TilingSettings,
+        tiling: TilingSettings,
         on_chunk: Callable[[], None],
     ) -> Iterator[Tensor]:
-        """Chunks of frames (f, H, W, 3) in 0…1, fp32, in host memory: in order, from `first_frame` on.
+        """Yield chunks of frames (f, H, W, 3) in 0…1, in fp32, in host memory, in order from `first_frame` on.
 
-        An image autoencoder takes up at any frame. A causal one runs again through the frames before, which fill its
-        cache, and does not give them out a second time.
+        An image autoencoder can start at any frame. A causal one decodes the frames before again, to fill its cache,
+        but does not yield them.
         """
         ...

@@ -1,4 +1,4 @@
-"""The CLIP text and vision encoders that several families share.
+"""CLIP text and vision encoders that several families share.
 
 Shape legend: L tokens, D embedding width, H/W height and width in pixels.
 """
@@ -23,12 +23,12 @@ from .pictures import to_tensor
 logger = logging.getLogger(__name__)
 
 _LONGEST_CHARACTERS = 20_000
-"""Of a prompt: a tokenizer takes a second for some 100,000, and cannot be interrupted."""
+"""Longest prompt: a tokenizer takes a second for some 100,000 characters, and cannot be interrupted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionInput:
-    """How the vision encoder wants its picture: size in pixels, mean and deviation of each colour."""
+    """Picture that a vision encoder takes: size in pixels, and mean and standard deviation of each colour."""
 
     width_pixels: int
     height_pixels: int
@@ -37,10 +37,10 @@ class VisionInput:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> VisionInput:
-        """From a preprocessor_config.json, whose crop_size is a number or a height and a width.
+        """Read a preprocessor_config.json, whose crop_size is a number or a height and a width.
 
         Raises:
-            KeyError, TypeError, ValueError: the config holds something else.
+            KeyError, TypeError, ValueError: the config lacks a value, or holds another kind of value.
         """
         crop: Any = config["crop_size"]
         height, width = (crop, crop) if isinstance(crop, int) else (int(crop["height"]), int(crop["width"]))
@@ -60,7 +60,7 @@ def _colours(values: Any) -> tuple[float, float, float]:
 
 
 def tokenize(tokenizer: Any, text: str, length: int | None = None) -> Tensor:
-    """Token ids (1, L), padded or cut to this length, or the tokenizer's own; what is cut off is logged.
+    """Return token ids (1, L), padded or truncated to `length` (None: the tokenizer's own); truncated text is logged.
 
     Raises:
         BadInputError: the text is longer than any that could be meant.
@@ -72,15 +72,15 @@ def tokenize(tokenizer: Any, text: str, length: int | None = None) -> Tensor:
             f"the model reads the first {length} tokens, some {4 * length} characters of it",
         )
     ids = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-    whole = tokenizer(text, return_tensors="pt").input_ids
-    if whole.shape[-1] > length:
-        cut = tokenizer.batch_decode(whole[:, length - 1 : -1])[0]
+    uncut = tokenizer(text, return_tensors="pt").input_ids
+    if uncut.shape[-1] > length:
+        cut = tokenizer.batch_decode(uncut[:, length - 1 : -1])[0]
         logger.warning("The prompt is longer than %d tokens; this is cut off: %s", length, cut)
     return ids
 
 
 def encode_text(text_encoder: nn.Module, token_ids: Tensor, clip_skip: int) -> Tensor:
-    """Hidden states (1, L, D), `clip_skip` layers before the last, through the final layer norm."""
+    """Return hidden states (1, L, D) of `clip_skip` layers before the last, after the final layer norm."""
     hidden_states = text_encoder(token_ids, output_hidden_states=True).hidden_states[-(clip_skip + 1)]
     # transformers 5 has the norm on the model itself, older ones on its inner `text_model`.
     body: Any = getattr(text_encoder, "text_model", text_encoder)
@@ -88,7 +88,7 @@ def encode_text(text_encoder: nn.Module, token_ids: Tensor, clip_skip: int) -> T
 
 
 def encode_picture(image_encoder: Placed, picture: Image.Image, wanted: VisionInput) -> Tensor:
-    """Projected image embedding (1, 1, D) of a square picture."""
+    """Return the projected image embedding (1, 1, D) of a square picture."""
     resized = picture.resize((wanted.width_pixels, wanted.height_pixels), resample=Image.Resampling.BILINEAR)
     with host_memory():
         pixels_13HW = to_tensor(resized)
@@ -96,8 +96,10 @@ def encode_picture(image_encoder: Placed, picture: Image.Image, wanted: VisionIn
 
 
 def encode_antialiased(image_encoder: Placed, centred_13HW: Tensor, wanted: VisionInput) -> Tensor:
-    """Projected image embedding (1, 1, D) of a picture in -1…1 of any shape, as Stable Video Diffusion was trained on:
-    blurred as much as it shrinks, then scaled by bicubic interpolation with its corners kept.
+    """Return the projected image embedding (1, 1, D) of a picture in -1…1 of any shape, resized with antialiasing.
+
+    As in Stable Video Diffusion's training, the picture is blurred in proportion to its downscaling, then scaled by
+    bicubic interpolation with aligned corners.
     """
     size = (wanted.height_pixels, wanted.width_pixels)
     with host_memory():
@@ -110,7 +112,7 @@ def encode_antialiased(image_encoder: Placed, centred_13HW: Tensor, wanted: Visi
 
 
 def _blurred(picture_13HW: Tensor, dim: int, sigma_pixels: float) -> Tensor:
-    """A Gaussian of two deviations to each side along one dimension, the picture mirrored at its edges."""
+    """Return the picture blurred along a dimension, by a Gaussian cut off at two deviations, with mirrored edges."""
     sigma_pixels = max(sigma_pixels, 0.001)
     radius_pixels = int(max(4 * sigma_pixels, 3)) // 2
     offsets = torch.arange(-radius_pixels, radius_pixels + 1, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What is fixed about a model family: compression, frame rule, channels, defaults."""
+"""Constants of model families, and sizes of videos and latents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import BadInputError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoSize:
-    """The video asked for, in pixel space."""
+    """A video's size in pixel space."""
 
     width_pixels: int
     height_pixels: int
@@ -22,7 +22,7 @@ class VideoSize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentSize:
-    """The same video in latent space: what the denoiser works on."""
+    """A video's size in latent space, which the denoiser works in."""
 
     channels: int
     latent_frames: int
@@ -31,69 +31,86 @@ class LatentSize:
 
     @property
     def shape_bcthw(self) -> tuple[int, int, int, int, int]:
+        """Shape of latents with B = 1."""
         return (1, self.channels, self.latent_frames, self.latent_height, self.latent_width)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerChoice:
-    """A scheduler that suits a family: the name that users know it by, and what diffusers calls its class.
-
-    `changes` are made to the model's own scheduler config, in which `renamed` are keys that it has under other names:
-    theirs, and the scheduler's.
-    """
+    """A scheduler that a family can be sampled with."""
 
     name: str
+    """The name that users know it by."""
+
     diffusers_class: str
+
     renamed: tuple[tuple[str, str], ...] = ()
+    """Keys of the model's scheduler config that this scheduler knows by another name: (config's, scheduler's)."""
+
     changes: tuple[tuple[str, str | int | float | bool | None], ...] = ()
+    """Values to set in the model's scheduler config."""
 
 
 AUTO_SCHEDULER = "auto"
-"""The user's word for the family's own scheduler."""
+"""The name by which users choose the family's own scheduler."""
 
 OptionalInput = Literal["text", "negative_text", "fps", "motion_bucket", "noise_augmentation"]
-"""The fields of a `base.Prompt` that not every family has a use for."""
+"""Fields of a `base.Prompt` that not every family uses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FamilyFacts:
-    """Constants of one family.
-
-    `size_multiple` is what width and height in pixels must be divisible by; frames must be
-    `temporal_compression`·k + 1 (any number where that is 1). `anchor_frames` are the clip's first latent frames that
-    the denoiser must see even where it is given a window of the others; None: it must see the whole clip.
-    `has_skips` says whether the denoiser has skip connections, which can be parked.
-    `takes` are the inputs beside the picture that it has a use for. `schedulers` are those that it can be sampled with,
-    its own first. `fp16_unsafe` are components whose numbers fp16 cannot hold, `from_files` those whose weights may
-    come from a file outside of the model's folder. `table_sizes` are those that memory tables show; without any, the
-    default size.
-    """
+    """Constants of one family."""
 
     name: str
     display_name: str
+
     spatial_compression: int
+    """Pixels a latent pixel, in height and width."""
+
     temporal_compression: int
+    """Pixel frames a latent frame; the number of frames must be k × this + 1 (any number if it is 1)."""
+
     anchor_frames: int | None
+    """First latent frames that the denoiser needs beside any window of others; None: it needs all frames."""
+
     latent_channels: int
+
     size_multiple: int
+    """Number that width and height in pixels must be divisible by."""
+
     min_side_pixels: int
     default_size: VideoSize
     default_fps: int
     default_cfg: float
+
     optional_inputs: frozenset[OptionalInput]
+    """Inputs beside the picture that the family uses."""
+
     schedulers: tuple[SchedulerChoice, ...]
+    """Schedulers that the family can be sampled with, its own first."""
+
     has_skips: bool = True
+    """Whether the denoiser has skip connections, which can be offloaded."""
+
     fp16_unsafe: frozenset[str] = frozenset()
+    """Components whose values exceed fp16's range."""
+
     from_files: frozenset[str] = frozenset()
+    """Components whose weights may come from a file outside of the model's folder."""
+
     table_sizes: tuple[VideoSize, ...] = ()
+    """Sizes that memory tables show; empty: the default size."""
 
     @property
     def latent_dimensions(self) -> int:
-        """Of the host's LATENT: 4 (frames, C, h, w) for an image autoencoder, 5 (1, C, T, h, w) for a video's."""
+        """Dimensions of the host's LATENT: 4 (frames, C, h, w) for an image autoencoder, 5 (1, C, T, h, w) for a
+        video's.
+        """
         return 4 if self.temporal_compression == 1 else 5
 
     def scheduler(self, name: str) -> SchedulerChoice:
-        """The family's scheduler of this name. Raises `BadInputError` where there is none."""
+        """Return the family's scheduler of this name. Raises `BadInputError` if there is none."""
         if name == AUTO_SCHEDULER:
             return self.schedulers[0]
         for choice in self.schedulers:
@@ -103,7 +120,7 @@ class FamilyFacts:
         raise BadInputError(f"{self.display_name} has no scheduler '{name}'", f"choose one of {names}")
 
     def check(self, size: VideoSize) -> None:
-        """Raise `BadInputError` unless a video of this size can be made by the family."""
+        """Raise `BadInputError` unless the family can make a video of this size."""
         for name, side_pixels in (("width", size.width_pixels), ("height", size.height_pixels)):
             if side_pixels < self.min_side_pixels:
                 raise BadInputError(
@@ -126,6 +143,7 @@ class FamilyFacts:
             )
 
     def latent_size(self, size: VideoSize) -> LatentSize:
+        """Return the size in latent space of a video."""
         return LatentSize(
             channels=self.latent_channels,
             latent_frames=(size.frames - 1) // self.temporal_compression + 1,
@@ -134,4 +152,5 @@ class FamilyFacts:
         )
 
     def pixel_frames(self, latent_frames: int) -> int:
+        """Return how many frames of video latent frames decode to."""
         return (latent_frames - 1) * self.temporal_compression + 1

@@ -1,4 +1,4 @@
-"""Reading a model folder in diffusers layout: one subfolder a component, safetensors only, checked before loading."""
+"""Reading model folders in diffusers layout: one subfolder a component, safetensors only, checked before loading."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "
 
 @contextmanager
 def configs_read(folder: Path) -> Generator[None]:
-    """Reads values of configs that will be needed later: better now than after minutes.
+    """Turn any failure of the body, which checks values of the folder's configs, into a `ModelFolderError`.
+
+    Third-party classes raise errors of all kinds for values that make no sense.
 
     Raises:
-        ModelFolderError: the body fails; third-party classes do in their own ways on numbers that make no sense.
+        ModelFolderError: the body fails.
     """
     try:
         yield
@@ -37,29 +39,34 @@ def configs_read(folder: Path) -> Generator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentSpec:
-    """What the folder of one component must hold.
-
-    `weights_stem` is the name of the weights file without variant and suffix; None for components without weights.
-    A name in `files` may give alternatives, as in "a.json|b.json".
-    """
+    """Files that the folder of one component must hold."""
 
     name: str
+
     files: tuple[str, ...] = ("config.json",)
+    """Names of files; a name may give alternatives, as in "a.json|b.json"."""
+
     weights_stem: str | None = None
+    """Name of the weights file without variant and suffix; None for components without weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """The weight files of one component that will be loaded. `variant` is for example "fp16"."""
+    """The weight files of one component that will be loaded."""
 
     folder: Path
+
     variant: str | None
+    """Variant in the files' names, such as "fp16"; None for the plain ones."""
+
     files: tuple[Path, ...]
+
     dtype: torch.dtype
+    """The dtype of most tensors in the files."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises `ModelFolderError` where the file is no JSON object."""
+    """Return the JSON object in a file. Raises `ModelFolderError` if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -70,13 +77,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def pipeline_class(folder: Path) -> str | None:
-    """The pipeline that the folder's model_index.json names, or None where there is no such file."""
+    """Return the pipeline class that the folder's model_index.json names; None if there is no such file."""
     index = folder / "model_index.json"
     return read_json(index).get("_class_name") if index.is_file() else None
 
 
 def check_folder(folder: Path, components: Iterable[ComponentSpec]) -> dict[str, Weights]:
-    """Weights by component name, after every file has been seen to be there and whole.
+    """Check that every file is there and intact, and return the weights by component name.
 
     Raises:
         ModelFolderError: one error that names all that is missing, damaged or refused.
@@ -109,7 +116,7 @@ def _missing_files(folder: Path, component: ComponentSpec) -> list[str]:
 
 
 def _find_weights(folder: Path, stem: str) -> tuple[Weights | None, list[str]]:
-    """The first whole set of weight files, plain before variants, or else what is wrong with what is there."""
+    """Return the first complete set of weight files, plain before variants, or the problems of those that are there."""
     problems: list[str] = []
     for variant, names in _weight_sets(folder, stem):
         missing = [f"{folder.name}/{name} is missing" for name in names if not (folder / name).is_file()]
@@ -128,7 +135,7 @@ def _find_weights(folder: Path, stem: str) -> tuple[Weights | None, list[str]]:
 
 
 def _weight_sets(folder: Path, stem: str) -> list[tuple[str | None, list[str]]]:
-    """(variant, file names) of every set of weights that the folder holds or announces, plain first.
+    """Return (variant, file names) of every set of weights that the folder holds or an index names, plain first.
 
     `STEM.safetensors`, `STEM.VARIANT.safetensors`, and the sharded `STEM.safetensors.index.json` and
     `STEM.safetensors.index.VARIANT.json`, whose index names the shards.
@@ -157,12 +164,12 @@ def _damage(file: Path) -> str | None:
 
 
 def _open(file: Path) -> Any:
-    """A safetensors file as a context; its header is read and checked against the file's length."""
+    """Return a safetensors file as a context; its header is read and checked against the file's length."""
     return safe_open(file, framework="pt")
 
 
 def _stored_dtype(files: tuple[Path, ...]) -> torch.dtype:
-    """The floating dtype of most tensors."""
+    """Return the floating dtype of most tensors."""
     counts: Counter[str] = Counter()
     for file in files:
         with _open(file) as tensors:
@@ -172,20 +179,20 @@ def _stored_dtype(files: tuple[Path, ...]) -> torch.dtype:
 
 
 def load_diffusers(cls: Any, weights: Weights) -> nn.Module:
-    """A diffusers model in host RAM, in its stored dtype. Raises `ModelFolderError` where weights and config differ."""
+    """Load a diffusers model into host RAM in its stored dtype. Raises `ModelFolderError` if that fails."""
     return _load(cls, weights, torch_dtype=weights.dtype)
 
 
 def load_transformers(cls: Any, weights: Weights) -> nn.Module:
-    """A transformers model in host RAM, in its stored dtype. Raises `ModelFolderError` as `load_diffusers` does."""
+    """Load a transformers model likewise."""
     return _load(cls, weights, dtype=weights.dtype)
 
 
 def load_tokenizer(cls: Any, folder: Path) -> Any:
-    """A transformers tokenizer of the class. Raises `ModelFolderError` for files that make none."""
+    """Load a transformers tokenizer of class `cls`. Raises `ModelFolderError` if its files cannot be read."""
     try:
         return cls.from_pretrained(str(folder), local_files_only=True)
-    # Of a damaged vocabulary the tokenizers library raises plain `Exception`.
+    # For a damaged vocabulary the tokenizers library raises plain `Exception`.
     except Exception as error:
         raise ModelFolderError(
             f"the tokenizer in {folder} cannot be read ({error})", "download its files again"
@@ -202,7 +209,7 @@ def _load(cls: Any, weights: Weights, **dtype: torch.dtype) -> nn.Module:
             output_loading_info=True,
             **dtype,
         )
-    # A config with other numbers makes a model fail in any way that arithmetic can.
+    # A config with wrong values can make a model fail with errors of any kind.
     except Exception as error:
         raise ModelFolderError(
             f"{weights.folder} does not load as {cls.__name__} ({error})",

@@ -34,14 +34,14 @@ _CLIP_SKIP = 1
 
 
 class I2VGenXL(UNetFamily):
-    """See `base.Family`."""
+    """I2VGen-XL; see `base.Family`."""
 
     facts = FamilyFacts(
         name="i2vgen-xl",
         display_name="I2VGen-XL",
         spatial_compression=8,
         temporal_compression=1,
-        anchor_frames=1,  # the picture's latents: the denoiser takes its context from the first frame that it is given
+        anchor_frames=1,  # the picture's latents: the denoiser makes its context of the first frame that it is given
         latent_channels=4,
         size_multiple=8,
         min_side_pixels=64,
@@ -49,7 +49,7 @@ class I2VGenXL(UNetFamily):
         default_fps=16,
         default_cfg=9.0,
         optional_inputs=frozenset({"text", "negative_text", "fps"}),
-        # None of these draws noise of its own, so a seed always gives the same video.
+        # None of these draws noise during sampling, so a seed always gives the same video.
         schedulers=(
             SchedulerChoice(name="ddim", diffusers_class="DDIMScheduler"),
             SchedulerChoice(name="euler", diffusers_class="EulerDiscreteScheduler"),
@@ -108,7 +108,7 @@ class I2VGenXL(UNetFamily):
         return frozenset({"vae"} if autoencoder_kl.wants_full_precision(architecture.config("vae")) else ())
 
     def encode_workloads(
-        self, architecture: Architecture, size: VideoSize, guidance: bool, pieces: TilingSettings
+        self, architecture: Architecture, size: VideoSize, guidance: bool, tiling: TilingSettings
     ) -> tuple[Workload, ...]:
         wanted = clip.VisionInput.from_config(architecture.config("feature_extractor"))
         length = _text_length(architecture)
@@ -123,14 +123,14 @@ class I2VGenXL(UNetFamily):
 
         def latents(vae: Placed) -> Tensor:
             picture_13HW = empty_on_host((1, 3, size.height_pixels, size.width_pixels), torch.float32, vae.device)
-            return self._image_latents(vae, picture_13HW, pieces, on_chunk=lambda: None)
+            return self._image_latents(vae, picture_13HW, tiling, on_chunk=lambda: None)
 
         return (
             Workload(
                 name="prompt", component="text_encoder", run=text, passes=2 if guidance else 1, depends_on_size=False
             ),
             Workload(name="picture", component="image_encoder", run=picture, depends_on_size=False),
-            Workload(name="latents", component="vae", run=latents, by_layer=pieces.by_layer),
+            Workload(name="latents", component="vae", run=latents, by_layer=tiling.by_layer),
         )
 
     def denoise_workload(self, architecture: Architecture, size: VideoSize, branches: int) -> Workload:
@@ -153,20 +153,20 @@ class I2VGenXL(UNetFamily):
 
         return Workload(name="denoise", component="unet", run=denoise)
 
-    def decode_workload(self, size: VideoSize, pieces: TilingSettings) -> Workload:
+    def decode_workload(self, size: VideoSize, tiling: TilingSettings) -> Workload:
         latent = self.facts.latent_size(size)
-        frames = min(pieces.chunk_size, size.frames)
+        frames = min(tiling.chunk_size, size.frames)
 
         def decode(vae: Placed) -> Tensor:
             shape = (frames, latent.channels, latent.latent_height, latent.latent_width)
             samples = empty_on_host(shape, torch.float32, vae.device)
-            return next(self.decode(vae, samples, 0, pieces, on_chunk=lambda: None))
+            return next(self.decode(vae, samples, 0, tiling, on_chunk=lambda: None))
 
         passes = -(-size.frames // frames)
-        return Workload(name="decode", component=self.decoder, run=decode, passes=passes, by_layer=pieces.by_layer)
+        return Workload(name="decode", component=self.decoder, run=decode, passes=passes, by_layer=tiling.by_layer)
 
-    def decode_chunk_sizes(self, size: VideoSize, of_use: int) -> Sequence[int]:
-        return autoencoder_kl.chunk_sizes(size.frames, of_use)
+    def decode_chunk_sizes(self, size: VideoSize, max_useful: int) -> Sequence[int]:
+        return autoencoder_kl.chunk_sizes(size.frames, max_useful)
 
     def encode(
         self,
@@ -174,7 +174,7 @@ class I2VGenXL(UNetFamily):
         prompt: Prompt,
         size: VideoSize,
         guidance: bool,
-        pieces: TilingSettings,
+        tiling: TilingSettings,
         place: Place,
         on_chunk: Callable[[], None],
     ) -> Conditioning:
@@ -186,12 +186,12 @@ class I2VGenXL(UNetFamily):
             text = _encode_text(text_encoder, model.tokenizer, prompt.text)
             negative_text = _encode_text(text_encoder, model.tokenizer, prompt.negative_text) if guidance else None
         with place("image_encoder") as image_encoder:
-            # The picture encoder sees the middle square of the picture at the video's width.
+            # As in the published pipeline, the image encoder gets the centre square at the video's width.
             square = cover(picture, size.width_pixels, size.width_pixels)
             wanted = clip.VisionInput.from_config(model.architecture.config("feature_extractor"))
             embeds = clip.encode_picture(image_encoder, square, wanted).float().cpu()
-        with place("vae", by_layer=pieces.by_layer) as vae:
-            latents_1Chw = self._image_latents(vae, picture_13HW, pieces, on_chunk).cpu()
+        with place("vae", by_layer=tiling.by_layer) as vae:
+            latents_1Chw = self._image_latents(vae, picture_13HW, tiling, on_chunk).cpu()
         shared = {
             "image_latents": _with_ramp(latents_1Chw, size.frames),
             "fps": torch.tensor([float(prompt.fps)]),
@@ -212,10 +212,10 @@ class I2VGenXL(UNetFamily):
         )
 
     def _image_latents(
-        self, vae: Placed, picture_13HW: Tensor, pieces: TilingSettings, on_chunk: Callable[[], None]
+        self, vae: Placed, picture_13HW: Tensor, tiling: TilingSettings, on_chunk: Callable[[], None]
     ) -> Tensor:
-        """Scaled latents (1, C, h, w) of a picture in 0…1."""
-        mode_1Chw = autoencoder_kl.encode_mode(vae, autoencoder_kl.centred(picture_13HW), pieces, on_chunk)
+        """Return the scaled latents (1, C, h, w) of a picture in 0…1."""
+        mode_1Chw = autoencoder_kl.encode_mode(vae, autoencoder_kl.centred(picture_13HW), tiling, on_chunk)
         return mode_1Chw * vae.module.config.scaling_factor
 
     def denoise(self, denoiser: nn.Module, latents_BCTHW: Tensor, timestep: Tensor, inputs: TensorMap) -> Tensor:
@@ -225,7 +225,7 @@ class I2VGenXL(UNetFamily):
         return cfg
 
     def inputs_for_frames(self, inputs: TensorMap, frames: Tensor) -> TensorMap:
-        """The picture's latents and the clip's own ramp: a frame keeps its plane i / (T − 1)."""
+        """Return the inputs with the window's planes of the image latents: each frame keeps its plane i / (T − 1)."""
         return {**inputs, "image_latents": inputs["image_latents"][:, :, frames]}
 
     def chunked(
@@ -238,10 +238,10 @@ class I2VGenXL(UNetFamily):
         decoder: Placed,
         samples: Tensor,
         first_frame: int,
-        pieces: TilingSettings,
+        tiling: TilingSettings,
         on_chunk: Callable[[], None],
     ) -> Iterator[Tensor]:
-        return autoencoder_kl.decode(decoder, samples[first_frame:], pieces, on_chunk)
+        return autoencoder_kl.decode(decoder, samples[first_frame:], tiling, on_chunk)
 
 
 FAMILY = I2VGenXL()
@@ -253,7 +253,7 @@ def _encode_text(text_encoder: Placed, tokenizer: Any, text: str) -> Tensor:
 
 
 def _with_ramp(latents_1Chw: Tensor, frames: int) -> Tensor:
-    """(1, C, T, h, w): the picture's latents, then constant planes i / (T − 1) that tell a frame its place."""
+    """Return (1, C, T, h, w): the picture's latents, then constant planes i / (T − 1) that encode the position."""
     planes = [latents_1Chw] + [torch.full_like(latents_1Chw, i / (frames - 1)) for i in range(1, frames)]
     return torch.stack(planes, dim=2)
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import nn
 
 WeightFiles = Mapping[str, Path]
-"""The file that a component's weights come from, by component: for those that do not come from the model's folder."""
+"""Files of weights by component, for components whose weights do not come from the model's folder."""
 
 NO_FILES: WeightFiles = MappingProxyType({})
 
@@ -24,7 +23,7 @@ _STORED = "stored"
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """The configs of a model's components: all that prediction and planning need, and hashable.
+    """The configs of a model's components: hashable, and all that prediction and planning need.
 
     `configs` pairs a component's name with its config as canonical JSON.
     """
@@ -34,18 +33,20 @@ class Architecture:
 
     @classmethod
     def from_configs(cls, family: str, configs: Mapping[str, Mapping[str, Any]]) -> Architecture:
+        """Return the architecture of configs by component."""
         return cls(family, tuple((name, json.dumps(config, sort_keys=True)) for name, config in configs.items()))
 
     def config(self, component: str) -> dict[str, Any]:
+        """Return a component's config."""
         return json.loads(dict(self.configs)[component])
 
     @property
     def stored(self) -> dict[str, dict[str, list[str]]]:
-        """Of components whose weights a file holds quantised: the weights' names, by component and format."""
+        """Names of quantised weights, by component and format."""
         return json.loads(dict(self.configs).get(_STORED, "{}"))
 
     def with_stored(self, stored: Mapping[str, Mapping[str, Sequence[str]]]) -> Architecture:
-        """The architecture with weights that lie so. What has no weights quantised is as it would be without."""
+        """Return the architecture with these quantised weights, in the form of `stored`."""
         quantized = {component: formats for component, formats in stored.items() if formats}
         others = tuple(pair for pair in self.configs if pair[0] != _STORED)
         added = ((_STORED, json.dumps(quantized, sort_keys=True)),) if quantized else ()
@@ -53,7 +54,7 @@ class Architecture:
 
     @property
     def stored_formats(self) -> tuple[str, ...]:
-        """The formats that weights are quantised in, that of most weights first."""
+        """Formats of quantised weights, that of most weights first."""
         counts: Counter[str] = Counter()
         for formats in self.stored.values():
             counts.update({name: len(weights) for name, weights in formats.items()})
@@ -61,23 +62,22 @@ class Architecture:
 
     @property
     def fingerprint(self) -> str:
-        """A short name for exactly this architecture."""
+        """A short hash of exactly this architecture."""
         return hashlib.sha256(repr((self.family, self.configs)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class I2VModel:
-    """A loaded model. Weights lie in host RAM, in the dtype they are stored in; nothing is on the device.
-
-    `modules` are the networks by component name; `tokenizer` is None for families without one. `files` are those
-    outside of the folder that weights came from.
-    """
+    """A loaded model, whose weights are in host RAM in the dtype or format that they are stored in."""
 
     architecture: Architecture
     folder: Path
-    modules: Mapping[str, nn.Module]
-    tokenizer: Any
-    files: tuple[Path, ...] = ()
 
-    def stored_dtype(self, component: str) -> torch.dtype:
-        return next(self.modules[component].parameters()).dtype
+    modules: Mapping[str, nn.Module]
+    """The networks by component."""
+
+    tokenizer: Any
+    """None for families without one."""
+
+    files: tuple[Path, ...] = ()
+    """Files outside of the folder that weights were read from."""

@@ -1,4 +1,4 @@
-"""Fitting a picture to a size: cover the size, cut the middle out.
+"""Fitting a picture to a size: scale it to cover the size, and crop its middle.
 
 Shape legend: H/W height and width in pixel space, 3 colour channels last.
 """
@@ -16,14 +16,14 @@ from torch import Tensor
 from ..errors import BadInputError
 
 _MOST_SCALED_PIXELS = 1 << 30
-"""Of a picture before it is cut to its size: a strip of a few pixels by thousands would take all memory."""
+"""Largest picture before it is cropped: one of a few by thousands of pixels would be scaled to fill all memory."""
 
 
 def first_picture(image_FHWC: Tensor) -> Image.Image:
-    """Frame 0 of (F, H, W, 3 or 4) in 0…1 as an 8-bit RGB picture; transparency is dropped.
+    """Return frame 0 of (F, H, W, 1, 3 or 4) in 0…1 as an 8-bit RGB picture; transparency is dropped.
 
     Raises:
-        BadInputError: no frame, no colour, or values that are not finite.
+        BadInputError: there is no frame, another number of channels, or a value that is not finite.
     """
     if image_FHWC.ndim != 4 or image_FHWC.shape[0] < 1 or image_FHWC.shape[-1] not in (1, 3, 4):
         raise BadInputError(
@@ -39,11 +39,12 @@ def first_picture(image_FHWC: Tensor) -> Image.Image:
 
 
 def cover(picture: Image.Image, width_pixels: int, height_pixels: int) -> Image.Image:
-    """The picture scaled until it covers the size, cut to its middle. Sides are rounded up when scaled, so that no
-    border row is ever left empty.
+    """Return the picture scaled to cover the size, cropped to its middle.
+
+    Scaled sides are rounded up, so that no border row is left empty.
 
     Raises:
-        BadInputError: the picture is so much longer than wide, or wider than long, that next to nothing would be left.
+        BadInputError: the picture's sides differ so much that next to nothing of it would be left.
     """
     scale = min(picture.width / width_pixels, picture.height / height_pixels)
     # The tolerance keeps an exact fit exact: 1280 / (1280 / 704 × 1) is not always 704 in floating point.
@@ -60,5 +61,5 @@ def cover(picture: Image.Image, width_pixels: int, height_pixels: int) -> Image.
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
-    """(1, 3, H, W) in 0…1, fp32."""
+    """Return a picture as a tensor (1, 3, H, W) in 0…1, in fp32."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255  # pyright: ignore[reportUnknownMemberType]

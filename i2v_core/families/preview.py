@@ -1,7 +1,7 @@
-"""A rough picture of latents without the decoder: one linear map from latent channels to colours.
+"""Previews of latents without the decoder, by a linear map from latent channels to colours.
 
-The map is the model folder's own, where that has one (`scripts/fit_preview.py` makes it). Else it is fitted to the very
-picture that is being animated, whose latents are known. So it suits any autoencoder without constants of its own.
+The map is read from the model's folder, where it has one (`scripts/fit_preview.py` makes it). Else it is fitted to the
+picture that is being animated, whose latents are known, so it works with any autoencoder and needs no constants.
 
 Shape legend: C latent channels, T latent frames, h/w latent size, N pixels in latent space.
 """
@@ -23,7 +23,8 @@ from .pictures import to_tensor
 logger = logging.getLogger(__name__)
 
 FACTORS_FILE = "preview_factors.json"
-"""In a model's folder: `factors` has a row of red, green and blue for each latent channel, and one for the constant."""
+"""File in a model's folder whose `factors` has a row of red, green and blue for each latent channel, and one for the
+constant."""
 
 # Keeps the fit defined for pictures of one colour; small beside latents of unit variance.
 _RIDGE = 1e-2
@@ -35,23 +36,23 @@ _SD1_AUTOENCODER = {
     "layers_per_block": 2,
     "scaling_factor": 0.18215,
 }
-"""Which autoencoder it is shows in its config: fine-tuned ones keep Stable Diffusion 1's latents, others differ in size
-or in scale (Stable Diffusion XL's, for one, has 0.13025)."""
+"""Config of Stable Diffusion 1's autoencoder. Fine-tuned ones have the same and keep its latents; others differ in size
+or in scale (Stable Diffusion XL's has 0.13025)."""
 
 
 def preview_factors(folder: Path, latents_1Chw: Tensor, picture: Image.Image) -> Tensor:
-    """Factors (C + 1, 3) from a model's latents to colours: those of its folder, or those that fit this picture."""
+    """Return factors (C + 1, 3) from a model's latents to colours: its folder's, or those fitted to this picture."""
     own = read_factors(folder / FACTORS_FILE, latents_1Chw.shape[1])
     return fit_preview(latents_1Chw, picture) if own is None else own
 
 
 def fit_preview(latents_1Chw: Tensor, picture: Image.Image) -> Tensor:
-    """Least-squares factors (C + 1, 3) for one picture."""
+    """Return least-squares factors (C + 1, 3) for one picture."""
     return fit_factors([(latents_1Chw, picture)])
 
 
 def fit_factors(pairs: Iterable[tuple[Tensor, Image.Image]]) -> Tensor:
-    """Least-squares factors (C + 1, 3) from latents (1, C, h, w) to the colours of their pictures at latent size."""
+    """Return least-squares factors (C + 1, 3) from latents (1, C, h, w) to the colours of their pictures."""
     gram: Tensor | float = 0.0
     moment: Tensor | float = 0.0
     for latents_1Chw, picture in pairs:
@@ -64,26 +65,27 @@ def fit_factors(pairs: Iterable[tuple[Tensor, Image.Image]]) -> Tensor:
 
 
 def colours_at_latent_size(latents_1Chw: Tensor, picture: Image.Image) -> Tensor:
-    """The picture's colours (N, 3) in 0…1, one for each pixel of its latents."""
+    """Return the picture's colours (N, 3) in 0…1, one for each pixel of its latents."""
     height, width = latents_1Chw.shape[-2:]
     return to_tensor(picture.resize((width, height), resample=Image.Resampling.BOX))[0].flatten(1).T
 
 
 def preview_frames(latents_1CThw: Tensor, factors: Tensor) -> Tensor:
-    """Colours (T, h, w, 3) in 0…1 on the CPU."""
+    """Return colours (T, h, w, 3) of latents in 0…1, on the CPU."""
     latents_ThwC = latents_1CThw[0].permute(1, 2, 3, 0).float().cpu()
     return (_with_ones(latents_ThwC) @ factors).clamp(0, 1)
 
 
 def write_factors(file: Path, factors: Tensor, facts: Mapping[str, Any]) -> None:
-    """A file for a model's folder; `facts` say how the factors came about."""
+    """Write a file for a model's folder; `facts` are further JSON fields that say how the factors were made."""
     rows = [[round(float(value), 6) for value in row] for row in factors]
     file.write_text(json.dumps({**facts, "factors": rows}, indent=1) + "\n", "utf-8")
 
 
 def read_factors(file: Path, channels: int) -> Tensor | None:
-    """The factors (C + 1, 3) of a file; None where there is none. One that cannot be used is warned of, and None too:
-    a preview is not worth ending a run for.
+    """Return the factors (C + 1, 3) in a file; None if there is no file.
+
+    A file that cannot be used is logged, and None returned: a preview is not worth failing a run for.
     """
     if not file.is_file():
         return None
@@ -100,8 +102,8 @@ def read_factors(file: Path, channels: int) -> Tensor | None:
 
 
 def tiny_decoder(autoencoder_config: Mapping[str, Any]) -> str | None:
-    """What the host calls the tiny decoder for an autoencoder's latents; None where there is none."""
-    # Where a config leaves something out, diffusers takes the number of Stable Diffusion 1 for these.
+    """Return the host's name of the tiny decoder for an autoencoder's latents; None if there is none."""
+    # diffusers' defaults for values that a config leaves out, which are Stable Diffusion 1's.
     config = {"in_channels": 3, "latent_channels": 4, "scaling_factor": 0.18215, **autoencoder_config}
     found = {name: config.get(name) for name in _SD1_AUTOENCODER}
     found["block_out_channels"] = tuple(cast("Sequence[int]", found["block_out_channels"] or ()))

@@ -1,4 +1,4 @@
-"""Stable Video Diffusion: a UNet of layers over space and over time, a decoder that looks along time, CLIP vision.
+"""Stable Video Diffusion: a UNet of spatial and temporal layers, a decoder with temporal layers, CLIP vision.
 
 Blattmann et al., "Stable Video Diffusion: Scaling Latent Video Diffusion Models to Large Datasets", 2023.
 
@@ -29,21 +29,21 @@ from .pictures import cover, first_picture, to_tensor
 from .preview import preview_factors
 from .unet_family import DIFFUSERS_STEM, TRANSFORMERS_STEM, UNetFamily
 
-# Frame rate, motion bucket and noise augmentation.
+# Numbers that the denoiser is conditioned on: frame rate, motion bucket and noise augmentation.
 _TIME_IDS = 3
 AUGMENTATION_SEED = 0
-"""Of the noise that is added to the picture: the same picture always gives the same conditioning."""
+"""Seed of the noise that is added to the picture, fixed so that a picture always gives the same conditioning."""
 
 
 class StableVideoDiffusion(UNetFamily):
-    """See `base.Family`."""
+    """Stable Video Diffusion; see `base.Family`."""
 
     facts = FamilyFacts(
         name="svd",
         display_name="Stable Video Diffusion",
         spatial_compression=8,
         temporal_compression=1,
-        anchor_frames=None,  # a frame's place in the clip is told inside of the denoiser, by counting what it is given
+        anchor_frames=None,  # the denoiser encodes positions itself, by counting the frames that it is given
         latent_channels=4,
         size_multiple=8,
         min_side_pixels=64,
@@ -51,7 +51,7 @@ class StableVideoDiffusion(UNetFamily):
         default_fps=7,
         default_cfg=3.0,
         optional_inputs=frozenset({"fps", "motion_bucket", "noise_augmentation"}),
-        # It is told noise levels, up to 700, by their logarithm; diffusers' other schedulers count steps.
+        # The denoiser takes the logarithm of the noise level, up to 700; diffusers' other schedulers pass step numbers.
         schedulers=(SchedulerChoice(name="euler", diffusers_class="EulerDiscreteScheduler"),),
         table_sizes=tuple(
             VideoSize(width_pixels=width, height_pixels=height, frames=frames)
@@ -86,13 +86,15 @@ class StableVideoDiffusion(UNetFamily):
         scheduler.from_config(configs["scheduler"]).set_timesteps(2)
         unet = configs["unet"]
         int(unet["cross_attention_dim"])
-        told = _TIME_IDS * int(unet.get("addition_time_embed_dim", 256))
+        time_ids = _TIME_IDS * int(unet.get("addition_time_embed_dim", 256))
         expected = int(unet.get("projection_class_embeddings_input_dim", 768))
-        if told != expected:
-            raise ValueError(f"the denoiser wants {expected} numbers on rate, motion and noise, and is told {told}")
+        if time_ids != expected:
+            raise ValueError(
+                f"the denoiser takes {expected} values for rate, motion and noise, and would get {time_ids}"
+            )
 
     def full_precision_components(self, architecture: Architecture, *, decoding: bool) -> frozenset[str]:
-        """The published autoencoder asks for fp32, which diffusers grants its encoder and not its decoder."""
+        """See `base.Family`. As in diffusers, the autoencoder's `force_upcast` concerns its encoder only."""
         wanted = not decoding and autoencoder_kl.wants_full_precision(architecture.config("vae"))
         return frozenset({"vae"} if wanted else ())
 
@@ -101,7 +103,7 @@ class StableVideoDiffusion(UNetFamily):
         architecture: Architecture,
         size: VideoSize,
         guidance: bool,  # noqa: ARG002
-        pieces: TilingSettings,
+        tiling: TilingSettings,
     ) -> tuple[Workload, ...]:
         wanted = clip.VisionInput.from_config(architecture.config("feature_extractor"))
 
@@ -111,11 +113,11 @@ class StableVideoDiffusion(UNetFamily):
 
         def latents(vae: Placed) -> Tensor:
             picture_13HW = empty_on_host((1, 3, size.height_pixels, size.width_pixels), torch.float32, vae.device)
-            return autoencoder_kl.encode_mode(vae, picture_13HW, pieces, on_chunk=lambda: None)
+            return autoencoder_kl.encode_mode(vae, picture_13HW, tiling, on_chunk=lambda: None)
 
         return (
             Workload(name="picture", component="image_encoder", run=picture, depends_on_size=False),
-            Workload(name="latents", component="vae", run=latents, by_layer=pieces.by_layer),
+            Workload(name="latents", component="vae", run=latents, by_layer=tiling.by_layer),
         )
 
     def denoise_workload(self, architecture: Architecture, size: VideoSize, branches: int) -> Workload:
@@ -136,18 +138,18 @@ class StableVideoDiffusion(UNetFamily):
 
         return Workload(name="denoise", component="unet", run=denoise)
 
-    def decode_workload(self, size: VideoSize, pieces: TilingSettings) -> Workload:
+    def decode_workload(self, size: VideoSize, tiling: TilingSettings) -> Workload:
         latent = self.facts.latent_size(size)
 
         def decode(vae: Placed) -> Tensor:
             shape = (size.frames, latent.channels, latent.latent_height, latent.latent_width)
             samples = empty_on_host(shape, torch.float32, vae.device)
-            return next(self.decode(vae, samples, 0, pieces, on_chunk=lambda: None))
+            return next(self.decode(vae, samples, 0, tiling, on_chunk=lambda: None))
 
-        return Workload(name="decode", component=self.decoder, run=decode, by_layer=pieces.by_layer)
+        return Workload(name="decode", component=self.decoder, run=decode, by_layer=tiling.by_layer)
 
-    def decode_chunk_sizes(self, size: VideoSize, of_use: int) -> Sequence[int]:  # noqa: ARG002
-        """All frames, since the decoder looks along time in every block."""
+    def decode_chunk_sizes(self, size: VideoSize, max_useful: int) -> Sequence[int]:  # noqa: ARG002
+        """Return the number of all frames, since every block of the decoder has temporal layers."""
         return (size.frames,)
 
     def encode(
@@ -156,7 +158,7 @@ class StableVideoDiffusion(UNetFamily):
         prompt: Prompt,
         size: VideoSize,
         guidance: bool,
-        pieces: TilingSettings,
+        tiling: TilingSettings,
         place: Place,
         on_chunk: Callable[[], None],
     ) -> Conditioning:
@@ -167,14 +169,14 @@ class StableVideoDiffusion(UNetFamily):
         with place("image_encoder") as image_encoder:
             wanted = clip.VisionInput.from_config(model.architecture.config("feature_extractor"))
             embeds = clip.encode_antialiased(image_encoder, centred_13HW, wanted).float().cpu()
-        with place("vae", by_layer=pieces.by_layer) as vae:
-            latents_1Chw = autoencoder_kl.encode_mode(vae, noisy_13HW, pieces, on_chunk).cpu()
+        with place("vae", by_layer=tiling.by_layer) as vae:
+            latents_1Chw = autoencoder_kl.encode_mode(vae, noisy_13HW, tiling, on_chunk).cpu()
         # The model was trained with the frame rate less one.
-        told = [float(prompt.fps - 1), float(prompt.motion_bucket), prompt.noise_augmentation]
+        time_ids = [float(prompt.fps - 1), float(prompt.motion_bucket), prompt.noise_augmentation]
         positive = {
             "encoder_hidden_states": embeds,
             "image_latents": latents_1Chw[:, :, None],
-            "added_time_ids": torch.tensor([told]),
+            "added_time_ids": torch.tensor([time_ids]),
         }
         blank = {name: torch.zeros_like(positive[name]) for name in ("encoder_hidden_states", "image_latents")}
         return Conditioning(
@@ -200,11 +202,11 @@ class StableVideoDiffusion(UNetFamily):
         return prediction_BTCHW.transpose(1, 2)
 
     def guidance_scale(self, cfg: float, latent_frames: int) -> float | Tensor:
-        """Rising from 1 in the first frame, which is the picture, to cfg in the last; of a single frame, cfg."""
+        """Return a scale that rises from 1 in the first frame, which is the picture, to `cfg` in the last."""
         return torch.linspace(1.0, cfg, latent_frames).view(1, 1, -1, 1, 1) if latent_frames > 1 else cfg
 
     def inputs_for_frames(self, inputs: TensorMap, frames: Tensor) -> TensorMap:
-        raise NotImplementedError("the denoiser must see the whole clip")
+        raise NotImplementedError("the denoiser needs all frames of the clip")
 
     def chunked(
         self, denoiser: nn.Module, settings: ChunkSettings, *, runner: LayerRunner, on_chunk: Callable[[], None]
@@ -216,7 +218,7 @@ class StableVideoDiffusion(UNetFamily):
         decoder: Placed,
         samples: Tensor,
         first_frame: int,
-        pieces: TilingSettings,
+        tiling: TilingSettings,
         on_chunk: Callable[[], None],
     ) -> Iterator[Tensor]:
         on_chunk()
@@ -225,8 +227,8 @@ class StableVideoDiffusion(UNetFamily):
         compression = self.facts.spatial_compression
         height, width = (side * compression for side in samples.shape[2:])
         frames_FHW3 = empty_on_host((len(samples), height, width, 3), torch.float32, decoder.device)
-        if pieces.by_layer:
-            decode_clip_into(vae, on_device_FChw, frames_FHW3, pieces, runner=decoder.runner, on_chunk=on_chunk)
+        if tiling.by_layer:
+            decode_clip_into(vae, on_device_FChw, frames_FHW3, tiling, runner=decoder.runner, on_chunk=on_chunk)
         else:
             decoded_F3HW = vae.decode(on_device_FChw, num_frames=len(samples)).sample
             frames_FHW3.copy_(decoded_F3HW.permute(0, 2, 3, 1))
@@ -237,5 +239,5 @@ FAMILY = StableVideoDiffusion()
 
 
 def _noise_like(picture_13HW: Tensor) -> Tensor:
-    """Standard normal, drawn on the CPU: the same on any device."""
+    """Return standard normal noise, drawn on the CPU so that it is the same on any device."""
     return torch.randn(picture_13HW.shape, generator=torch.Generator("cpu").manual_seed(AUGMENTATION_SEED))

@@ -1,4 +1,4 @@
-"""What a file of weights holds, from its header: names, shapes and formats, and each tensor when it is asked for."""
+"""Reading a file of weights: names, shapes and formats from its header, and each tensor on request."""
 
 from __future__ import annotations
 
@@ -16,47 +16,49 @@ from ..errors import I2VError, ModelFolderError
 from ..placement.quantized import FP8_FORMATS, gguf_formats
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_AGAIN = "download the file again, whole"
+_DOWNLOAD_AGAIN = "download the file again, whole"
 _WEIGHT = ".weight"
 _SCALES = (".scale_weight", ".weight_scale")
-_OF_COMPUTATION = (".scale_input", ".input_scale", ".pre_quant_scale")
+_COMPUTE_SCALES = (".scale_input", ".input_scale", ".pre_quant_scale")
 _MARKS = ("scaled_fp8",)
 _LAYER_FORMAT = ".comfy_quant"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """One tensor of a file.
-
-    `format` is None for floats, which `read` gives in `shape`. Else that of quantised numbers: `read` gives rows of
-    bytes (rows, row_bytes), whose numbers are multiplied with `scale`.
-    """
+    """One tensor of a file, which is read on request."""
 
     shape: tuple[int, ...]
+
     format: str | None
+    """The quantised format; None for floats."""
+
     read: Callable[[], Tensor]
+    """Returns floats in `shape`, or rows of bytes (rows, row_bytes) of quantised numbers."""
+
     scale: float = 1.0
+    """Factor of the quantised numbers."""
 
 
 def read_tensors(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a GGUF or safetensors file by name; none is read yet.
+    """Return the tensors of a GGUF or safetensors file by name, without reading their values.
 
     Raises:
-        ModelFolderError: there is no such file, it is damaged, or holds numbers in a format that cannot be used.
-        MissingPackageError: it is a GGUF file, and the package that reads those is not installed.
+        ModelFolderError: there is no such file, it is damaged, or has a format that cannot be used.
+        MissingPackageError: it is a GGUF file, and the package gguf is not installed.
     """
     if not file.is_file():
         raise ModelFolderError(f"there is no file {file}", "choose another in I2V Loader")
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
-        raise ModelFolderError(f"{file} is no file of weights that can be read", "use a .gguf or .safetensors file")
+        raise ModelFolderError(f"{file} is not a weights file that can be read", "use a .gguf or .safetensors file")
     try:
         return reader(file)
     except I2VError:
         raise
-    # Of headers cut off or of nonsense the libraries raise whatever their arithmetic meets.
+    # For truncated or nonsensical headers the libraries raise errors of all kinds.
     except Exception as error:
-        raise ModelFolderError(f"{file} is damaged ({error!r})", _AGAIN) from error
+        raise ModelFolderError(f"{file} is damaged ({error!r})", _DOWNLOAD_AGAIN) from error
 
 
 def _gguf(file: Path) -> dict[str, StoredTensor]:
@@ -65,28 +67,31 @@ def _gguf(file: Path) -> dict[str, StoredTensor]:
 
     untyped: Any = GGUFReader
     reader = untyped(file)
-    return {tensor.name: _of_gguf(file, tensor, _shape_told(reader, tensor.name), formats) for tensor in reader.tensors}
+    return {
+        tensor.name: _gguf_tensor(file, tensor, _recorded_shape(reader, tensor.name), formats)
+        for tensor in reader.tensors
+    }
 
 
-def _shape_told(reader: Any, name: str) -> tuple[int, ...] | None:
-    """A shape in the metadata: files for ComfyUI keep there what GGUF has too few dimensions for."""
+def _recorded_shape(reader: Any, name: str) -> tuple[int, ...] | None:
+    """Return a shape from the metadata, where files for ComfyUI record shapes of more dimensions than GGUF allows."""
     field = reader.fields.get(f"comfy.gguf.orig_shape.{name}")
     return None if field is None else tuple(int(field.parts[index][0]) for index in field.data)
 
 
-def _of_gguf(file: Path, tensor: Any, told: tuple[int, ...] | None, formats: Any) -> StoredTensor:
+def _gguf_tensor(file: Path, tensor: Any, recorded: tuple[int, ...] | None, formats: Any) -> StoredTensor:
     kind, shape = tensor.tensor_type.name, tuple(int(side) for side in reversed(tensor.shape))
 
     def read() -> Tensor:
         return torch.tensor(tensor.data)
 
     def read_floats() -> Tensor:
-        # The reader knows no bfloat16, and gives bytes.
+        # The reader does not support bfloat16, and returns bytes.
         floats = read().view(torch.bfloat16) if kind == "BF16" else read()
-        return floats.view(told or shape)
+        return floats.view(recorded or shape)
 
     if kind in _FLOATS:
-        return StoredTensor(shape=told or shape, format=None, read=read_floats)
+        return StoredTensor(shape=recorded or shape, format=None, read=read_floats)
     if tensor.tensor_type not in formats.dequantize_functions:
         known = ", ".join(sorted(it.name for it in formats.dequantize_functions))
         raise _unreadable(file, tensor.name, kind, f"use a file in one of {known}")
@@ -101,12 +106,12 @@ def _safetensors(file: Path) -> dict[str, StoredTensor]:
     for name in names:
         if name.endswith(_LAYER_FORMAT):
             _check_layer_format(file, name, content)
-    beside = (*_SCALES, *_OF_COMPUTATION, *_MARKS, _LAYER_FORMAT)
-    found = {name: _of_safetensors(file, name, content) for name in names if not name.endswith(beside)}
+    ignored = (*_SCALES, *_COMPUTE_SCALES, *_MARKS, _LAYER_FORMAT)
+    found = {name: _safetensors_tensor(file, name, content) for name in names if not name.endswith(ignored)}
     return _with_scales(file, found, scales)
 
 
-def _of_safetensors(file: Path, name: str, content: Any) -> StoredTensor:
+def _safetensors_tensor(file: Path, name: str, content: Any) -> StoredTensor:
     header = content.get_slice(name)
     kind, shape = str(header.get_dtype()), tuple(int(side) for side in header.get_shape())
 
@@ -121,12 +126,12 @@ def _of_safetensors(file: Path, name: str, content: Any) -> StoredTensor:
     return StoredTensor(shape=shape, format=kind, read=lambda: _rows(read().view(torch.uint8)))
 
 
-def _rows(lying: Tensor) -> Tensor:
-    return lying.reshape(-1, lying.shape[-1])
+def _rows(stored: Tensor) -> Tensor:
+    return stored.reshape(-1, stored.shape[-1])
 
 
 def _scaled(name: str) -> str:
-    """The weight that a scale is of."""
+    """Return the name of the weight that a scale belongs to."""
     return name[: name.rindex(".")] + _WEIGHT
 
 
@@ -138,9 +143,9 @@ def _scale(file: Path, name: str, content: Any) -> float:
 
 
 def _check_layer_format(file: Path, name: str, content: Any) -> None:
-    told = json.loads(bytes(content.get_tensor(name).tolist()))
-    if not str(told.get("format")).startswith("float8_"):
-        raise _unreadable(file, name, str(told.get("format")), "use an fp8 or a GGUF file")
+    recorded = json.loads(bytes(content.get_tensor(name).tolist()))
+    if not str(recorded.get("format")).startswith("float8_"):
+        raise _unreadable(file, name, str(recorded.get("format")), "use an fp8 or a GGUF file")
 
 
 def _with_scales(
@@ -148,7 +153,7 @@ def _with_scales(
 ) -> dict[str, StoredTensor]:
     for name, scale in scales.items():
         if scale != 1 and (name not in tensors or tensors[name].format is None):
-            raise ModelFolderError(f"{file} has a scale for {name}, which is not there in fp8", _AGAIN)
+            raise ModelFolderError(f"{file} has a scale for {name}, which is not there in fp8", _DOWNLOAD_AGAIN)
     return {name: replace(tensor, scale=scales.get(name, 1.0)) for name, tensor in tensors.items()}
 
 
@@ -159,4 +164,4 @@ def _unreadable(file: Path, name: str, kind: str, remedy: str) -> ModelFolderErr
 _READERS: dict[str, Callable[[Path], dict[str, StoredTensor]]] = {".gguf": _gguf, ".safetensors": _safetensors}
 
 SUFFIXES = frozenset(_READERS)
-"""Of the files that can be read, in small letters."""
+"""Suffixes of files that can be read, in lower case."""

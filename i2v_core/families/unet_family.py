@@ -1,5 +1,5 @@
-"""What families share whose denoiser is a UNet of latent frames as many as pixel frames: their folder and its loading,
-and latents with frames on the batch axis.
+"""Base class for families with a UNet and an image autoencoder, so that there are as many latent frames as pixel
+frames.
 
 Shape legend: B clips, C latent channels, T latent frames (= pixel frames), H/W latent size.
 """
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..decoding import runs_in_bands
+from ..decoding import supports_row_tiles
 from . import autoencoder_kl
 from .base import Denoiser, TensorMap
 from .facts import FamilyFacts
@@ -38,26 +38,37 @@ _OF_DIFFUSERS = ("unet", "vae")
 
 
 class UNetFamily(ABC):
-    """The part of `base.Family` that is alike. `pipeline` and `unet` are diffusers' names of its classes."""
+    """The parts of `base.Family` that UNet families share: reading folders, and latents with frames on the batch axis.
+
+    `i2vgen_xl.py` and `svd.py` are examples of subclasses.
+    """
 
     facts: ClassVar[FamilyFacts]
+
     components: ClassVar[tuple[ComponentSpec, ...]]
+    """Files that a folder must hold."""
+
     pipeline: ClassVar[str]
+    """Class name of diffusers' pipeline."""
+
     unet: ClassVar[str]
+    """Class name of diffusers' UNet."""
+
     decoder = "vae"
 
     @abstractmethod
     def module_classes(self) -> Mapping[str, Any]:
-        """By component. Imported at first use: diffusers and transformers take seconds, which the host's start must not
-        pay.
+        """Return classes by component.
+
+        To be imported here: diffusers and transformers take seconds to import, which would delay the host's start.
         """
 
     @abstractmethod
     def check_configs(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
-        """Raise anything unless what is read of the configs later can be read."""
+        """Raise any error unless the values that are read of the configs later can be read."""
 
     def tokenizer(self, folder: Path) -> Any:  # noqa: ARG002
-        """Of the model, where it has one."""
+        """Load the model's tokenizer; None if it has none."""
         return None
 
     def denoisers(self, architecture: Architecture) -> tuple[Denoiser, ...]:  # noqa: ARG002
@@ -96,8 +107,8 @@ class UNetFamily(ABC):
             return cls.from_config(config).eval()
         return cls(cls.config_class.from_dict(config)).eval()
 
-    def cuts_frames(self, architecture: Architecture) -> bool:
-        return runs_in_bands(architecture.config("vae"))
+    def supports_tiling(self, architecture: Architecture) -> bool:
+        return supports_row_tiles(architecture.config("vae"))
 
     def latents_to_host(
         self,

@@ -1,1 +1,1 @@
-"""Memory: count it (meter), measure a stage (stage_meter), know the device (device)."""
+"""Memory: counting it (meter), measuring a stage (stage_meter), facts of the device (device)."""

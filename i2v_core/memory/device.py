@@ -1,4 +1,4 @@
-"""Facts about the device that a plan is made for, and the errors it raises when its memory is used up."""
+"""Facts about the device that a plan is made for, and recognition of its out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ _BF16_CAPABILITY, _FP16_CAPABILITY = (8, 0), (7, 0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceFacts:
-    """What planning needs to know of a device.
-
-    `precisions` are those it runs well, best first; `calibration` is what earlier runs of the model on it have taught.
-    """
+    """Facts of a device that planning needs."""
 
     device: str
+    """The device as PyTorch writes it, such as "cuda:0"."""
+
     name: str
+
     precisions: tuple[torch.dtype, ...]
+    """Precisions that the device runs fast, best first."""
+
     calibration: Calibration = UNCALIBRATED
+    """Ratios of measured to predicted peaks of earlier runs of the model on it."""
 
     @property
     def torch_device(self) -> torch.device:
@@ -30,9 +33,9 @@ class DeviceFacts:
 
 
 def device_facts(device: torch.device) -> DeviceFacts:
-    """Facts of a device that is there.
+    """Return the facts of a device of this machine.
 
-    The CPU runs fp32 best, bf16 at need; other back ends than CUDA run fp16 well.
+    The CPU runs fp32 best, and bf16 if need be; backends other than CUDA run fp16 fast.
     """
     return DeviceFacts(device=str(device), name=_name(device), precisions=_precisions(device))
 
@@ -53,10 +56,10 @@ def _precisions(device: torch.device) -> tuple[torch.dtype, ...]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the device's memory is used up.
+    """Whether an error means that the device ran out of memory.
 
-    Besides `torch.OutOfMemoryError`: an `AcceleratorError` of CUDA code 2, a cuBLAS handle that cannot be made, and
-    the message of the asynchronous allocator.
+    That is a `torch.OutOfMemoryError`, an `AcceleratorError` of CUDA code 2, a cuBLAS handle that cannot be created, or
+    the asynchronous allocator's message.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return True

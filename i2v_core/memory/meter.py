@@ -1,6 +1,6 @@
 """Counting the memory of live tensors, on any device, without a GPU.
 
-The meter watches every operation and counts the storages that operations give birth to, until they die. It needs no
+The meter watches every operation and counts the storages that operations allocate until they are freed. It needs no
 values: real CPU or CUDA tensors, fake tensors and meta tensors are counted alike, so the same code measures a run,
 traces a forward that never runs, and emulates a card of N bytes.
 """
@@ -19,22 +19,22 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ALLOCATION_BYTES = 512
-"""The block size of PyTorch's CUDA allocator: every allocation is rounded up to a multiple of it."""
+"""Block size of PyTorch's CUDA allocator, which rounds every allocation up to a multiple of it."""
 
 _in_host_memory: ContextVar[bool] = ContextVar("in_host_memory", default=False)
 
 
 def rounded_bytes(size_bytes: int) -> int:
-    """The bytes that the CUDA allocator hands out for a request of `size_bytes`."""
+    """Return the bytes that the CUDA allocator takes for a request of `size_bytes`."""
     return -(-size_bytes // ALLOCATION_BYTES) * ALLOCATION_BYTES
 
 
 @contextmanager
 def host_memory() -> Generator[None]:
-    """Storages born inside belong to the host's memory, and no meter counts them.
+    """Count storages that are allocated within the context as host memory, which no meter adds to the device's.
 
-    Needed where the device that is metered is emulated by the CPU or by meta tensors, so that a tensor's own device
-    does not tell the two memories apart.
+    Needed where the metered device is emulated by the CPU or by meta tensors, so that a tensor's own device does not
+    tell the two memories apart.
     """
     token = _in_host_memory.set(True)
     try:
@@ -50,19 +50,18 @@ def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, A
 class StorageMeter(TorchDispatchMode):
     """Counts the bytes of live tensor storages; use it as a context manager around the code to measure.
 
-    Counted is what an operation inside the context allocates as a result, from its birth to the death of its storage,
-    which may come after the context has ended. Not counted are tensors that existed before (`add` counts those),
-    views of them, what is born under `host_memory`, and what an operation allocates and frees within itself.
-    The meter holds weak references only: it keeps no tensor alive. `host_peak_bytes` is the peak of what is born under
+    Counted are storages that operations inside the context allocate as results, until they are freed, which may be
+    after the context has ended. Not counted are tensors that existed before (`add` counts those), views of them,
+    storages allocated under `host_memory`, and memory that an operation allocates and frees within itself. The meter
+    holds weak references only: it keeps no tensor alive. `host_peak_bytes` is the peak of storages allocated under
     `host_memory`.
 
     Args:
-        exclude: modules whose parameters and buffers never count, even if they are born inside the context.
         limit_bytes: the size of the emulated device. An operation whose result would exceed it fails with a
             `torch.OutOfMemoryError`, and leaves the count as it was before.
         device_type: count only storages on this type of device ("cuda", "cpu", "meta"); None counts all.
-        on_change: told the bytes in use each time that they change.
-        run: runs each operation, of its function and arguments.
+        on_change: called with the bytes in use each time that they change.
+        run: runs each operation, given its function and arguments.
 
     Fake tensors: enter the meter inside the `FakeTensorMode`.
     """
@@ -70,7 +69,6 @@ class StorageMeter(TorchDispatchMode):
     def __init__(
         self,
         *,
-        exclude: Iterable[nn.Module] = (),
         limit_bytes: int | None = None,
         device_type: str | None = None,
         on_change: Callable[[int], None] | None = None,
@@ -86,14 +84,12 @@ class StorageMeter(TorchDispatchMode):
         self._run = run
         self._host_bytes = 0
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        for module in exclude:
-            for tensor in _state(module):
-                self._watch(tensor, 0)
 
     def add(self, *items: torch.Tensor | nn.Module) -> None:
-        """Count tensors, or the parameters and buffers of modules, that were born outside the context.
+        """Count tensors, or the parameters and buffers of modules, that were allocated outside the context.
 
-        Raises torch.OutOfMemoryError if they exceed the limit.
+        Raises:
+            torch.OutOfMemoryError: they exceed the limit.
         """
         for item in items:
             for tensor in _state(item) if isinstance(item, nn.Module) else (item,):
@@ -101,7 +97,7 @@ class StorageMeter(TorchDispatchMode):
 
     @contextmanager
     def counted(self, module: nn.Module) -> Generator[None]:
-        """Count a module's parameters and buffers while the context lasts, where they were born outside the meter."""
+        """Count a module's parameters and buffers within the context, where they were allocated outside the meter."""
         new = [tensor.data for tensor in _state(module) if storage_key(tensor) not in self._storages]
         self.add(*new)
         try:
@@ -126,13 +122,13 @@ class StorageMeter(TorchDispatchMode):
         kwargs = kwargs or {}
         result = self._run(func, args, kwargs)
         try:
-            self._count_born(result, (args, kwargs))
+            self._count_new(result, (args, kwargs))
         except torch.OutOfMemoryError as error:
             del result  # the traceback holds this frame and those below it: the result must not survive in them
             raise error.with_traceback(None)  # noqa: B904
         return result
 
-    def _count_born(self, result: Any, inputs: Any) -> None:
+    def _count_new(self, result: Any, inputs: Any) -> None:
         unknown = [tensor for tensor in tensors_in(result) if storage_key(tensor) not in self._storages]
         if unknown:
             known = {storage_key(tensor) for tensor in tensors_in(inputs)}
@@ -165,7 +161,7 @@ class StorageMeter(TorchDispatchMode):
             self.on_change(self.current_bytes)
 
     def _watch_host(self, tensor: torch.Tensor) -> None:
-        """Remember a storage in host memory, which counts for itself."""
+        """Track a storage in host memory, which is counted apart."""
         size_bytes = tensor.untyped_storage().nbytes()
         self._watch(tensor, 0)
         self._host_bytes += size_bytes
@@ -173,7 +169,7 @@ class StorageMeter(TorchDispatchMode):
         weakref.finalize(tensor.untyped_storage(), _forget_host, weakref.ref(self), size_bytes)
 
     def _watch(self, tensor: torch.Tensor, size_bytes: int) -> None:
-        """Remember a storage, and give its bytes back when it dies."""
+        """Track a storage, and subtract its bytes when it is freed."""
         key = storage_key(tensor)
 
         def forget(_: object) -> None:
@@ -186,12 +182,14 @@ class StorageMeter(TorchDispatchMode):
 
 
 def _forget_host(meter: weakref.ref[StorageMeter], size_bytes: int) -> None:
-    """A storage in host memory has died; its meter may have died before."""
+    """Subtract a freed storage in host memory from its meter, unless that has been freed before."""
     if (alive := meter()) is not None:
         alive._host_bytes -= size_bytes  # pyright: ignore[reportPrivateUsage]
 
 
 class _OutputOnlyAttention(TorchFunctionMode):
+    """Replaces PyTorch's attention by the allocation of its output."""
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -218,11 +216,11 @@ def _attention_output(
 
 
 def fused_attention() -> TorchFunctionMode:
-    """A context in which scaled dot-product attention allocates what a fused GPU kernel does, and computes nothing.
+    """Return a context in which scaled dot-product attention allocates what a fused GPU kernel does, without computing.
 
-    That is the output, in the query's layout, and during the call one fp32 number a query row (FlashAttention-2's
-    log-sum-exp). For tracing only: on meta and fake tensors PyTorch would take the mathematical form, which makes the
-    whole matrix of scores.
+    That is the output, in the query's layout, and during the call one fp32 number for each query row
+    (FlashAttention-2's log-sum-exp). For tracing only: on meta and fake tensors PyTorch would take the mathematical
+    form, which allocates the full matrix of scores.
     """
     return _OutputOnlyAttention()
 
@@ -233,12 +231,12 @@ def _state(module: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """What tells a live storage from others."""
+    """Return a key that is unique among live storages."""
     return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The strided ones in an operation's arguments or results."""
+    """Yield the strided tensors in an operation's arguments or results, nested ones included."""
     if isinstance(value, torch.Tensor):
         if value.layout is torch.strided:
             yield value

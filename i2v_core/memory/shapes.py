@@ -1,7 +1,7 @@
-"""What operations make of meta tensors, worked out once for the same shapes.
+"""A cache of the shapes that operations on meta tensors result in.
 
 Most of PyTorch's kernels for meta tensors are written in Python and take a tenth of a millisecond or more. A model runs
-the same few layers over and over, so most of what they would work out is known.
+the same few layers over and over, so most results can be taken from a cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .meter import storage_key, tensors_in
 
 
 class _Shape(NamedTuple):
-    """What an operation knows of a meta tensor."""
+    """Shape, layout and dtype of a meta tensor, which is all that an operation on it depends on."""
 
     sizes: torch.Size
     strides: tuple[int, ...]
@@ -31,48 +31,48 @@ class _Shape(NamedTuple):
 
 
 class KnownShapes:
-    """Runs operations: one that makes new meta tensors of others once, and then only allocates such tensors.
+    """Runs operations; one that returns new meta tensors runs once for the same arguments, and is cached then.
 
-    Views, operations in place, and all that touches another device run as ever.
+    Views, in-place operations, and operations on other devices always run.
     """
 
     def __init__(self) -> None:
-        self._known: dict[object, tuple[_Shape, ...]] = {}
+        self._cached: dict[object, tuple[_Shape, ...]] = {}
 
     def __call__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        asked = _described((args, *kwargs.items())) if _only_makes(func) else None
-        if asked is None:
+        key = _cache_key((args, *kwargs.items())) if _returns_new_tensors(func) else None
+        if key is None:
             return func(*args, **kwargs)
-        known = self._known.get((func, asked))
-        if known is not None:
-            made = [shape.empty() for shape in known]
+        cached = self._cached.get((func, key))
+        if cached is not None:
+            made = [shape.empty() for shape in cached]
             return tuple(made) if len(made) > 1 else made[0]
         result = func(*args, **kwargs)
         given = {storage_key(tensor) for tensor in tensors_in((args, kwargs))}
         tensors = list(tensors_in(result))
-        # Not all that a schema calls new is: `_unsafe_view` is a view.
+        # A schema may call a result new that is not: `_unsafe_view` returns a view.
         if tensors and all(storage_key(tensor) not in given and _is_like_new(tensor) for tensor in tensors):
-            self._known[func, asked] = tuple(map(_Shape.of, tensors))
+            self._cached[func, key] = tuple(map(_Shape.of, tensors))
         return result
 
 
 @lru_cache(maxsize=1024)
-def _only_makes(func: Any) -> bool:
-    """Whether an operator changes none of its arguments, and gives nothing but new tensors."""
+def _returns_new_tensors(func: Any) -> bool:
+    """Whether an operator changes none of its arguments, and returns nothing but new tensors."""
     schema = func._schema
     return not schema.is_mutable and all(it.alias_info is None and str(it.type) == "Tensor" for it in schema.returns)
 
 
-def _described(value: object) -> object:
-    """All of an argument that an operation's result goes by; None where it has a tensor that is not on meta."""
+def _cache_key(value: object) -> object:
+    """Return a hashable key of an argument; None where it holds a tensor that is not on meta."""
     if isinstance(value, torch.Tensor):
         return _Shape.of(value) if value.is_meta and value.layout is torch.strided else None
     if isinstance(value, (list, tuple)):
-        items = tuple(map(_described, cast("Sequence[object]", value)))
+        items = tuple(map(_cache_key, cast("Sequence[object]", value)))
         return None if None in items else items
     return type(value), value  # 1, 1.0 and True are equal
 
 
 def _is_like_new(tensor: torch.Tensor) -> bool:
-    """Whether its storage is as large as it would be allocated."""
+    """Whether a tensor's storage has the size of a newly allocated one, and so is no view of a larger one."""
     return tensor.is_meta and tensor.untyped_storage().nbytes() == _Shape.of(tensor).empty().untyped_storage().nbytes()

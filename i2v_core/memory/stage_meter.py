@@ -1,4 +1,4 @@
-"""Measuring what a stage really takes: by the allocator on a GPU, by counting live storages elsewhere."""
+"""Measuring a stage's memory and time: from the allocator on a GPU, by counting live storages elsewhere."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _SAMPLE_EVERY_SECONDS = 0.01
 
 
 class StageMeter(ABC):
-    """Peak bytes that one stage has on its device, over time, and its seconds. Made by `stage_meter`.
+    """Measures the bytes that one stage has in use on its device, over time, and its seconds. Made by `stage_meter`.
 
-    Counted is what the stage itself brings: its weights (`weights`) and the tensors it makes.
+    Counted are the weights that the stage places (see `weights`) and the tensors that it allocates.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -35,40 +35,42 @@ class StageMeter(ABC):
     @property
     @abstractmethod
     def peak_bytes(self) -> int:
-        """Of the attempt under way."""
+        """Peak bytes of the current attempt."""
 
     @property
     @abstractmethod
     def used_bytes(self) -> int:
-        """In use now."""
+        """Bytes in use now."""
 
     @property
     def seconds(self) -> float:
+        """Seconds that the stage has run, pauses left out."""
         return self._before_seconds + (time.perf_counter() - self._since if self._running else 0.0)
 
     @property
     def timeline(self) -> Timeline:
+        """Memory in use over time, of all attempts."""
         return self._recorder.timeline()
 
     def sample(self) -> None:
-        """Look at what is in use, where that is not seen as it changes; to be called often."""
+        """Read the memory in use, on devices where changes are not seen as they happen. To be called often."""
         return
 
     def restart_peak(self) -> None:
-        """Forget the peak so far, of an attempt that failed. The timeline keeps it."""
+        """Start a new peak for a new attempt; the timeline keeps the old one."""
         self._recorder.restart(self.seconds)
 
     @abstractmethod
     def log_step(self, step: int) -> None:
-        """What is in use after a step, for who debugs."""
+        """Log the memory in use after a step, at debug level."""
 
     def weights(self, module: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
-        """Counts a module's weights while they are in place, where placing them allocated nothing (on the CPU)."""
+        """Count a module's weights within the context, where placing them allocated nothing (on the CPU)."""
         return nullcontext()
 
     @contextmanager
     def paused(self) -> Generator[None]:
-        """While the context lasts, which must be in the thread of the stage, neither time nor storages count."""
+        """Count neither time nor storages within the context, which must be in the stage's thread."""
         self.stop()
         try:
             yield
@@ -76,13 +78,14 @@ class StageMeter(ABC):
             self._since, self._running = time.perf_counter(), True
 
     def stop(self) -> None:
+        """Stop the clock."""
         self._before_seconds, self._running = self.seconds, False
 
 
 class CudaStageMeter(StageMeter):
-    """Reads the caching allocator. Counts from what was allocated when the stage began.
+    """Reads PyTorch's caching allocator, relative to what was allocated when the stage began.
 
-    The allocator's own peak is started anew with each sample, so that the timeline misses nothing between them.
+    Each sample resets the allocator's own peak, so that the timeline misses no peak between samples.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -101,7 +104,7 @@ class CudaStageMeter(StageMeter):
         return torch.cuda.memory_allocated(self._device) - self._before_bytes
 
     def sample(self) -> None:
-        # Asking the allocator takes about as long as a small kernel.
+        # Reading the allocator takes about as long as a small kernel, so it is not read at every call.
         if self.seconds - self._sampled_seconds >= _SAMPLE_EVERY_SECONDS:
             self._sample()
 
@@ -143,7 +146,7 @@ class CudaStageMeter(StageMeter):
 
 
 class CountingStageMeter(StageMeter):
-    """Counts live storages as they are made, for devices whose allocator keeps no peak."""
+    """Counts live storages as they are allocated, for devices whose allocator keeps no peak."""
 
     def __init__(self, device: torch.device, storages: StorageMeter) -> None:
         super().__init__(device)
@@ -187,15 +190,20 @@ class CountingStageMeter(StageMeter):
         )
 
     def _on_change(self, used_bytes: int) -> None:
-        # What dies between two spans that count is seen at the end of the first.
+        # Storages that are freed during a pause are recorded at its start, since the clock stands still in it.
         self._recorder.record(self.seconds, used_bytes)
 
 
 @contextmanager
 def stage_meter(device: torch.device, limit_bytes: int | None = None) -> Generator[StageMeter]:
-    """Measures what runs inside. `limit_bytes` emulates a card of that size, on a device that is not a real card."""
+    """Measure the stage that runs within the context.
+
+    Args:
+        device: the device that the stage runs on.
+        limit_bytes: the size of a card to emulate, on a device that is no real card.
+    """
     if device.type == "cuda":
-        assert limit_bytes is None, "a real card has its own limit"
+        assert limit_bytes is None, "a CUDA device has a limit of its own"
         meter: StageMeter = CudaStageMeter(device)
         try:
             yield meter

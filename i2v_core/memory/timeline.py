@@ -1,7 +1,7 @@
-"""Memory in use over time, in bounded room, without losing a peak.
+"""Memory in use over time, in a bounded number of values, without losing a peak.
 
-Time is cut into intervals of equal length, and of each the highest use is kept. When there are too many intervals,
-neighbours become one, with the higher of their two values.
+Time is divided into intervals of equal length, and the highest use in each is kept. When there are too many intervals,
+each two neighbours are merged into one with the higher of their values.
 """
 
 from __future__ import annotations
@@ -13,32 +13,34 @@ from typing import Any, cast
 
 from ..errors import BadInputError
 
-MOST_INTERVALS = 256
+MAX_INTERVALS = 256
 _FIRST_INTERVAL_SECONDS = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """`peaks_bytes[i]` is the most that was in use from `i` to `i + 1` intervals after the beginning.
-
-    `restarts_seconds` is when the work began anew, after an attempt that ran out of memory.
-    """
+    """Peak memory in each interval of a run."""
 
     interval_seconds: float = _FIRST_INTERVAL_SECONDS
+
     peaks_bytes: tuple[int, ...] = ()
+    """The most that was in use in each interval, from the start of the run."""
+
     restarts_seconds: tuple[float, ...] = ()
+    """Times at which the work started again, after an attempt that ran out of memory."""
 
     @property
     def peak_bytes(self) -> int:
-        """Of all attempts, those that failed included."""
+        """Peak bytes of all attempts, failed ones included."""
         return max(self.peaks_bytes, default=0)
 
     @property
     def seconds(self) -> float:
+        """Length of the timeline in seconds."""
         return self.interval_seconds * len(self.peaks_bytes)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields for JSON."""
         return {
             "interval_seconds": self.interval_seconds,
             "peaks_bytes": list(self.peaks_bytes),
@@ -47,7 +49,7 @@ class Timeline:
 
     @classmethod
     def from_dict(cls, content: object) -> Timeline:
-        """What `as_dict` gave; raises `BadInputError` for anything else."""
+        """Return the timeline that `as_dict` was called on. Raises `BadInputError` for any other content."""
         try:
             fields = cast("Mapping[str, Any]", content)
             found = cls(
@@ -56,16 +58,16 @@ class Timeline:
                 restarts_seconds=tuple(float(value) for value in fields["restarts_seconds"]),
             )
         except (TypeError, KeyError, ValueError, OverflowError, IndexError) as error:
-            raise BadInputError(f"a timeline of memory cannot be read ({error!r})", "run the stages again") from error
+            raise BadInputError(f"the memory timeline cannot be read ({error!r})", "run the stages again") from error
         if not (math.isfinite(found.interval_seconds) and found.interval_seconds > 0):
             raise BadInputError(
-                f"a timeline of memory has intervals of {found.interval_seconds} s", "run the stages again"
+                f"the memory timeline has intervals of {found.interval_seconds} s", "run the stages again"
             )
         return found
 
 
 class TimelineRecorder:
-    """Keeps a `Timeline` of what it is told; telling it takes well below a microsecond."""
+    """Records a `Timeline`; one call of `record` takes well below a microsecond."""
 
     def __init__(self) -> None:
         self._interval_seconds = _FIRST_INTERVAL_SECONDS
@@ -74,12 +76,15 @@ class TimelineRecorder:
         self._restarts_seconds: list[float] = []
 
     def record(self, seconds: float, level_bytes: int, meanwhile_bytes: int = 0) -> None:
-        """From `seconds` on, which never falls, `level_bytes` are in use.
+        """Record that `level_bytes` are in use from `seconds` on.
 
-        `meanwhile_bytes`: the most that was in use since the last record, where that was more than its level.
+        Args:
+            seconds: time since the start; must not be less than at the call before.
+            level_bytes: bytes in use.
+            meanwhile_bytes: the most that was in use since the call before, where that was more than its level.
         """
         index = int(seconds / self._interval_seconds)
-        while index >= MOST_INTERVALS:
+        while index >= MAX_INTERVALS:
             self._merge_neighbours()
             index = int(seconds / self._interval_seconds)
         peaks = self._peaks_bytes
@@ -91,10 +96,11 @@ class TimelineRecorder:
         self._level_bytes = level_bytes
 
     def restart(self, seconds: float) -> None:
-        """The attempt so far has failed, and another begins."""
+        """Record that the attempt so far has failed, and another starts."""
         self._restarts_seconds.append(seconds)
 
     def timeline(self) -> Timeline:
+        """Return what has been recorded so far."""
         return Timeline(
             interval_seconds=self._interval_seconds,
             peaks_bytes=tuple(self._peaks_bytes),

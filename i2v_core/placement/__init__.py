@@ -1,1 +1,1 @@
-"""Where weights are and in what precision."""
+"""Placement of weights: on which device, in what precision, and when they are loaded."""

@@ -1,4 +1,4 @@
-"""Which kernels attention runs on."""
+"""Choice of the kernels that attention runs on."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from torch.overrides import TorchFunctionMode
 
 
 class AttentionBackend(str, Enum):
-    """PyTorch's own fused attention, or xformers or SageAttention where they are installed.
-
-    None needs more memory than its output. SageAttention computes in 8 bits, so its result is close to the others'.
-    """
+    """Attention implementations, none of which needs more memory than its output."""
 
     SDPA = "sdpa"
+    """PyTorch's own fused attention."""
+
     XFORMERS = "xformers"
+    """xformers, where it is installed."""
+
     SAGE = "sage"
+    """SageAttention, where it is installed. It computes in 8 bits, so its result is close to the others', not equal."""
 
 
 @contextmanager
 def attention(module: nn.Module, backend: AttentionBackend) -> Generator[None]:
-    """While the context lasts, a diffusers module's attention runs on the backend; then on what it ran on before."""
+    """Run a diffusers module's attention on the backend within the context, and restore it afterwards."""
     with _CONTEXTS[backend](module):
         yield
 
@@ -47,7 +49,7 @@ def _xformers(module: nn.Module) -> Generator[None]:
         with _dispatched(before.values(), AttentionBackendName.XFORMERS):
             yield
         return
-    # The processors' dictionary is emptied when it is set, so each time it is given a copy.
+    # `set_attn_processor` empties the dictionary that it is given, so each call gets a copy.
     model.set_attn_processor(dict.fromkeys(before, XFormersAttnProcessor()))
     try:
         yield
@@ -57,7 +59,7 @@ def _xformers(module: nn.Module) -> Generator[None]:
 
 @contextmanager
 def _dispatched(processors: Iterable[Any], backend: object) -> Generator[None]:
-    """For processors that leave the choice of kernel to diffusers' dispatcher, as those of newer models do."""
+    """Set the backend of processors that leave the choice of kernel to diffusers' dispatcher, as newer models' do."""
     before = [(processor, processor._attention_backend) for processor in processors]
     try:
         for processor, _ in before:
@@ -83,7 +85,7 @@ _INPUTS = ("query", "key", "value")
 
 
 class _SageCalls(TorchFunctionMode):
-    """Sends the calls of PyTorch's attention that SageAttention can take to it; for this thread, while it lasts."""
+    """Redirects PyTorch attention calls that SageAttention supports to it, in this thread, within the context."""
 
     def __init__(self, sageattn: Callable[..., Tensor]) -> None:
         self._sageattn = sageattn
@@ -98,14 +100,14 @@ class _SageCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention and len(args) <= 3:
             given = {**dict(zip(_INPUTS, args, strict=False)), **kwargs}
-            if _suits_sage(given["query"], given):
+            if _sage_supports(given["query"], given):
                 causal, scale = given.get("is_causal", False), given.get("scale")
                 inputs = [given[name] for name in _INPUTS]
                 return self._sageattn(*inputs, tensor_layout="HND", is_causal=causal, sm_scale=scale)
         return func(*args, **kwargs)
 
 
-def _suits_sage(query: Tensor, options: Mapping[str, Any]) -> bool:
-    """Half precision, a head width that its kernels have, and neither mask nor dropout."""
+def _sage_supports(query: Tensor, options: Mapping[str, Any]) -> bool:
+    """Whether SageAttention can run a call: half precision, a head width of its kernels, neither mask nor dropout."""
     plain = options.get("attn_mask") is None and not options.get("dropout_p")
     return plain and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] in (64, 96, 128)

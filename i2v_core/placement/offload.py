@@ -1,4 +1,4 @@
-"""Tensors of the device's that wait in host memory."""
+"""Tensors in host memory that belong to a device: offloaded to be used again, or results."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ..memory.meter import host_memory
 
 
 def empty_offloaded(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An empty tensor in host memory for what goes back to `device`; pinned for a CUDA device.
+    """Return an empty tensor in host memory for data that is to return to `device`; pinned for a CUDA device.
 
-    For meta tensors, which have no memory, it is one of them.
+    For the meta device, whose tensors have no memory, it is a meta tensor.
     """
     with host_memory():
         return torch.empty(
@@ -24,24 +24,24 @@ def empty_offloaded(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
 
 
 def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """As `empty_parked`, for what `device` is given or gives away: others keep that, so it is not pinned."""
+    """Return an empty tensor in unpinned host memory, for inputs and results of `device` that may be kept for long."""
     with host_memory():
         return torch.empty(shape, dtype=dtype, device=_host_of(device))
 
 
-def kept_on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in fp32 in host memory, of what the device has no more need for."""
+def fp32_host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy in fp32 in unpinned host memory."""
     with host_memory():
         return torch.empty_like(tensor, device=_host_of(tensor.device), dtype=torch.float32).copy_(tensor)
 
 
-def fetch(parked: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on the device, in order with the other work of its stream."""
-    return torch.empty_like(parked, device=device).copy_(parked, non_blocking=device.type == "cuda")
+def onload(offloaded: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a copy on the device, made in order with the other work of its stream."""
+    return torch.empty_like(offloaded, device=device).copy_(offloaded, non_blocking=device.type == "cuda")
 
 
-def give_pinned_back() -> None:
-    """Hand pinned host memory that is in nobody's use back to the system, which PyTorch's allocator would keep."""
+def release_pinned_memory() -> None:
+    """Return unused pinned host memory to the system; PyTorch's allocator would keep it."""
     # PyTorch 2.11 has no public name for it; versions before 2.5 have none at all.
     empty_cache: Callable[[], None] | None = getattr(torch._C, "_host_emptyCache", None)  # pyright: ignore[reportPrivateUsage]
     if empty_cache is not None:

@@ -1,4 +1,4 @@
-"""Bringing a module to the device in the plan's precision, and giving it back exactly as it was."""
+"""Placing a module on a device in the plan's precision, and restoring it exactly."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .precision import computing_dtypes
+from .precision import compute_dtypes
 from .swap import all_tensors, swapped
 
 
 @contextmanager
 def placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Generator[nn.Module]:
-    """The module with its parameters and buffers on `device`, floating ones in `dtype` (but for those that
-    `computing_dtypes` keeps in fp32), while the context lasts.
+    """Place the module's parameters and buffers on `device` within the context.
 
-    The host's copies stay where they are and come back afterwards bit for bit, so nothing is copied back from the
-    device and no rounding accumulates.
+    Floating ones are in `dtype`, but for those that `compute_dtypes` keeps in fp32. The host's copies stay where they
+    are and are restored afterwards bit for bit, so nothing is copied back and no rounding accumulates.
     """
     tensors = all_tensors(module)
-    dtype_of = computing_dtypes(module, dtype)
+    dtype_of = compute_dtypes(module, dtype)
     copies = [tensor.data.to(device=device, dtype=dtype_of(tensor)) for tensor in tensors]
     with swapped(tensors, copies):
         yield module

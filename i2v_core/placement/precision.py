@@ -1,4 +1,4 @@
-"""Precisions: as users write them, and what of a model keeps a higher one."""
+"""Precisions: their names, and the parts of a model that keep a higher one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ _NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
 
 
 def precision_name(dtype: torch.dtype) -> str:
+    """Return the name that users know a precision by."""
     return _NAMES[dtype]
 
 
-def computing_dtypes(module: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], torch.dtype]:
-    """What each parameter and buffer of a module that runs in `dtype` is held in: fp32 where diffusers keeps that, as
-    it does of positions, time steps and norms of some models, whatever the precision of the rest.
+def compute_dtypes(module: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], torch.dtype]:
+    """Return a function that gives the dtype of each parameter and buffer of a module that runs in `dtype`.
+
+    That is fp32 for tensors that diffusers keeps in fp32, such as some models' position embeddings, time embeddings and
+    norms, and their own dtype for integers.
     """
     from diffusers.models.modeling_utils import ModelMixin
 

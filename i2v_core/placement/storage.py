@@ -1,7 +1,7 @@
-"""Weights that lie in memory in 8 bits, and come to the precision of computation around each layer call.
+"""Weights stored in 8 bits, which are dequantised to the compute precision around each layer call.
 
-Half the memory of 16-bit weights, or a quarter of fp32's, for a result that is close to the exact one and not the same.
-Hooks on every leaf, as diffusers' layerwise casting has them, would cast again for each chunk of a layer.
+They take half the memory of 16-bit weights, or a quarter of fp32's; the result is close to the exact one, not equal.
+diffusers' layerwise casting is not used, since its hooks on every leaf would cast again for each chunk of a layer.
 """
 
 from __future__ import annotations
@@ -21,47 +21,49 @@ from ..errors import MissingPackageError
 from ..memory.meter import host_memory
 from ..units import MIB
 from .layer_calls import LayerCall, LayerRunner
-from .precision import computing_dtypes
+from .precision import compute_dtypes
 from .quantized import quantized_weights
 from .swap import all_tensors, swapped
 
 
 class WeightStorage(str, Enum):
-    """How a denoiser's weights lie in memory.
-
-    FP8 is E4M3 (Micikevicius et al., "FP8 Formats for Deep Learning", 2022), INT8 symmetric, made by torchao. Both keep
-    one fp32 scale for each output channel, and so take the same memory.
-    """
+    """Format that a denoiser's weights are stored in. The 8-bit formats keep one fp32 scale for each output channel."""
 
     AS_COMPUTED = "as computed"
+    """The compute precision."""
+
     INT8 = "int8"
+    """Symmetric int8, quantised by torchao."""
+
     FP8 = "fp8"
+    """E4M3 (Micikevicius et al., "FP8 Formats for Deep Learning", 2022)."""
 
     @property
     def available(self) -> bool:
-        """Whether what it needs is installed."""
+        """Whether the package that the format needs is installed."""
         return self is not WeightStorage.INT8 or find_spec("torchao") is not None
 
 
-# fp32 weight -> its values in 8 bits, and the fp32 scale of each output channel, in any shape.
+# Takes an fp32 weight; returns its values in 8 bits, and the fp32 scale of each output channel, in any shape.
 _Reduce = Callable[[Tensor], tuple[Tensor, Tensor]]
 
+# Weights are quantised in chunks that fit into a processor's cache, which takes a fifth of the time.
 _CACHED_BYTES = MIB
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def reducible(module: nn.Module) -> list[Tensor]:
-    """The weights that may lie in 8 bits: those of linear and convolution layers, their biases left out.
+    """Return the weights that may be stored in 8 bits: those of linear and convolution layers, without biases.
 
-    Left alone is what diffusers' layerwise casting leaves alone, by its own patterns and the model's, and what a file
-    holds quantised.
+    Excluded are layers that diffusers' layerwise casting skips, by its own patterns and the model's, and weights that
+    are quantised already.
     """
     from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 
     patterns = (*DEFAULT_SKIP_MODULES_PATTERN, *(getattr(module, "_skip_layerwise_casting_patterns", None) or ()))
 
     def skipped(name: str) -> bool:
-        """Whether a pattern meets the layer or anything that it is part of."""
+        """Whether a pattern matches the layer or a module that contains it."""
         paths = accumulate(name.split("."), "{}.{}".format)
         return any(re.search(pattern, path) for path in paths for pattern in patterns)
 
@@ -72,13 +74,13 @@ def reducible(module: nn.Module) -> list[Tensor]:
 
 
 class StoredWeights:
-    """What lies in memory of a module's weights, and how it becomes what layers compute with.
+    """Converts a module's weights between the format that they are stored in and the one that layers compute in.
 
-    The scales of what lies in 8 bits stay on `device`, in one piece. `dtype` is the precision of computation.
+    The scales of 8-bit weights stay on `device`, in one tensor. `dtype` is the compute precision.
     """
 
     def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype, storage: WeightStorage) -> None:
-        self.dtype, self.dtype_of = dtype, computing_dtypes(module, dtype)
+        self.dtype, self.dtype_of = dtype, compute_dtypes(module, dtype)
         self._quantized = quantized_weights(module)
         self._reduce = _REDUCE.get(storage)
         weights = reducible(module) if self._reduce else []
@@ -87,7 +89,7 @@ class StoredWeights:
         self._scales = {weight: scales[end - len(weight) : end] for weight, end in zip(weights, ends, strict=True)}
 
     def reduced(self, tensor: Tensor) -> Tensor | None:
-        """A tensor of the module in 8 bits, in host memory; None if it lies in the precision of computation.
+        """Return a tensor of the module in 8 bits, in host memory; None if it is not stored in 8 bits.
 
         Raises:
             MissingPackageError: the format needs a package that is not installed.
@@ -100,19 +102,19 @@ class StoredWeights:
         return values
 
     def computes_with(self, tensor: Tensor) -> bool:
-        """Whether layers compute with what a tensor of the module lies as."""
+        """Whether layers compute with a tensor of the module in the format that it is stored in."""
         return tensor not in self._quantized and tensor not in self._scales
 
-    def dequantized(self, tensor: Tensor, lying: Tensor) -> Tensor:
-        """The precision of computation of `lying`, which is on the device what `tensor` of the module lies as."""
+    def dequantized(self, tensor: Tensor, stored: Tensor) -> Tensor:
+        """Return `stored`, the device's copy of the module's `tensor` as it is stored, in the compute precision."""
         if tensor in self._quantized:
-            return self._quantized[tensor].dequantized(lying, self.dtype)
+            return self._quantized[tensor].dequantized(stored, self.dtype)
         scale = self._scales.get(tensor)
-        return lying if scale is None else lying.to(self.dtype).mul_(scale.view(-1, *[1] * (lying.ndim - 1)))
+        return stored if scale is None else stored.to(self.dtype).mul_(scale.view(-1, *[1] * (stored.ndim - 1)))
 
 
 class _DequantizingRunner(LayerRunner):
-    """Restores the weights of each layer, which lie on the device, around its call."""
+    """Dequantises the weights of each layer, which are on the device, around its call."""
 
     def __init__(self, weights: StoredWeights) -> None:
         self._weights = weights
@@ -126,9 +128,10 @@ class _DequantizingRunner(LayerRunner):
 def resident(
     module: nn.Module, device: torch.device, dtype: torch.dtype, storage: WeightStorage
 ) -> Generator[LayerRunner]:
-    """The module's weights on the device, lying as `storage` says, for a forward that runs through the given runner.
+    """Place the module's weights on the device in the format `storage`, within the context.
 
-    Afterwards the module holds the host's weights again, bit for bit.
+    Yields the runner that the module's forward must run its layers with. Afterwards the module holds the host's weights
+    again, bit for bit.
     """
     weights = StoredWeights(module, device, dtype, storage)
 
@@ -144,9 +147,7 @@ def resident(
 
 
 def _by_rows(weight: Tensor, reduce: _Reduce) -> tuple[Tensor, Tensor]:
-    """The values and the scales (channels) of a weight, made a few output channels at a time: what fits into a
-    processor's cache takes a fifth of the time.
-    """
+    """Quantise a weight a few output channels at a time; returns its values, and its scales (channels)."""
     count = max(1, _CACHED_BYTES // (weight[0].numel() * torch.float32.itemsize))
     reduced = [reduce(weight[start : start + count].float()) for start in range(0, len(weight), count)]
     return torch.cat([values for values, _ in reduced]), torch.cat([scales.flatten() for _, scales in reduced])
@@ -154,7 +155,7 @@ def _by_rows(weight: Tensor, reduce: _Reduce) -> tuple[Tensor, Tensor]:
 
 def _fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     largest = torch.finfo(torch.float8_e4m3fn).max
-    # The least scale keeps a channel of zeros from dividing by zero.
+    # The minimum keeps a channel of zeros from being divided by zero.
     scale = (_channel_peaks(weight) / largest).clamp_min_(torch.finfo(torch.float32).tiny)
     return (weight / scale).clamp_(-largest, largest).to(torch.float8_e4m3fn), scale
 

@@ -1,4 +1,4 @@
-"""Giving tensors of a module other data for a while."""
+"""Swapping the data of a module's tensors, and restoring it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def swapped(tensors: Sequence[Tensor], data: Sequence[Tensor]) -> Generator[None]:
-    """While the context lasts, the tensors hold `data`; then their own again, bit for bit."""
+    """Let the tensors hold `data` within the context, and their own data again afterwards."""
     before = [tensor.data for tensor in tensors]
     try:
         for tensor, other in zip(tensors, data, strict=True):
@@ -22,10 +22,10 @@ def swapped(tensors: Sequence[Tensor], data: Sequence[Tensor]) -> Generator[None
 
 
 def all_tensors(module: nn.Module) -> list[Tensor]:
-    """A module's parameters and buffers."""
+    """Return a module's parameters and buffers."""
     return [*module.parameters(), *module.buffers()]
 
 
 def own_tensors(module: nn.Module) -> list[Tensor]:
-    """A module's parameters and buffers without those of its submodules."""
+    """Return a module's parameters and buffers without those of its submodules."""
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]

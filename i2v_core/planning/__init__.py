@@ -1,1 +1,1 @@
-"""From a request and a budget to a plan."""
+"""Planning: from a request and a budget to a plan, or to a refusal with suggestions."""

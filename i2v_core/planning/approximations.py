@@ -1,4 +1,4 @@
-"""Ways to sample that need less memory and change the result a little, in the order in which plans try them."""
+"""Sampling settings that need less memory and change the result a little, in the order in which they are tried."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..sampling.context import ContextWindows
 from .plan import SampleSettings
 from .request import Request
 
-# Windows that are tried beside halves of the clip; the shortest that still holds a movement.
+# Lengths that are tried beside halves of the clip, and the shortest that still shows a movement.
 _LENGTHS, _SHORTEST = (16, 8), 8
 _OVERLAP = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Approximation:
-    """What a plan gives up of the exact result."""
+    """The two settings of sampling that change its result. With the defaults the result is exact."""
 
     weight_storage: WeightStorage = WeightStorage.AS_COMPUTED
     context: ContextWindows | None = None
@@ -31,7 +31,7 @@ class Approximation:
         return replace(settings, weight_storage=self.weight_storage, context=self.context)
 
     def __str__(self) -> str:
-        """Such as `int8 weights`; nothing where the result is exact."""
+        """Such as `int8 weights`; empty where the result is exact."""
         parts: list[str] = []
         if self.weight_storage is not WeightStorage.AS_COMPUTED:
             parts.append(f"{self.weight_storage.value} weights")
@@ -44,10 +44,10 @@ EXACT = Approximation()
 
 
 def approximations(request: Request) -> tuple[Approximation, ...]:
-    """What may be tried for a request, what changes the result least first: above all the exact way.
+    """Those that a request allows, the one that changes the result least first: the exact one.
 
     Weights in int8 change it less than in fp8 (docs/memory-model.md has the figures), but need torchao; context windows
-    change it more than either, and the more the shorter they are.
+    change it more than either, and shorter windows more than longer ones.
     """
     if not request.allow_approximate:
         return (EXACT,)
@@ -58,7 +58,7 @@ def approximations(request: Request) -> tuple[Approximation, ...]:
 
 
 def lowest_memory_approximations(request: Request) -> tuple[Approximation, ...]:
-    """Those among which is the one that takes least: the shortest windows, with weights of any kind."""
+    """Those that may need the least memory: the shortest windows, with weights in any format."""
     if not request.allow_approximate:
         return (EXACT,)
     context = (None, *_contexts(request))[-1]
@@ -66,14 +66,14 @@ def lowest_memory_approximations(request: Request) -> tuple[Approximation, ...]:
 
 
 def _storages(request: Request) -> list[WeightStorage]:
-    """What a file holds quantised takes 8 bits at most already."""
+    """Formats for the weights. Those of a quantised file have 8 bits at most already."""
     if request.architecture.stored:
         return [WeightStorage.AS_COMPUTED]
     return [storage for storage in WeightStorage if storage.available]
 
 
 def _contexts(request: Request) -> list[ContextWindows]:
-    """From long to short; none where the denoiser must see the whole clip."""
+    """Windows from long to short; none where the denoiser must see the whole clip."""
     facts = family_of(request.architecture).facts
     frames = facts.latent_size(request.size).latent_frames
     if facts.anchor_frames is None:

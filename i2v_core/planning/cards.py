@@ -1,4 +1,4 @@
-"""Graphics cards by their size, to plan for one that is not in this machine."""
+"""Graphics cards by their memory, to plan for one that is not in this machine."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..units import GIB, MIB
 THIS_MACHINE = "this machine"
 
 SYSTEM_SHARE_BYTES = 768 * MIB
-"""What a card's system, desktop and driver keep of it. An estimate: from nothing to more than a GiB is seen."""
+"""Memory that a card's system, desktop and driver use. An estimate: from nothing to more than a GiB is seen."""
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A card of `gib` GiB, which its box calls GB."""
+    """A card of `gib` GiB, which are sold as GB."""
 
     gib: int
 
@@ -32,7 +32,7 @@ class Card:
 
     @property
     def facts(self) -> DeviceFacts:
-        """bf16 and fp16 take the same memory, so that one stands for the other on cards which have only that."""
+        """bf16 stands for fp16 on cards without it: both need the same memory."""
         precisions = (torch.bfloat16, torch.float16, torch.float32)
         return DeviceFacts(device="cuda", name=f"a card with {self.name}", precisions=precisions)
 

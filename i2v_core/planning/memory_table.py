@@ -1,4 +1,4 @@
-"""Peaks of sampling and decode at some sizes: as the model's own code runs, in pieces, and streamed."""
+"""A table of predicted peaks of sampling and decode: the model's own forward, chunked, and streamed."""
 
 from __future__ import annotations
 
@@ -7,35 +7,39 @@ from typing import Any
 
 import torch
 
-from ..decoding import ONE_WHOLE_FRAME, TilingSettings
+from ..decoding import ONE_FRAME_UNTILED, TilingSettings
 from ..families import Architecture, VideoSize, family_of
 from ..units import MIB
-from .autoencoder_candidates import decode_in_tiles
+from .candidates import decode_tiling
 from .plan import DecodeSettings, SampleSettings
 from .predict import predict_decode, predict_sample
 from .request import Request
 from .trace import activation_bytes, skeleton, weights_bytes
 
-# A workspace that costs few pieces more: see the table of layer calls in docs/memory-model.md.
+# A workspace that adds few layer calls: see their table in docs/memory-model.md.
 _WORKSPACE_BYTES = 128 * MIB
-# Where a decoder must see all frames at once.
+# For decoders that must see several frames at once.
 _TILE_PIXELS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryRow:
-    """Weights and live tensors at the peak, in bytes.
-
-    `stock`: the model's own forward with both guidance branches in one pass. `resident`: weights in place, guidance in
-    two passes, layers in pieces. `streamed`: the same with weights coming in layer by layer. `decode`: as few frames at
-    once as the decoder can take; where these are several, in tiles, with what layers pass on in host memory.
-    """
+    """Predicted peaks for one size: weights and live tensors, in bytes."""
 
     size: VideoSize
+
     stock_bytes: int
+    """Sampling by the model's own forward, with both guidance branches in one pass."""
+
     resident_bytes: int
+    """Sampling with weights on the device, guidance in two passes, chunked layers."""
+
     streamed_bytes: int
+    """The same with weights streamed layer by layer."""
+
     decode_bytes: int
+    """Decode of as few frames at once as the decoder accepts; where these are several, in tiles, with feature maps in
+    host memory."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -50,6 +54,7 @@ class MemoryRow:
 
 
 def memory_table(architecture: Architecture, dtype: torch.dtype) -> tuple[MemoryRow, ...]:
+    """A row for each of the family's table sizes."""
     facts = family_of(architecture).facts
     sizes = facts.table_sizes or (facts.default_size,)
     return tuple(_row(Request(architecture=architecture, size=size), dtype) for size in sizes)
@@ -67,13 +72,13 @@ def _row(request: Request, dtype: torch.dtype) -> MemoryRow:
         stock_bytes=_stock_bytes(request, dtype),
         resident_bytes=sample_bytes(streamed=False),
         streamed_bytes=sample_bytes(streamed=True),
-        decode_bytes=predict_decode(request, DecodeSettings(frames=_decode_pieces(request)), dtype).peak_bytes,
+        decode_bytes=predict_decode(request, DecodeSettings(tiling=_decode_tiling(request)), dtype).peak_bytes,
     )
 
 
-def _decode_pieces(request: Request) -> TilingSettings:
-    tiles = decode_in_tiles(request, _TILE_PIXELS)
-    return ONE_WHOLE_FRAME if tiles.chunk_size == 1 else replace(tiles, maps_bytes=0)
+def _decode_tiling(request: Request) -> TilingSettings:
+    tiling = decode_tiling(request, _TILE_PIXELS)
+    return ONE_FRAME_UNTILED if tiling.chunk_size == 1 else replace(tiling, maps_bytes=0)
 
 
 def _stock_bytes(request: Request, dtype: torch.dtype) -> int:

@@ -1,16 +1,17 @@
-"""A plan: every choice made for one request, with the predicted peak of every stage and the reasons."""
+"""A plan: how each stage of one request runs, with the peak that is predicted for it."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 
 from ..chunking import ChunkSettings
-from ..decoding import ONE_WHOLE_FRAME, TilingSettings
+from ..decoding import ONE_FRAME_UNTILED, TilingSettings
 from ..errors import PlanMismatchError
 from ..families import Architecture
 from ..memory.device import DeviceFacts
@@ -30,16 +31,19 @@ class Stage(str, Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePrediction:
-    """What a stage takes on the device at its peak: the weights in place then, and live tensors.
-
-    `host_bytes` is what it takes of host memory beside the loaded model: weights made ready to stream, parked skip
-    connections, finished frames.
-    """
+    """Memory that a stage needs at its peak, before any margin."""
 
     stage: Stage
+
     weights_bytes: int
+    """Weights on the device at the peak."""
+
     activation_bytes: int
+    """Live tensors beside the weights at the peak."""
+
     host_bytes: int = 0
+    """Host memory beside the loaded model: weights prepared for streaming, offloaded skip connections, finished
+    frames."""
 
     @property
     def peak_bytes(self) -> int:
@@ -48,44 +52,55 @@ class StagePrediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplePrediction(StagePrediction):
-    """`chunk_size` is the fewest frames, of one clip, that a per-frame layer takes at once; `layer_calls` counts the
-    pieces of all layers in one step, `layers` the layers.
-    """
+    """Memory that sampling needs at its peak, and how finely its layers are chunked."""
 
     chunk_size: int = 1
+    """Frames of one clip that the largest per-frame layer takes at once."""
+
     layer_calls: int = 1
+    """Calls of layers in one step, the chunks of each layer counted one by one."""
+
     layers: int = 1
+    """Layers of the denoiser: its calls in one pass where none is chunked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EncodeSettings:
-    """How the encoders run.
-
-    `streamed`: their weights come in leaf by leaf, or layer by layer where `picture` has tiles. `picture`: how the
-    autoencoder takes the picture.
-    """
+class StageSettings:
+    """How a stage runs, whichever it is."""
 
     streamed: bool = False
-    picture: TilingSettings = ONE_WHOLE_FRAME
+    """Weights are transferred when they are used: layer by layer where the stage runs so, else one leaf module at a
+    time. Otherwise all of them stay on the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SampleSettings:
-    """How the denoiser runs.
+class EncodeSettings(StageSettings):
+    """How the encoders run."""
 
-    `workspace_bytes` None: layers run whole; else no layer call takes more than that. `streamed`: weights come in
-    layer by layer. `offload_skips`: skip connections wait in host memory. `weight_storage`: what the weights lie in, on
-    the device or where they stream from, between the calls of their layer; in 8 bits the result is approximate.
-    `context`: the denoiser sees windows of the clip, which is approximate too; None: all of it.
-    """
+    tiling: TilingSettings = ONE_FRAME_UNTILED
+    """How the autoencoder takes the picture."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSettings(StageSettings):
+    """How the denoiser runs."""
 
     compute_dtype: torch.dtype
+
     batched_guidance: bool
+    """Both guidance branches go through the denoiser in one pass."""
+
     workspace_bytes: int | None = None
-    streamed: bool = False
+    """The most that one layer call may allocate: larger layers are chunked. None: no layer is."""
+
     offload_skips: bool = False
+    """Skip connections wait in host memory."""
+
     weight_storage: WeightStorage = WeightStorage.AS_COMPUTED
+    """The format in which weights are stored between calls of their layer; in 8 bits the result is approximate."""
+
     context: ContextWindows | None = None
+    """The denoiser sees one window of the clip at a time, which makes the result approximate. None: the whole clip."""
 
     @property
     def chunk_settings(self) -> ChunkSettings:
@@ -94,38 +109,66 @@ class SampleSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeSettings:
-    """How latents become frames. `streamed`: weights come in leaf by leaf, or layer by layer where there are tiles."""
+class DecodeSettings(StageSettings):
+    """How latents become frames."""
 
-    frames: TilingSettings
-    streamed: bool = False
+    tiling: TilingSettings
+    """How many frames the autoencoder takes at once, and in what tiles."""
+
+
+SettingsT_co = TypeVar("SettingsT_co", bound=StageSettings, covariant=True)
+PredictionT_co = TypeVar("PredictionT_co", bound=StagePrediction, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan(Generic[SettingsT_co, PredictionT_co]):
+    """A stage's settings, with the prediction that was made for them."""
+
+    settings: SettingsT_co
+    prediction: PredictionT_co
+
+
+EncodePlan: TypeAlias = StagePlan[EncodeSettings, StagePrediction]
+SamplePlan: TypeAlias = StagePlan[SampleSettings, SamplePrediction]
+DecodePlan: TypeAlias = StagePlan[DecodeSettings, StagePrediction]
+AnyStagePlan: TypeAlias = StagePlan[StageSettings, StagePrediction]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The fastest way found to make the request within the budget.
+    """The fastest settings found that make the request within the budget.
 
-    `chunk_size` is the number of frames that the denoiser's largest per-frame layer takes at once.
+        plan.sample.settings.streamed
+        plan.prediction(Stage.DECODE).peak_bytes
+        plan.with_stage(StagePlan(settings, prediction))
+
+    A changed plan is a new one; whatever follows from its stages is computed from them.
     """
 
     request: Request
     device: DeviceFacts
     budget: Budget
-    encode: EncodeSettings
-    sample: SampleSettings
-    decode: DecodeSettings
-    chunk_size: int
-    predictions: tuple[StagePrediction, ...]
-    reasons: tuple[str, ...]
+    encode: EncodePlan
+    sample: SamplePlan
+    decode: DecodePlan
+
+    @property
+    def stages(self) -> Mapping[Stage, AnyStagePlan]:
+        """In the order in which they run."""
+        return {Stage.ENCODE: self.encode, Stage.SAMPLE: self.sample, Stage.DECODE: self.decode}
+
+    @property
+    def predictions(self) -> tuple[StagePrediction, ...]:
+        """In the order in which the stages run."""
+        return tuple(it.prediction for it in self.stages.values())
 
     def prediction(self, stage: Stage) -> StagePrediction:
-        return next(prediction for prediction in self.predictions if prediction.stage is stage)
+        return self.stages[stage].prediction
 
-    def with_prediction(self, prediction: StagePrediction) -> Plan:
-        """The plan with another prediction for its stage."""
-        return replace(
-            self, predictions=tuple(prediction if it.stage is prediction.stage else it for it in self.predictions)
-        )
+    def with_stage(self, stage_plan: AnyStagePlan) -> Plan:
+        """The plan with this in place of what it had for the same stage."""
+        changes: dict[str, Any] = {stage_plan.prediction.stage.value: stage_plan}
+        return replace(self, **changes)
 
     @property
     def binding_stage(self) -> StagePrediction:
@@ -137,8 +180,22 @@ class Plan:
         return self.binding_stage.peak_bytes
 
     @property
+    def host_bytes(self) -> int:
+        """The most host memory that a stage needs beside the loaded model."""
+        return max(prediction.host_bytes for prediction in self.predictions)
+
+    @property
+    def chunk_size(self) -> int:
+        """Frames that the denoiser's largest per-frame layer takes at once."""
+        return self.sample.prediction.chunk_size
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.sample.settings.compute_dtype
+
+    @property
     def precision(self) -> str:
-        return precision_name(self.sample.compute_dtype)
+        return precision_name(self.compute_dtype)
 
     def check_made_for(self, architecture: Architecture) -> None:
         """Raise `PlanMismatchError` unless the plan was made for a model of this architecture."""
@@ -146,50 +203,3 @@ class Plan:
             raise PlanMismatchError(
                 "the plan was made for another model", "connect the same I2V Loader to VRAM Budget and to this node"
             )
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON: what a page or a script wants to know of the plan."""
-        size = self.request.size
-        return {
-            "model": self.request.architecture.family,
-            "width": size.width_pixels,
-            "height": size.height_pixels,
-            "frames": size.frames,
-            "guidance": self.request.guidance,
-            "device": self.device.name,
-            "precision": self.precision,
-            "batched_guidance": self.sample.batched_guidance,
-            "workspace_bytes": self.sample.workspace_bytes,
-            "streamed": [
-                stage.value
-                for stage, settings in (
-                    (Stage.ENCODE, self.encode),
-                    (Stage.SAMPLE, self.sample),
-                    (Stage.DECODE, self.decode),
-                )
-                if settings.streamed
-            ],
-            "offload_skips": self.sample.offload_skips,
-            "weight_storage": self.sample.weight_storage.value,
-            "file_formats": list(self.request.architecture.stored_formats),
-            "context_length": self.sample.context.context_length if self.sample.context else None,
-            "context_overlap": self.sample.context.context_overlap if self.sample.context else None,
-            "chunk_size": self.chunk_size,
-            "encode_tile_size": self.encode.picture.tile_pixels,
-            "decode_chunk_size": self.decode.frames.chunk_size,
-            "tile_size": self.decode.frames.tile_pixels,
-            "maps_bytes": self.decode.frames.maps_bytes,
-            "usable_bytes": self.budget.usable_bytes,
-            "stages": [
-                {
-                    "stage": prediction.stage.value,
-                    "weights_bytes": prediction.weights_bytes,
-                    "activation_bytes": prediction.activation_bytes,
-                    "peak_bytes": prediction.peak_bytes,
-                }
-                for prediction in self.predictions
-            ],
-            "peak_bytes": self.peak_bytes,
-            "binding_stage": self.binding_stage.stage.value,
-            "reasons": list(self.reasons),
-        }

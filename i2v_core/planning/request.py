@@ -1,4 +1,4 @@
-"""What is asked for, and what may be used."""
+"""The input of a plan: the video that is requested, and the memory that may be used."""
 
 from __future__ import annotations
 
@@ -8,30 +8,35 @@ import torch
 
 from ..errors import BadInputError
 from ..families import Architecture, VideoSize, family_of
+from ..memory.device_memory import DeviceMemory
 from ..placement.precision import AUTO, PRECISIONS
 from ..units import format_gib
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One video of one model. Raises `BadInputError` for what no budget could make.
-
-    `allow_approximate`: where no exact way fits, one whose result is close to the exact one may be taken. `clips`: so
-    many such videos are sampled together.
-    """
+    """One video of one model. Raises `BadInputError` for what no budget could make."""
 
     architecture: Architecture
     size: VideoSize
+
     guidance: bool = True
+    """Classifier-free guidance: two denoiser branches a step."""
+
     precision: str = AUTO
+    """One of `PRECISIONS`, or the best that fits of those which the device runs well."""
+
     allow_approximate: bool = False
+    """Where no exact settings fit, settings whose result is close to the exact one may be used."""
+
     clips: int = 1
+    """How many such videos are sampled together."""
 
     def __post_init__(self) -> None:
         family_of(self.architecture).facts.check(self.size)
         if self.precision != AUTO and self.precision not in PRECISIONS:
             choices = ", ".join((AUTO, *PRECISIONS))
-            raise BadInputError(f"'{self.precision}' is no precision", f"choose one of {choices}")
+            raise BadInputError(f"'{self.precision}' is not a valid precision", f"choose one of {choices}")
 
     @property
     def branches(self) -> int:
@@ -53,18 +58,15 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """Device memory that may be used.
+class Budget(DeviceMemory):
+    """Memory that a plan may use: of the device, and of the host. Raises `BadInputError` where none is usable.
 
-    `limit_bytes` is the user's number; None leaves it to what is free. `reserve_bytes` stays unused for others.
-    `host_free_bytes` is what is free of host memory with the model loaded; None where that is no limit of its own (on
-    the CPU, whose memory is the device's).
+    Device memory is as `DeviceMemory` has it, which batches read before each stage.
     """
 
-    free_bytes: int
-    limit_bytes: int | None = None
-    reserve_bytes: int = 0
     host_free_bytes: int | None = None
+    """Free host memory with the model loaded; None where there is no such limit (on the CPU, where it is the device's
+    own)."""
 
     def __post_init__(self) -> None:
         if self.limit_bytes is not None and self.limit_bytes <= 0:
@@ -76,14 +78,17 @@ class Budget:
         if self.usable_bytes <= 0:
             raise BadInputError(
                 f"a reserve of {format_gib(self.reserve_bytes)} leaves nothing of the "
-                f"{format_gib(self.usable_bytes + self.reserve_bytes)} that could be used",
+                f"{format_gib(self.available_bytes)} that could be used",
                 "lower the reserve or free device memory",
             )
 
-    @property
-    def usable_bytes(self) -> int:
-        limit_bytes = self.free_bytes if self.limit_bytes is None else min(self.limit_bytes, self.free_bytes)
-        return limit_bytes - self.reserve_bytes
-
-    def host_allows(self, host_bytes: int) -> bool:
-        return self.host_free_bytes is None or host_bytes <= self.host_free_bytes
+    @classmethod
+    def of(cls, memory: DeviceMemory, host_free_bytes: int | None) -> Budget:
+        """The memory of a device as it was read, with free host memory."""
+        return cls(
+            free_bytes=memory.free_bytes,
+            limit_bytes=memory.limit_bytes,
+            reserve_bytes=memory.reserve_bytes,
+            others_bytes=memory.others_bytes,
+            host_free_bytes=host_free_bytes,
+        )

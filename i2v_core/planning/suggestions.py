@@ -1,4 +1,4 @@
-"""When nothing fits: the nearest requests, and the least budget, that would."""
+"""Suggestions where nothing fits: the largest requests, and the smallest budget, that would."""
 
 from __future__ import annotations
 
@@ -8,34 +8,42 @@ from typing import Any
 
 from ..errors import DoesNotFitError
 from ..families import VideoSize, family_of
+from ..memory.device import DeviceFacts
 from ..units import GIB, format_gib
+from .fit_limit import FitLimit
 from .plan import StagePrediction
 from .request import Request
+from .search import fits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suggestions:
-    """What would fit: the same video shorter, or smaller (None: not even the least of it), or with more budget, or with
-    so much free host memory (None: more of that would not help), or approximately, such as with `fp8 weights` (None:
-    that is allowed already, or would not help).
-    """
+    """Changes, each of which alone makes the request fit."""
 
     shorter: VideoSize | None
+    """The same video with fewer frames; None where not even one frame fits."""
+
     smaller: VideoSize | None
+    """The same video at a smaller size; None where not even the smallest fits."""
+
     budget_bytes: int
+
     host_bytes: int | None = None
+    """Free host memory; None where more of it would not help."""
+
     approximation: str | None = None
+    """Such as `fp8 weights`; None where that is allowed already, or would not help."""
 
     def __str__(self) -> str:
-        ways = [f"{self.shorter.frames} frames"] if self.shorter else []
-        ways += [f"{self.smaller.width_pixels}×{self.smaller.height_pixels}"] if self.smaller else []
-        # Rounded up, so that what is read here and typed in does fit.
-        ways.append(f"a budget of {-(-self.budget_bytes * 100 // GIB) / 100:.2f} GiB")
+        changes = [f"{self.shorter.frames} frames"] if self.shorter else []
+        changes += [f"{self.smaller.width_pixels}×{self.smaller.height_pixels}"] if self.smaller else []
+        # Rounded up, so that the number fits when the user types it in.
+        changes.append(f"a budget of {-(-self.budget_bytes * 100 // GIB) / 100:.2f} GiB")
         if self.host_bytes is not None:
-            ways.append(f"{format_gib(self.host_bytes)} of free host memory")
+            changes.append(f"{format_gib(self.host_bytes)} of free host memory")
         if self.approximation is not None:
-            ways.append(f"allow approximate plans ({self.approximation})")
-        return "use " + ", or ".join(ways)
+            changes.append(f"allow approximate plans ({self.approximation})")
+        return "use " + ", or ".join(changes)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -49,26 +57,27 @@ class Suggestions:
 
 
 class NothingFitsError(DoesNotFitError):
-    """Refusal of a request: `least` is the binding stage of its thriftiest plan, `nearest` what would fit."""
+    """Refusal of a request. `least` is the highest stage of its lowest-memory settings."""
 
-    def __init__(self, problem: str, least: StagePrediction, nearest: Suggestions) -> None:
-        super().__init__(problem, str(nearest))
+    def __init__(self, problem: str, least: StagePrediction, suggested: Suggestions) -> None:
+        super().__init__(problem, str(suggested))
         self.least = least
-        self.suggestions = nearest
+        self.suggestions = suggested
 
 
 def suggestions(
     request: Request,
+    device: DeviceFacts,
+    limit: FitLimit,
     *,
     budget_bytes: int,
-    host_bytes: int | None,
-    approximation: str | None,
-    fits: Callable[[Request], bool],
+    host_bytes: int | None = None,
+    approximation: str | None = None,
 ) -> Suggestions:
-    """`fits` must be monotonic in frames and in size; the others are what the request needs, as in `Nearest`."""
+    """Searches for the longest and the largest video that fit the limit; the other changes are the caller's."""
 
     def largest(sizes: list[VideoSize]) -> VideoSize | None:
-        return _last_that(sizes, lambda size: fits(replace(request, size=size)))
+        return _last_that_fits(sizes, lambda size: fits(replace(request, size=size), device, limit))
 
     return Suggestions(
         shorter=largest(_shorter(request)),
@@ -98,10 +107,10 @@ def _smaller(request: Request) -> list[VideoSize]:
     return sizes
 
 
-def _last_that(sizes: list[VideoSize], fits: Callable[[VideoSize], bool]) -> VideoSize | None:
-    """The last of a list that fits, by bisection: all before it fit, all after it do not."""
+def _last_that_fits(sizes: list[VideoSize], fits_at: Callable[[VideoSize], bool]) -> VideoSize | None:
+    """The last of the sizes that fits, by bisection: all before it fit, and none after it does."""
     low, high = 0, len(sizes)
     while low < high:
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if fits(sizes[middle]) else (low, middle)
+        low, high = (middle + 1, high) if fits_at(sizes[middle]) else (low, middle)
     return sizes[low - 1] if low else None

@@ -1,4 +1,4 @@
-"""Predicting memory by running a model's own code on meta tensors: no weights, no values, no GPU."""
+"""Traces of memory, made by running a model's own code on meta tensors: no weights, no values, no GPU."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ import torch
 from torch import nn
 
 from ..chunking import ChunkSettings, LayerCall, LayerRunner, ShapeOnlyRunner, Unit
-from ..decoding import ONE_WHOLE_FRAME
+from ..decoding import ONE_FRAME_UNTILED
 from ..families import Architecture, Placed, VideoSize, Workload, family_of
 from ..memory.meter import StorageMeter, fused_attention, rounded_bytes
 from ..memory.shapes import KnownShapes
-from ..placement.precision import computing_dtypes
+from ..placement.precision import compute_dtypes
 from ..placement.quantized import stored_bytes
 from ..placement.swap import all_tensors, own_tensors
 
 META = torch.device("meta")
 
-# Traces share skeletons, which run in pieces while one is traced: threads take turns.
+# Traces share skeletons, whose layers are replaced while one is traced: threads take turns.
 _one_at_a_time = RLock()
 _before_trace: ContextVar[Callable[[], None]] = ContextVar("before_trace", default=lambda: None)
 
 
 @contextmanager
 def interruptible(check: Callable[[], None]) -> Generator[None]:
-    """`check` is called before every trace of this thread, and may raise to give a plan up that nobody waits for."""
+    """Call `check` before every trace of this thread. It may raise, to give up a plan that nobody waits for."""
     token = _before_trace.set(check)
     try:
         yield
@@ -44,10 +44,10 @@ def skeleton(architecture: Architecture, component: str, dtype: torch.dtype) -> 
     """The component on the meta device, built once for a model and a precision."""
     with torch.device(META):
         module = family_of(architecture).skeleton(architecture, component)
-        # Not `module.to`: diffusers' own warns of a cast that loses precision, of which there is none on meta. Some
-        # parameters are made of numbers, and so on the CPU.
+        # Not `module.to`: diffusers' own warns of a cast that loses precision, which nothing on meta does. Some
+        # parameters are made from values, and so are on the CPU.
         module = nn.Module.to(module, META, dtype).requires_grad_(False)
-    dtype_of = computing_dtypes(module, dtype)
+    dtype_of = compute_dtypes(module, dtype)
     for tensor in all_tensors(module):
         tensor.data = tensor.data.to(dtype_of(tensor))
     return module
@@ -60,59 +60,71 @@ def weights_bytes(architecture: Architecture, component: str, dtype: torch.dtype
 
 
 def loaded_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
-    """Bytes that the model takes of host memory once loaded, if its weights are stored in `dtype`."""
+    """Bytes of host memory that the loaded model needs, if its weights are stored in `dtype`."""
     family = family_of(architecture)
-    workloads = family.encode_workloads(architecture, family.facts.default_size, guidance=True, pieces=ONE_WHOLE_FRAME)
+    workloads = family.encode_workloads(
+        architecture, family.facts.default_size, guidance=True, tiling=ONE_FRAME_UNTILED
+    )
     denoisers = {it.component for it in family.denoisers(architecture)}
     components = {*denoisers, family.decoder, *(workload.component for workload in workloads)}
     return sum(weights_bytes(architecture, component, dtype) for component in components)
 
 
 def _module_bytes(module: nn.Module) -> int:
-    as_it_lies = stored_bytes(module)
-    return sum(rounded_bytes(as_it_lies(tensor)) for tensor in all_tensors(module))
+    bytes_of = stored_bytes(module)
+    return sum(rounded_bytes(bytes_of(tensor)) for tensor in all_tensors(module))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TracedCall:
-    """One layer call of a traced forward.
-
-    `activation_bytes` is what is live at its peak, everything that waits outside the layer included, weights left out;
-    `before_bytes` is what is live when it begins. `modules` hold its weights.
-    """
+    """A layer call of a traced forward, all its chunks together."""
 
     unit: Unit
+    """The dimension that is chunked."""
+
     chunk_size: int
-    pieces: int
+    chunks: int
+
     before_bytes: int
+    """Live tensors when the call begins, weights left out."""
+
     activation_bytes: int
+    """Live tensors at the call's peak, everything that waits outside of the layer included, weights left out."""
+
     modules: tuple[nn.Module, ...]
+    """Those that hold the call's weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTrace:
-    """The layer calls of one pass of `module`, in order, and the bytes parked in host memory."""
+    """One pass of `module` as layer calls, in order, within one workspace."""
 
     module: nn.Module
     calls: tuple[TracedCall, ...]
+
     offloaded_bytes: int
+    """Tensors in host memory at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OutlinedCall:
-    """A layer call, with what is live when it begins and when it is done, weights and workspace left out."""
+class CallTemplate:
+    """A layer call from which the traced call for any workspace is computed."""
 
     call: LayerCall
-    before_bytes: int
-    after_bytes: int
 
-    def cut(self, times: int) -> TracedCall:
-        call = self.call.cut(times * self.call.limit_bytes)
+    before_bytes: int
+    """Live tensors when the call begins, weights and workspace left out."""
+
+    after_bytes: int
+    """Live tensors when it is done, weights and workspace left out."""
+
+    def for_workspace(self, times: int) -> TracedCall:
+        call = self.call.with_limit(times * self.call.limit_bytes)
         around_bytes = self.before_bytes if call.workspace_holds_result else self.after_bytes
         return TracedCall(
             unit=call.unit,
             chunk_size=call.chunk_size,
-            pieces=-(-call.total // call.chunk_size),
+            chunks=-(-call.total // call.chunk_size),
             before_bytes=self.before_bytes,
             activation_bytes=around_bytes + call.workspace_bytes,
             modules=call.modules,
@@ -120,19 +132,21 @@ class OutlinedCall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DenoiserOutline:
-    """One pass of `module` in layers, and the bytes parked in host memory.
+class TraceTemplate:
+    """One pass of `module`, from which the trace for any workspace is computed without running the module again.
 
-    What is live around the layers is the same however finely they are cut: one outline does for all workspaces.
+    That is possible because live tensors around the layers are the same however finely layers are chunked.
     """
 
     module: nn.Module
-    calls: tuple[OutlinedCall, ...]
-    offloaded_bytes: int
+    calls: tuple[CallTemplate, ...]
 
-    def cut(self, times: int) -> LayerTrace:
-        """The pass in a workspace so many times as large as that which it was outlined with."""
-        calls = tuple(call.cut(times) for call in self.calls)
+    offloaded_bytes: int
+    """Tensors in host memory at most."""
+
+    def for_workspace(self, times: int) -> LayerTrace:
+        """The pass in a workspace this many times as large as the template's."""
+        calls = tuple(call.for_workspace(times) for call in self.calls)
         return LayerTrace(module=self.module, calls=calls, offloaded_bytes=self.offloaded_bytes)
 
 
@@ -145,14 +159,14 @@ def trace_denoiser(
     settings: ChunkSettings,
     component: str | None = None,
 ) -> LayerTrace:
-    """One pass of a denoiser (by its component's name; the first, if left out) in outline."""
+    """One pass of a denoiser, named by its component; without a name, of the first."""
     component = component or family_of(architecture).denoisers(architecture)[0].component
-    outline = outline_denoiser(architecture, size, branches, dtype, component, offload_skips=settings.offload_skips)
-    return outline.cut(settings.workspace_bytes)
+    template = denoiser_template(architecture, size, branches, dtype, component, offload_skips=settings.offload_skips)
+    return template.for_workspace(settings.workspace_bytes)
 
 
 @lru_cache(maxsize=256)
-def outline_denoiser(
+def denoiser_template(
     architecture: Architecture,
     size: VideoSize,
     branches: int,
@@ -160,8 +174,8 @@ def outline_denoiser(
     component: str,
     *,
     offload_skips: bool,
-) -> DenoiserOutline:
-    """One pass of a denoiser, in a workspace of one byte."""
+) -> TraceTemplate:
+    """One pass of a denoiser in a workspace of one byte."""
     family = family_of(architecture)
     module = skeleton(architecture, component, dtype)
     settings = ChunkSettings(workspace_bytes=1, offload_skips=offload_skips)
@@ -170,32 +184,32 @@ def outline_denoiser(
         tracer = _CallTracer(meter)
         with family.chunked(module, settings, runner=tracer, on_chunk=lambda: None):
             workload.run(_on_meta(module, dtype, tracer))
-    return tracer.outline(module)
+    return tracer.template(module)
 
 
-def outline_bands(module: nn.Module, workload: Workload, dtype: torch.dtype) -> DenoiserOutline:
-    """An autoencoder's workload that runs layer by layer."""
+def autoencoder_template(module: nn.Module, workload: Workload, dtype: torch.dtype) -> TraceTemplate:
+    """One pass of an autoencoder whose workload runs layer by layer in tiles."""
     with tracing() as meter:
         tracer = _CallTracer(meter)
         workload.run(_on_meta(module, dtype, tracer))
-    return tracer.outline(module)
+    return tracer.template(module)
 
 
 class _CallTracer(ShapeOnlyRunner):
-    """Notes every layer call, and what is live around it."""
+    """Records every layer call with the live tensors around it."""
 
     def __init__(self, meter: StorageMeter) -> None:
-        self._calls: list[OutlinedCall] = []
+        self._calls: list[CallTemplate] = []
         self._meter = meter
 
     @contextmanager
     def enter(self, call: LayerCall) -> Generator[None]:
         before_bytes = self._meter.current_bytes
         yield
-        self._calls.append(OutlinedCall(call=call, before_bytes=before_bytes, after_bytes=self._meter.current_bytes))
+        self._calls.append(CallTemplate(call=call, before_bytes=before_bytes, after_bytes=self._meter.current_bytes))
 
-    def outline(self, module: nn.Module) -> DenoiserOutline:
-        return DenoiserOutline(module=module, calls=tuple(self._calls), offloaded_bytes=self._meter.host_peak_bytes)
+    def template(self, module: nn.Module) -> TraceTemplate:
+        return TraceTemplate(module=module, calls=tuple(self._calls), offloaded_bytes=self._meter.host_peak_bytes)
 
 
 @lru_cache(maxsize=64)
@@ -206,9 +220,10 @@ def streamed_bytes(
     passes: int,
     read_in_place: frozenset[str] = frozenset(),
 ) -> int:
-    """Bytes that are on the device at once of a component's weights, streamed leaf by leaf, at most.
+    """The most bytes on the device of a component's weights that are streamed one leaf module at a time.
 
-    Those of the largest leaf; from the second pass on the next leaf is known and fetched ahead, so of the largest two.
+    The largest leaf decides; with several passes the order of leaves is known from the second on, the next one is
+    prefetched, and the largest two decide.
     """
     module = skeleton(architecture, component, dtype)
     parts = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
@@ -230,7 +245,7 @@ def _on_meta(module: nn.Module, dtype: torch.dtype, runner: LayerRunner) -> Plac
 
 @contextmanager
 def tracing() -> Generator[StorageMeter]:
-    """Counts what is allocated on meta, with attention counted as a fused kernel allocates it."""
+    """Count allocations on meta, those of attention as a fused kernel makes them."""
     _before_trace.get()()
     with (
         _one_at_a_time,

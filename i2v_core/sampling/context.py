@@ -1,7 +1,7 @@
-"""Context windows: the denoiser sees some latent frames of the clip at a time, and its predictions are blended.
+"""Context windows: run the denoiser on a few latent frames of the clip at a time, and blend the predictions.
 
-Approximate: temporal layers see a window instead of the clip. Each step's prediction is the weighted mean of the
-windows', as in MultiDiffusion (Bar-Tal et al., 2023), here along time.
+Approximate, because temporal layers see a window instead of the whole clip. Each step's prediction is the weighted mean
+of its windows' predictions, as in MultiDiffusion (Bar-Tal et al., 2023), here along time.
 
 Shape legend: B batch, C latent channels, T latent frames, H/W latent size, t frames of one window.
 """
@@ -19,27 +19,30 @@ from .loop import Denoise
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextWindows:
-    """How a clip is cut: windows of `context_length` latent frames, of which neighbours share `context_overlap`."""
+    """Division of a clip into overlapping windows along time."""
 
     context_length: int
+    """Latent frames of a window."""
+
     context_overlap: int
+    """Latent frames that neighbouring windows share."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.context_overlap < self.context_length:
             raise ValueError(f"an overlap of {self.context_overlap} does not fit windows of {self.context_length}")
 
     def count(self, frames: int, anchor_frames: int | None) -> int:
-        """How many windows a clip of so many latent frames has: one where the denoiser must see it all."""
+        """Return the number of windows of a clip of `frames` latent frames. No anchor (None) means a single window."""
         return 1 if anchor_frames is None else len(self.cut(frames, anchor_frames))
 
     def cut(self, frames: int, anchor_frames: int) -> tuple[Window, ...]:
-        """The windows of a clip, in order; one where the clip is no longer than a window.
+        """Return the windows of a clip, in order; a single one if the clip is no longer than a window.
 
-        `anchor_frames` are the clip's first frames that every window sees: they take their part of its length. The
-        last window is as long as the others, and so may share more with the one before.
+        `anchor_frames` is how many of the clip's first frames every window sees; they count towards its length. The
+        last window is as long as the others, so it may share more frames with the one before.
 
         Raises:
-            ValueError: a window would be all anchor and overlap.
+            ValueError: anchor and overlap would leave a window no frames of its own.
         """
         own_length = self.context_length - anchor_frames
         if self.context_overlap >= own_length:
@@ -53,25 +56,31 @@ class ContextWindows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """Latent frames from `start` to `stop`, which are predicted, and the first frames of the clip seen beside them."""
+    """One context window."""
 
     start: int
+    """First latent frame that the window predicts."""
+
     stop: int
+    """End of the predicted frames (exclusive)."""
+
     anchor_frames: int
+    """Number of the clip's first frames that are input beside them, whose prediction is dropped."""
 
     @property
     def seen(self) -> list[int]:
+        """Indices of the frames that the denoiser gets."""
         return [*range(self.anchor_frames), *range(self.start, self.stop)]
 
     def weights(self, overlap: int) -> Tensor:
-        """(t,) in fp32, above zero: 1, falling linearly over `overlap` frames towards both edges."""
+        """Return positive weights (t,) in fp32: 1, falling linearly over `overlap` frames towards both edges."""
         frames = torch.arange(self.stop - self.start, dtype=torch.float32)
         to_edge = torch.minimum(frames, frames.flip(0)) + 1
         return (to_edge / (overlap + 1)).clamp_(max=1)
 
 
 def blend_weights(windows: tuple[Window, ...], overlap: int) -> list[Tensor]:
-    """(t,) of each window, such that those of every frame add up to 1."""
+    """Return the weights (t,) of each window, scaled so that the weights of every frame add up to 1."""
     total = torch.zeros(windows[-1].stop)
     for window in windows:
         total[window.start : window.stop] += window.weights(overlap)
@@ -79,8 +88,9 @@ def blend_weights(windows: tuple[Window, ...], overlap: int) -> list[Tensor]:
 
 
 def in_windows(denoise: Denoise, family: Family, context: ContextWindows, frames: int) -> Denoise:
-    """A denoiser for clips of `frames` latent frames that sees a window at a time; `denoise` itself where one is enough
-    or the family's must see the whole clip.
+    """Wrap a denoiser to run window by window on clips of `frames` latent frames.
+
+    Returns `denoise` itself if one window is enough, or if the family's denoiser must see the whole clip.
     """
     anchor_frames = family.facts.anchor_frames
     if anchor_frames is None or context.count(frames, anchor_frames) == 1:
@@ -95,7 +105,7 @@ def in_windows(denoise: Denoise, family: Family, context: ContextWindows, frames
             prediction = denoise(latents_BCTHW[:, :, seen], timestep, family.inputs_for_frames(inputs, seen))
             own = prediction[:, :, window.anchor_frames :].float()
             blended_BCTHW[:, :, window.start : window.stop].addcmul_(own, weights_t.to(own.device).view(-1, 1, 1))
-            del prediction, own  # not beside the next window
+            del prediction, own  # freed before the next window runs
         return blended_BCTHW.to(latents_BCTHW.dtype)
 
     return predict

@@ -1,4 +1,4 @@
-"""The schedulers on offer, as diffusers has them, made from the model's own scheduler config."""
+"""Diffusers schedulers, made from the model's own scheduler config."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..families.facts import AUTO_SCHEDULER, SchedulerChoice
 _NAMES = dict.fromkeys(choice.name for family in FAMILIES.values() for choice in family.facts.schedulers)
 
 SCHEDULERS: tuple[str, ...] = (AUTO_SCHEDULER, *_NAMES)
-"""Names of all that some family has (`FamilyFacts.scheduler`); the first is that of a family's own."""
+"""Names of the schedulers of all families (`FamilyFacts.scheduler`); the first chooses the family's default."""
 
 
 def make_scheduler(choice: SchedulerChoice, config: Mapping[str, Any]) -> Any:
-    """A fresh diffusers scheduler of the model's noise schedule."""
+    """Create a diffusers scheduler with the model's noise schedule."""
     import diffusers
 
     cls: Any = getattr(diffusers, choice.diffusers_class)
@@ -27,21 +27,21 @@ def make_scheduler(choice: SchedulerChoice, config: Mapping[str, Any]) -> Any:
 
 
 def init_noise_sigma(scheduler: Any) -> float:
-    """Of the noise to begin with; 1 for schedulers of flow matching, which do not say."""
+    """Return the factor of the initial noise: 1 for flow-matching schedulers, which do not define one."""
     return float(getattr(scheduler, "init_noise_sigma", 1.0))
 
 
 def scaled_input(scheduler: Any, latents_BCTHW: Tensor, timestep: Tensor) -> Tensor:
-    """What the denoiser is given of the latents; themselves by schedulers of flow matching, which do not say."""
+    """Return the latents scaled for the denoiser; unchanged by flow-matching schedulers, which define no scale."""
     scale = getattr(scheduler, "scale_model_input", None)
     return latents_BCTHW if scale is None else scale(latents_BCTHW, timestep)
 
 
 def with_timesteps(scheduler: Any, steps: int) -> Any:
-    """The scheduler, ready for so many steps.
+    """Set the scheduler's timesteps for a number of steps, and return it.
 
     Raises:
-        BadInputError: it cannot take as many.
+        BadInputError: the scheduler cannot take that many steps.
     """
     try:
         scheduler.set_timesteps(steps)

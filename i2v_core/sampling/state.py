@@ -1,4 +1,4 @@
-"""Where a sampling loop is between two steps: everything that the steps to come depend on.
+"""State of a sampling loop between two steps: everything that the remaining steps depend on.
 
 Shape legend: C latent channels, T latent frames, H/W latent size.
 """
@@ -13,46 +13,51 @@ import torch
 from torch import Tensor
 
 Scalar: TypeAlias = "bool | int | float | str | None"
-# What a scheduler remembers: the outputs of earlier steps, where it is, and what order it has come to.
-Remembered: TypeAlias = "Scalar | Tensor | list[Scalar | Tensor]"
+# Values of a scheduler's attributes: the outputs of earlier steps, its position, its current order.
+SchedulerValue: TypeAlias = "Scalar | Tensor | list[Scalar | Tensor]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopState:
-    """`latents_BCTHW` (1, C, T, H, W) after so many steps, and what the scheduler remembers of them, by attribute."""
+    """State of a `SampleLoop` after a number of steps."""
 
     steps_done: int
+
     latents_BCTHW: Tensor
-    scheduler: Mapping[str, Remembered]
+    """(1, C, T, H, W), in the loop's dtype."""
+
+    scheduler: Mapping[str, SchedulerValue]
+    """The scheduler's attributes that the steps have changed, by name."""
 
     def on_host(self) -> LoopState:
-        """The same, with nothing on a device."""
+        """Return the same state with all tensors in host memory."""
         host = torch.device("cpu")
-        scheduler = {name: cast("Remembered", _on(value, host)) for name, value in self.scheduler.items()}
+        scheduler = {name: cast("SchedulerValue", _on(value, host)) for name, value in self.scheduler.items()}
         return replace(self, latents_BCTHW=self.latents_BCTHW.to(host), scheduler=scheduler)
 
 
 class SchedulerState:
-    """What steps change of a diffusers scheduler, found by comparison with what it is like before the first.
+    """Saves and restores what steps change in a diffusers scheduler.
 
-    diffusers' schedulers have no state of their own to ask for: multistep ones keep it in attributes. Here it is all
-    those that have changed, so that a scheduler needs no list of its attributes.
+    Schedulers of diffusers have no `state_dict`: multistep ones keep outputs of earlier steps in plain attributes. The
+    state is therefore every attribute that differs from before the first step, which works for any scheduler without a
+    list of its attributes.
     """
 
     def __init__(self, scheduler: object) -> None:
-        """`scheduler` has had its timesteps set, and has taken no step."""
+        """Take a scheduler whose timesteps are set and that has taken no step."""
         self._attributes: dict[str, object] = vars(scheduler)
         self._fresh = {name: _copied(value) for name, value in self._attributes.items()}
 
-    def changes(self) -> dict[str, Remembered]:
+    def changes(self) -> dict[str, SchedulerValue]:
         return {
-            name: cast("Remembered", _copied(value))
+            name: cast("SchedulerValue", _copied(value))
             for name, value in self._attributes.items()
             if name not in self._fresh or not _same(value, self._fresh[name])
         }
 
-    def restore(self, changes: Mapping[str, Remembered], device: torch.device) -> None:
-        """The scheduler as it was when the changes were asked for; tensors come to `device`."""
+    def restore(self, changes: Mapping[str, SchedulerValue], device: torch.device) -> None:
+        """Put the scheduler back to the state that `changes` returned; moves tensors to `device`."""
         for name in [name for name in self._attributes if name not in self._fresh]:
             del self._attributes[name]
         self._attributes.update({name: _copied(value) for name, value in self._fresh.items()})
@@ -60,7 +65,7 @@ class SchedulerState:
 
 
 def _copied(value: object) -> object:
-    """Lists are changed in place, by the schedulers that have them; what is in them is not."""
+    """Copy lists, which schedulers change in place; their items, and tensors, are replaced but never changed."""
     return list(cast("Sequence[object]", value)) if isinstance(value, list) else value
 
 
@@ -72,8 +77,8 @@ def _same(one: object, other: object) -> bool:
     return one is other or (isinstance(one, simple) and isinstance(other, simple) and one == other)
 
 
-def _on(value: Remembered, device: torch.device) -> object:
+def _on(value: SchedulerValue, device: torch.device) -> object:
     if isinstance(value, list):
         return [_on(it, device) for it in value]
-    # Timesteps stay where they are: they are told apart from latents by having no dimensions.
+    # Timesteps stay where they are: schedulers index with them. Unlike latents they have no dimensions.
     return value.to(device) if isinstance(value, Tensor) and value.ndim else value

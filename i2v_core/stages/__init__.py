@@ -1,11 +1,10 @@
-"""The three stages of a run. Each brings in what it needs, runs, and leaves nothing on the device."""
+"""The three stages of a run: encode, sample, decode. Each places its components, runs, and leaves the device empty."""
 
-from .batched_sampling import BatchedResult, NotWorthBatchingError, sample_batched
 from .clip_sampler import MAX_STEPS, SampleRequest, SamplerSettings
 from .decode_stage import DecodeStream, decode, decode_stream
 from .encode_stage import encode
 from .runtime import Runtime, StageReport
-from .sample_stage import sample
+from .sample_stage import BatchedResult, NotWorthBatchingError, sample, sample_batched
 from .status import StageStatus
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""A video that is sampled: what it is told, how far it has come, and what is kept of it on disk.
+"""Sampling of one video: its request, its loop, and its checkpoint on disk.
 
 Shape legend: B batch, C latent channels, T latent frames, H/W height and width.
 """
@@ -38,12 +38,21 @@ MAX_STEPS = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerSettings:
-    """What the user sets for the sampling loop."""
+    """The user's settings for the sampling loop.
+
+    Raises:
+        BadInputError: a number is out of its range.
+    """
 
     steps: int
+
     cfg: float
+    """Scale of classifier-free guidance; 1 turns it off."""
+
     seed: int
+
     scheduler: str = AUTO_SCHEDULER
+    """One of `sampling.schedulers.SCHEDULERS`."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= MAX_STEPS:
@@ -54,36 +63,39 @@ class SamplerSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRequest:
-    """A video to be sampled. `state` is where it is already; None: at its beginning, or where its checkpoint is.
-
-    The callbacks are as in `Runtime`, of this clip alone.
-    """
+    """A video to sample."""
 
     conditioning: Conditioning
     settings: SamplerSettings
+
     state: LoopState | None = None
+    """State to continue from. None: the clip's checkpoint if there is one, else the beginning."""
+
     check_cancelled: Callable[[], None] = nothing
+    """Same as `Runtime.check_cancelled`, for this clip alone."""
+
     on_progress: Callable[[int, int, Tensor | None], None] = no_progress
+    """Same as `Runtime.on_progress`, for this clip alone."""
 
 
 class ClipSampler:
-    """A clip within a stage. Its loop may fail and go on: it is at a whole step always.
+    """The sampling loop of one clip, with its checkpoint. After a failed step it can continue from the step before.
 
     Raises:
-        PlanMismatchError: its conditioning was made for another plan.
-        BadInputError: its settings do not go with the plan or the model.
+        PlanMismatchError: the conditioning was made for another plan.
+        BadInputError: the settings do not suit the plan or the model.
     """
 
-    def __init__(self, run: StageRun, clip: SampleRequest, checkpointing: Checkpointing | None) -> None:
-        _check_conditioning(run.plan, clip)
-        self.clip = clip
+    def __init__(self, run: StageRun, request: SampleRequest, checkpointing: Checkpointing | None) -> None:
+        _check_conditioning(run.plan, request)
+        self.request = request
         self._run = run
         self._family = family_of(run.model.architecture)
         with host_memory():
             config = run.model.architecture.config("scheduler")
-            choice = self._family.facts.scheduler(clip.settings.scheduler)
-            scheduler = with_timesteps(make_scheduler(choice, config), clip.settings.steps)
-            noise_BCTHW = initial_noise(self._family.facts.latent_size(run.plan.request.size), clip.settings.seed)
+            choice = self._family.facts.scheduler(request.settings.scheduler)
+            scheduler = with_timesteps(make_scheduler(choice, config), request.settings.steps)
+            noise_BCTHW = initial_noise(self._family.facts.latent_size(run.plan.request.size), request.settings.seed)
         self.frames = noise_BCTHW.shape[2]
         self.loop = SampleLoop(
             scheduler, noise_BCTHW.to(run.runtime.device) * init_noise_sigma(scheduler), self._on_step
@@ -91,23 +103,23 @@ class ClipSampler:
 
         self._file: CheckpointFile | None = None
         if checkpointing is not None and checkpointing.when is not CheckpointWhen.OFF:
-            self._file = CheckpointFile(checkpointing, _checkpoint_key(run, clip), clip.settings.steps)
+            self._file = CheckpointFile(checkpointing, _checkpoint_key(run, request), request.settings.steps)
 
     @property
-    def where(self) -> str:
-        return f"at step {self.loop.steps_done} of {self.clip.settings.steps}"
+    def progress_text(self) -> str:
+        return f"at step {self.loop.steps_done} of {self.request.settings.steps}"
 
     @contextmanager
-    def kept(self) -> Generator[None]:
-        """Goes on from where it was, where it was anywhere; keeps a checkpoint of what is done if the body fails."""
+    def checkpointed(self) -> Generator[None]:
+        """Resume from the clip's state or checkpoint; save a checkpoint if the body fails, delete it if it succeeds."""
         self.resume()
         try:
             yield
         except RanOutError as error:
             done, file = self.loop.steps_done, self._file
             if file is not None and done and file.save(self.loop.state) is None:
-                kept = f"; run again to go on from step {done}, kept in {file.path}"
-                raise RanOutError(error.problem, error.remedy + kept) from None
+                resumable = f"; run again to continue from step {done}, saved in {file.path}"
+                raise RanOutError(error.problem, error.remedy + resumable) from None
             raise
         except BaseException:
             self.save_checkpoint()
@@ -115,54 +127,58 @@ class ClipSampler:
         self.delete_checkpoint()
 
     def resume(self) -> None:
-        """Goes on from the clip's state, or else from its checkpoint, where there is one."""
-        state = self.clip.state
+        """Continue from the request's state, or else from the checkpoint if there is one."""
+        state = self.request.state
         if state is not None and self._file is not None:
-            self._file.goes_on_from(state)
+            self._file.set_resumed_from(state)
         elif state is None and self._file is not None:
             state = self._file.load(self.loop.latents_BCTHW)
             if state is not None:
-                steps = self.clip.settings.steps
-                self._run.note(f"went on from step {state.steps_done} of {steps}, kept from an earlier run")
+                steps = self.request.settings.steps
+                self._run.note(f"resumed from step {state.steps_done} of {steps}, saved by an earlier run")
         if state is not None:
             self.loop.resume(state)
 
     def save_checkpoint(self) -> None:
-        """A checkpoint of what is done, where that would be missed."""
+        """Write a checkpoint if enough work would be lost without it."""
         if self._file is not None and self._file.is_worthwhile(self.loop.steps_done):
             self._file.save(self.loop.state)
 
     def delete_checkpoint(self) -> None:
-        """The checkpoint, of a clip that is done."""
+        """Delete the checkpoint of a finished clip."""
         if self._file is not None:
             self._file.delete()
 
     def samples(self) -> Tensor:
-        """The host's LATENT samples, fp32, on the CPU."""
-        architecture, told = self._run.model.architecture, self.clip.conditioning.positive
-        return self._family.latents_to_host(architecture, self.loop.latents_BCTHW, told).float().cpu()
+        """Return the host's LATENT samples, fp32, on the CPU."""
+        architecture, positive = self._run.model.architecture, self.request.conditioning.positive
+        return self._family.latents_to_host(architecture, self.loop.latents_BCTHW, positive).float().cpu()
 
     def _on_step(self, step: int, clean_BCTHW: Tensor) -> None:
         if self._file is not None and self._file.is_due(step):
             problem = self._file.save(self.loop.state)
             if problem is not None:
-                self._run.note(f"no checkpoint could be written, and sampling went on without: {problem}")
-        self._run.progress(step, self.clip.settings.steps, clean_BCTHW)
+                self._run.note(f"no checkpoint could be written, sampling continues without: {problem}")
+        self._run.progress(step, self.request.settings.steps, clean_BCTHW)
         with self._run.meter.paused():
-            self.clip.on_progress(step, self.clip.settings.steps, clean_BCTHW)
+            self.request.on_progress(step, self.request.settings.steps, clean_BCTHW)
 
 
 def check_finite(plan: Plan, samples: Tensor) -> None:
-    """Raises `BadInputError` unless they are."""
+    """Check sampled latents.
+
+    Raises:
+        BadInputError: a value is NaN or infinite.
+    """
     if not torch.isfinite(samples).all():
         raise BadInputError(
             f"sampling in {plan.precision} gave values that are not finite", "choose bf16 or fp32 in VRAM Budget"
         )
 
 
-def _checkpoint_key(run: StageRun, clip: SampleRequest) -> str:
-    """Everything that the result depends on beyond rounding."""
-    chosen, settings = run.plan.sample, clip.settings
+def _checkpoint_key(run: StageRun, request: SampleRequest) -> str:
+    """Identify everything that the result depends on, beyond rounding."""
+    chosen, settings = run.plan.sample.settings, request.settings
     parts = {
         "model": run.model.architecture.fingerprint,
         "weights": weights_identity(run.model.folder, run.model.files),
@@ -172,17 +188,17 @@ def _checkpoint_key(run: StageRun, clip: SampleRequest) -> str:
         "precision": run.plan.precision,
         "approximation": str(Approximation.of(chosen)),
     }
-    positive, negative = clip.conditioning.positive, clip.conditioning.negative or {}
+    positive, negative = request.conditioning.positive, request.conditioning.negative or {}
     tensors = {f"positive.{name}": it for name, it in positive.items()}
     return checkpoint_key(parts, {**tensors, **{f"negative.{name}": it for name, it in negative.items()}})
 
 
-def _check_conditioning(plan: Plan, clip: SampleRequest) -> None:
-    request, conditioning, cfg = plan.request, clip.conditioning, clip.settings.cfg
-    if conditioning.family != request.architecture.family or conditioning.size != request.size:
+def _check_conditioning(plan: Plan, request: SampleRequest) -> None:
+    planned, conditioning, cfg = plan.request, request.conditioning, request.settings.cfg
+    if conditioning.family != planned.architecture.family or conditioning.size != planned.size:
         raise PlanMismatchError(
             f"the conditioning was made for {conditioning.family} {conditioning.size}, "
-            f"the plan for {request.architecture.family} {request.size}",
+            f"the plan for {planned.architecture.family} {planned.size}",
             "connect the same VRAM Budget to I2V Encode and to Chunked Sampler",
         )
     if conditioning.negative is None and cfg != 1:

@@ -1,4 +1,4 @@
-"""Decode: latents become frames, which come one by one.
+"""Decode stage: turns latents into frames, which arrive chunk by chunk.
 
 Shape legend: F frames of the clip, f of a chunk, C latent channels, H/W height and width.
 """
@@ -15,16 +15,16 @@ from ..errors import BadInputError, PlanMismatchError
 from ..families import Family, I2VModel, family_of
 from ..memory.device import is_out_of_memory
 from ..planning.plan import Plan, Stage
-from .run import StageRun, running
+from .run import StageRun, open_stage_run
 from .runtime import Runtime, StageReport
 
 
 class DecodeStream:
-    """Frames as they are decoded, each once and in order; made by `decode_stream`.
+    """Iterator over frames while they are decoded, each once and in order. Made by `decode_stream`.
 
-    Iterating gives chunks (f, H, W, 3) in 0…1, fp32, in host memory, which are the caller's; the device holds what one
-    chunk takes. What the caller does with a chunk is neither measured nor timed. When the device runs out of memory the
-    stream goes on, from the frame that it was at, in smaller tiles.
+    Yields chunks (f, H, W, 3) in 0…1, fp32, in host memory, which the caller owns; the device holds one chunk at a
+    time. The caller's work between chunks is neither measured nor timed. When the device runs out of memory, decoding
+    continues from the next frame with smaller tiles.
     """
 
     def __init__(self, run: StageRun, family: Family, samples: Tensor) -> None:
@@ -37,7 +37,7 @@ class DecodeStream:
         return self._chunks
 
     def close(self) -> None:
-        """Take everything off the device, wherever the stream is."""
+        """Stop decoding and take everything off the device."""
         self._chunks.close()
 
     def report(self) -> StageReport:
@@ -45,19 +45,19 @@ class DecodeStream:
 
     def _decode(self) -> Generator[Tensor]:
         while self._done < self.total_frames:
-            problem = yield from self._decode_until_full()
+            problem = yield from self._decode_until_out_of_memory()
             if problem is not None:
                 self._run.fall_back(problem, f"at frame {self._done} of {self.total_frames}")
 
-    def _decode_until_full(self) -> Generator[Tensor, None, str | None]:
-        """The frames from where the stream is at; if the device runs out of memory, its message in the end."""
+    def _decode_until_out_of_memory(self) -> Generator[Tensor, None, str | None]:
+        """Yield the frames that are left; return the error's message if the device runs out of memory."""
         run, family = self._run, self._family
-        pieces = run.plan.decode.frames
+        tiling = run.plan.decode.settings.tiling
         run.begin(self._done, self.total_frames)
         try:
-            with run.place(family.decoder, by_layer=pieces.by_layer) as decoder:
+            with run.place(family.decoder, by_layer=tiling.by_layer) as decoder:
                 for frames_fHWC in family.decode(
-                    decoder, self._samples, self._done, pieces, run.runtime.check_cancelled
+                    decoder, self._samples, self._done, tiling, run.runtime.check_cancelled
                 ):
                     self._done += len(frames_fHWC)
                     with run.meter.paused():
@@ -74,10 +74,10 @@ class DecodeStream:
 
 @contextmanager
 def decode_stream(model: I2VModel, plan: Plan, samples: Tensor, runtime: Runtime) -> Generator[DecodeStream]:
-    """Frames of the host's LATENT samples, to be iterated over while the context lasts."""
+    """Open a stream of frames decoded from the host's LATENT samples. Iterate while the context lasts."""
     family = family_of(model.architecture)
     _check_samples(family, plan, samples)
-    with running(Stage.DECODE, model, plan, runtime) as run:
+    with open_stage_run(Stage.DECODE, model, plan, runtime) as run:
         stream = DecodeStream(run, family, samples)
         try:
             yield stream
@@ -86,7 +86,7 @@ def decode_stream(model: I2VModel, plan: Plan, samples: Tensor, runtime: Runtime
 
 
 def decode(model: I2VModel, plan: Plan, samples: Tensor, runtime: Runtime) -> tuple[Tensor, StageReport]:
-    """All frames (F, H, W, 3) in 0…1, fp32, on the CPU."""
+    """Decode all frames: (F, H, W, 3) in 0…1, fp32, on the CPU."""
     frames_FHWC: Tensor | None = None
     done = 0
     with decode_stream(model, plan, samples, runtime) as stream:

@@ -1,4 +1,4 @@
-"""One stage under way: components are placed as the plan says, and what they take is measured."""
+"""A running stage: places components as planned, measures memory and time, falls back when memory runs out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import RanOutError
 from ..families import I2VModel, Placed
 from ..memory.device import is_out_of_memory
 from ..memory.stage_meter import StageMeter, stage_meter
-from ..placement.offload import give_pinned_back
+from ..placement.offload import release_pinned_memory
 from ..placement.placed import placed
 from ..placement.storage import WeightStorage, resident
 from ..placement.streaming import streamed, streamed_leaves
@@ -34,23 +34,26 @@ logger = logging.getLogger(__name__)
 
 
 class StageRun:
-    """Made by `running`. `plan` is what the stage goes by; `step_down` gives it another in the middle."""
+    """Services for one stage while it runs. Made by `open_stage_run`.
+
+    `plan` is the plan that applies now; `fall_back` replaces it with one that needs less memory.
+    """
 
     def __init__(self, stage: Stage, model: I2VModel, plan: Plan, runtime: Runtime, meter: StageMeter) -> None:
         self.model, self.plan, self.runtime, self.meter = model, plan, runtime, meter
         self._stage = stage
         self._notes: list[str] = []
         self._failed: list[tuple[int, int]] = []
-        self._made_room = False
+        self._asked_host_for_memory = False
         self._pace = Pace()
 
     @contextmanager
     def place(self, component: str, *, by_layer: bool = False) -> Generator[Placed]:
-        """The component on the device, or coming there leaf by leaf or layer by layer where the plan streams it."""
+        """Place a component on the device while the context lasts: whole, or streamed by leaf or layer as planned."""
         self.runtime.check_cancelled()
         module, device = self.model.modules[component], self.runtime.device
-        dtype = component_dtype(self.model.architecture, component, self.plan.sample.compute_dtype, self._stage)
-        storage = self.plan.sample.weight_storage if self._stage is Stage.SAMPLE else WeightStorage.AS_COMPUTED
+        dtype = component_dtype(self.model.architecture, component, self.plan.compute_dtype, self._stage)
+        storage = self.plan.sample.settings.weight_storage if self._stage is Stage.SAMPLE else WeightStorage.AS_COMPUTED
 
         def ready(runner: LayerRunner) -> Placed:
             return Placed(module=module, device=device, dtype=dtype, runner=runner)
@@ -69,26 +72,28 @@ class StageRun:
                 yield ready(LayerRunner())
 
     def fall_back(self, problem: str, where: str) -> None:
-        """After an out-of-memory: go on in the fastest way that takes less; if there is none, with room that the host
-        makes, once. To be called outside of the `except`, whose traceback keeps what the failed layer had made.
+        """Switch to the fastest settings that need less memory, after an attempt ran out of it.
+
+        If there are none, the host is asked once to free memory. Call this outside of the `except` block: its traceback
+        keeps the tensors of the failed layer alive.
 
         Args:
-            problem: the error's own words.
-            where: how far the stage had come, such as `at step 3 of 20`.
+            problem: the error's message.
+            where: the progress so far, such as `at step 3 of 20`.
 
         Raises:
             RanOutError: there is nothing left to try.
         """
-        _give_back(self.runtime.device)
+        _empty_allocator_cache(self.runtime.device)
         self._failed.append((self.plan.prediction(self._stage).peak_bytes, self.meter.peak_bytes))
         lower = next_fallback(self.plan, self._stage)
         if lower is not None:
             changed = what_changed(self.plan, lower, self._stage)
-            self.note(f"{self._stage.value} ran out of device memory {where} and went on from there with {changed}")
+            self.note(f"{self._stage.value} ran out of device memory {where} and continued with {changed}")
             self.plan = lower
-        elif not self._made_room:
-            self._made_room = True
-            self.note(f"{self._stage.value} ran out of device memory {where}: the host was asked to free what it can")
+        elif not self._asked_host_for_memory:
+            self._asked_host_for_memory = True
+            self.note(f"{self._stage.value} ran out of device memory {where}: the host was asked to free memory")
             self.runtime.make_room()
         else:
             raise self._nothing_left(problem, where)
@@ -99,19 +104,20 @@ class StageRun:
         free_bytes = self.runtime.free_bytes()
         free = "" if free_bytes is None else f", and {format_gib(free_bytes)} are free"
         return RanOutError(
-            f"{self._stage.value} ran out of device memory {where}, in the thriftiest way there is: it needs {needed}"
-            f"{free} ({problem})",
+            f"{self._stage.value} ran out of device memory {where}, even with the lowest-memory settings: it needs "
+            f"{needed}{free} ({problem})",
             remedy(self.plan, self._stage),
         )
 
     def begin(self, done: int, total: int) -> None:
-        """The steps, or frames, after `done` begin, by the plan as it is now."""
+        """Announce that the steps (or frames) after `done` begin, under the current plan."""
         self._pace.begin(done)
         self._show(done, total)
 
     def progress(self, done: int, total: int, latents_BCTHW: Tensor | None = None) -> None:
-        """`done` of `total` are done. What the caller does with that neither counts nor is timed; not to be called
-        while the meter is paused.
+        """Announce that `done` of `total` are done.
+
+        The caller's callback is neither measured nor timed. Must not be called while the meter is paused.
         """
         self._pace.record(done)
         self._show(done, total)
@@ -134,7 +140,7 @@ class StageRun:
         )
 
     def note(self, note: str) -> None:
-        """Something that the user should know of the run."""
+        """Record something that the user should know about the run."""
         logger.warning("%s", note)
         self._notes.append(note)
 
@@ -156,12 +162,11 @@ class StageRun:
 
     @property
     def _streamed(self) -> bool:
-        settings = {Stage.ENCODE: self.plan.encode, Stage.SAMPLE: self.plan.sample, Stage.DECODE: self.plan.decode}
-        return settings[self._stage].streamed
+        return self.plan.stages[self._stage].settings.streamed
 
 
 def retry_with_fallback(run: StageRun, attempt: Callable[[], Result], where: Callable[[], str]) -> Result:
-    """What `attempt` gives, which is tried again a rung lower each time that it runs out of device memory."""
+    """Return the result of `attempt`, repeating it with lower-memory settings whenever device memory runs out."""
     while True:
         try:
             return attempt()
@@ -172,31 +177,36 @@ def retry_with_fallback(run: StageRun, attempt: Callable[[], Result], where: Cal
         run.fall_back(problem, where())
 
 
-def _give_back(device: torch.device) -> None:
-    """Hand what the failed attempt has left in the allocator back to the device."""
+def _empty_allocator_cache(device: torch.device) -> None:
+    """Return the memory that a failed attempt left in the allocator to the device."""
     if device.type != "cuda":
         return
     try:
-        torch.zeros(1, device=device)  # an error of CUDA's own is reported again with the next operation
+        torch.zeros(1, device=device)  # takes the CUDA error that the next operation would report again
     except RuntimeError as error:
-        logger.debug("the device said again: %s", error)
+        logger.debug("the device reported again: %s", error)
     torch.cuda.empty_cache()
 
 
 @contextmanager
-def _pinned_given_back(device: torch.device) -> Generator[None]:
-    """What a stage has pinned would be missing to others, and to the next plan, which goes by the free host memory."""
+def _releasing_pinned_memory(device: torch.device) -> Generator[None]:
+    """Free the stage's pinned host memory on exit: the next plan goes by the host memory that is free."""
     try:
         yield
     finally:
         if device.type == "cuda":
-            give_pinned_back()
+            release_pinned_memory()
 
 
 @contextmanager
-def running(stage: Stage, model: I2VModel, plan: Plan, runtime: Runtime) -> Generator[StageRun]:
+def open_stage_run(stage: Stage, model: I2VModel, plan: Plan, runtime: Runtime) -> Generator[StageRun]:
+    """Start measuring a stage, and release what it holds on exit. The body runs the stage.
+
+    Raises:
+        PlanMismatchError: the plan was made for another model.
+    """
     plan.check_made_for(model.architecture)
-    with torch.no_grad(), _pinned_given_back(runtime.device), stage_meter(runtime.device) as meter:
+    with torch.no_grad(), _releasing_pinned_memory(runtime.device), stage_meter(runtime.device) as meter:
 
         def check_cancelled() -> None:
             meter.sample()

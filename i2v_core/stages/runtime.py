@@ -1,4 +1,4 @@
-"""What a stage is lent, and what it reports.
+"""Services that the caller provides to a stage, and the report that the stage returns.
 
 Shape legend: C latent channels, T latent frames, f pixel frames, H/W height and width.
 """
@@ -20,7 +20,7 @@ from .status import StageStatus
 
 
 def nothing() -> None:
-    """What a callback does that nobody has given."""
+    """Default of callbacks without arguments."""
 
 
 def _unknown() -> None:
@@ -28,7 +28,7 @@ def _unknown() -> None:
 
 
 def no_progress(done: int, total: int, latents_BCTHW: Tensor | None) -> None:
-    """As `nothing`, of `on_progress`."""
+    """Default of `on_progress`."""
 
 
 def _no_status(status: StageStatus) -> None:
@@ -41,42 +41,55 @@ def _no_frames(frames_FHWC: Tensor) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
-    """What the caller lends to a stage.
-
-    `check_cancelled` raises the caller's own exception to stop; it is called at least once a chunk.
-    `on_progress` takes what is done, the total, and while sampling the clean latents so far (1, C, T, H, W);
-    `on_status` what there is to say, from before the first step on; `on_frames` finished frames (f, H, W, 3) as they
-    are decoded. `make_room` frees what it can of device memory that others hold, and `free_bytes` says what is free
-    then; both are asked only when memory has run out.
-    """
+    """Services that the caller provides to a stage."""
 
     device: torch.device
     attention: AttentionBackend = AttentionBackend.SDPA
+
     check_cancelled: Callable[[], None] = nothing
+    """Raises the caller's own exception to stop the stage. Called at least once per chunk."""
+
     on_progress: Callable[[int, int, Tensor | None], None] = no_progress
+    """Takes what is done, the total, and while sampling the clean latents so far (1, C, T, H, W)."""
+
     on_status: Callable[[StageStatus], None] = _no_status
+    """Takes the current status, first before the first step."""
+
     on_frames: Callable[[Tensor], None] = _no_frames
+    """Takes finished frames (f, H, W, 3) as they are decoded."""
+
     make_room: Callable[[], None] = nothing
+    """Frees device memory that others hold. Called only after memory has run out."""
+
     free_bytes: Callable[[], int | None] = _unknown
+    """Returns the free bytes of device memory, None where unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageReport:
-    """What a stage was predicted to take, give or take, what it took, and how long.
-
-    `plan` is the one that it ended with, `notes` say what happened on the way. `failed` are attempts that ran out of
-    memory: what they were predicted to take, and what they had taken by then. `timeline` shows them too.
-    """
+    """Predicted and measured memory and time of a finished stage."""
 
     stage: Stage
+
     plan: Plan
+    """The plan that the stage ended with."""
+
     predicted_peak_bytes: int
+
     uncertainty_bytes: int
+    """Expected error of the prediction, in either direction."""
+
     measured_peak_bytes: int
     seconds: float
+
     timeline: Timeline
+    """Memory over time, failed attempts included."""
+
     notes: tuple[str, ...] = ()
+    """Events that the user should know of, in words."""
+
     failed: tuple[tuple[int, int], ...] = ()
+    """Predicted peak, and peak until the failure, of each attempt that ran out of memory (bytes)."""
 
     def __str__(self) -> str:
         return (
@@ -86,7 +99,7 @@ class StageReport:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON. `retries` are the attempts that ran out of memory, `usable_bytes` is what the plan may use."""
+        """Return the report for JSON. `retries` are the attempts that ran out of memory."""
         return {
             "stage": self.stage.value,
             "predicted_peak_bytes": self.predicted_peak_bytes,

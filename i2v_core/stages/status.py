@@ -1,4 +1,4 @@
-"""How far a stage has come, how long it will take, and what it holds, in words for who waits."""
+"""Progress of a running stage, its remaining time and its memory, as text for the user."""
 
 from __future__ import annotations
 
@@ -11,28 +11,38 @@ from dataclasses import dataclass
 from ..planning.plan import Stage
 from ..units import format_gib
 
-_LATEST = 7
+_LATEST = 7  # steps in the median: enough to ignore a single slow one, few enough to follow a change of settings
 _UNITS = {Stage.ENCODE: "part", Stage.SAMPLE: "step", Stage.DECODE: "frame"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageStatus:
-    """A stage under way: `done` of `total` steps, or frames where it decodes.
-
-    `seconds_each` is what one takes as of late, None until that is known: the first alone does not tell, since it warms
-    up. `used_bytes` is on the device now, `peak_bytes` its highest so far, `usable_bytes` what the plan may use.
-    `seconds` is the time so far, `notes` what happened on the way.
-    """
+    """A snapshot of a running stage."""
 
     stage: Stage
+
     done: int
+    """Steps, or frames while decoding."""
+
     total: int
+
     seconds: float
+    """Time since the stage began."""
+
     seconds_each: float | None
+    """Recent time per step; None until known, which takes two steps because the first warms up."""
+
     used_bytes: int
+    """Device memory in use now."""
+
     peak_bytes: int
+    """Highest use of device memory so far."""
+
     usable_bytes: int
+    """Device memory that the plan may use."""
+
     notes: tuple[str, ...] = ()
+    """Events that the user should know of, in words."""
 
     @property
     def left_seconds(self) -> float | None:
@@ -43,7 +53,7 @@ class StageStatus:
             f"{format_gib(self.used_bytes)} in use, peak {format_gib(self.peak_bytes)} of "
             f"{format_gib(self.usable_bytes)}"
         )
-        # Pages that make one line of it must keep the parts apart too.
+        # The semicolons keep the parts apart on pages that drop line breaks.
         return ";\n".join([self._progress(), memory, *self.notes])
 
     def _progress(self) -> str:
@@ -58,7 +68,7 @@ class StageStatus:
 
 
 class Pace:
-    """How long one step takes: the median of the latest, without the first after a beginning, which warms up."""
+    """Time per step: the median of the latest, without the first step after each `begin`, which warms up."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -67,12 +77,12 @@ class Pace:
         self.begin(0)
 
     def begin(self, done: int) -> None:
-        """Work begins, or goes on in another way, after `done` steps."""
+        """Start, or continue with other settings, after `done` steps."""
         self._latest.clear()
         self._done, self._since, self._is_warm = done, self._clock(), False
 
     def record(self, done: int) -> None:
-        """`done` steps are done now."""
+        """Record that `done` steps are done now."""
         if done <= self._done:
             return
         now = self._clock()
@@ -82,7 +92,7 @@ class Pace:
 
     @property
     def seconds(self) -> float:
-        """Since it was made."""
+        """Seconds since construction."""
         return self._clock() - self._began
 
     @property

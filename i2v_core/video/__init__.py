@@ -1,4 +1,4 @@
-"""Writing videos: frame by frame into a file that is there whole or not at all."""
+"""Writes videos frame by frame, into a file that exists whole or not at all."""
 
 from __future__ import annotations
 

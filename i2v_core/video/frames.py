@@ -1,4 +1,4 @@
-"""Frames as the rest of the pack has them, into pixels as a file has them.
+"""Converts frame tensors to the 8-bit pixels that video files store.
 
 Shape legend: F frames, H/W height and width in pixel space, C channels (3, or 4 with alpha).
 """
@@ -19,22 +19,22 @@ Pixels = NDArray[np.uint8]
 
 
 def each_frame(frames_FHWC: Tensor) -> Iterator[Pixels]:
-    """Every frame as 8-bit pixels (H, W, 3), one at a time, so that no second copy of them all is ever there.
+    """Yield each frame as 8-bit pixels (H, W, 3); one at a time, so that memory never holds a second copy of them all.
 
-    Takes float frames in 0…1, whose values beyond are clipped, or uint8 frames; a single frame may come without F.
-    Alpha is left out.
+    Takes float frames in 0…1 (values outside are clipped) or uint8 frames; a single frame may come without F. Alpha is
+    dropped.
 
     Raises:
-        BadInputError: another shape or dtype, or values that are not finite.
+        BadInputError: the shape or dtype is not that of frames, or a value is not finite.
     """
     if frames_FHWC.ndim == 3:
         frames_FHWC = frames_FHWC[None]
     if frames_FHWC.ndim != 4 or frames_FHWC.shape[-1] not in {3, 4} or 0 in frames_FHWC.shape[1:]:
         raise BadInputError(
-            f"frames of shape {tuple(frames_FHWC.shape)} are no video", "give frames as (frames, height, width, 3)"
+            f"frames of shape {tuple(frames_FHWC.shape)} are not a video", "give frames as (frames, height, width, 3)"
         )
     if not (frames_FHWC.is_floating_point() or frames_FHWC.dtype == torch.uint8):
-        raise BadInputError(f"frames of {frames_FHWC.dtype} are no pixels", "give floats in 0…1, or uint8")
+        raise BadInputError(f"frames of {frames_FHWC.dtype} are not pixels", "give floats in 0…1, or uint8")
     for frame_HWC in frames_FHWC:
         yield _pixels(frame_HWC[..., :3])
 
@@ -49,6 +49,6 @@ def _pixels(frame_HW3: Tensor) -> Pixels:
 
 
 def with_even_sides(pixels_HW3: Pixels) -> Pixels:
-    """The frame with its last row and column repeated where there is an odd number of them."""
+    """Repeat the last row or column of a frame with an odd number of them."""
     height, width, _ = pixels_HW3.shape
     return np.pad(pixels_HW3, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")

@@ -1,4 +1,4 @@
-"""A video file that takes its frames as they are made.
+"""Video files that are written while their frames are being made.
 
 Shape legend: F frames, H/W height and width in pixel space, C channels.
 """
@@ -13,17 +13,17 @@ from av.error import FFmpegError
 from torch import Tensor
 
 from ..errors import BadInputError, FileError
-from ..files import file_errors, whole_file
+from ..files import atomic_file, file_errors
 from .formats import VideoSettings
 from .frames import Pixels, each_frame, with_even_sides
 from .writers import Writer, make_writer
 
 
 class VideoSink:
-    """Takes frames and keeps none of them. Made by `open_video`.
+    """Writes frames to a file without keeping them. Made by `open_video`.
 
-    `frames` counts those taken; `size_pixels` is their width and height, and `stored_size_pixels` the file's, which is
-    larger by a pixel where the codec needs even sides.
+    `frames` counts those written; `size_pixels` is their width and height, and `stored_size_pixels` the file's, which
+    is larger by a pixel where the codec needs even sides.
     """
 
     def __init__(self, path: Path, temporary: Path, settings: VideoSettings, metadata: Mapping[str, str]) -> None:
@@ -37,11 +37,11 @@ class VideoSink:
         self._writer: Writer | None = None
 
     def write(self, frames_FHWC: Tensor) -> None:
-        """Add frames (F, H, W, 3 or 4), or one without F: floats in 0…1 or uint8.
+        """Append frames (F, H, W, 3 or 4), or one without F: floats in 0…1 or uint8.
 
         Raises:
-            BadInputError: no pixels, NaN, or another size than the frames before.
-            FileError: the disk is full or the like, or the encoder failed.
+            BadInputError: not pixels, a value that is not finite, or another size than the frames before.
+            FileError: the file cannot be written (such as a full disk), or the encoder failed.
         """
         for pixels_HW3 in each_frame(frames_FHWC):
             self._write(pixels_HW3)
@@ -88,18 +88,18 @@ class VideoSink:
 
 @contextmanager
 def open_video(path: Path, settings: VideoSettings, metadata: Mapping[str, str] | None = None) -> Generator[VideoSink]:
-    """A sink for frames; `path` gets the video when the context ends well, and nothing where it does not.
+    """Open a sink for frames. The video appears at `path` when the context ends; nothing does if it raises.
 
     Args:
-        path: the file, or for PNG the folder, to make; one that is there is replaced, a folder is not.
+        path: the file (for PNG the folder) to make. An existing file is replaced, an existing folder is not.
         settings: format, frames per second and quality.
-        metadata: texts by name, stored where the format can hold them.
+        metadata: texts by name, stored if the format can hold them.
 
     Raises:
-        FileError: the path cannot be written; said before the first frame where that can be known.
-        BadInputError: there were no frames, or no proper ones.
+        FileError: the path cannot be written; raised before the first frame if that is known by then.
+        BadInputError: no frames were written, or bad ones.
     """
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         sink = VideoSink(path, temporary, settings, metadata or {})
         try:
             yield sink

@@ -1,90 +1,134 @@
-"""What puts pixels on the disk, one frame after another: a film of one file, or a folder of pictures."""
+"""Writers that put pixels on the disk frame by frame: one encoded file, or a folder of pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
+import av
 import imageio.v3 as iio
-from imageio.plugins.pyav import PyAVPlugin
+from av.filter import Graph
+from av.filter.context import FilterContext
+from av.video.format import VideoFormat as AvFormat
+from av.video.frame import VideoFrame
 from PIL.PngImagePlugin import PngInfo
 
-from .formats import Encoding, VideoSettings
+from .formats import FILTER_INPUT, FILTER_OUTPUT, Encoding, Filters, VideoSettings
 from .frames import Pixels
 
-_imageio: Any = iio  # its stubs are only half typed
+_imageio: Any = iio  # its stubs and PyAV's are only half typed, hence `Any` here and below
+
+_PIXELS = "rgb24"  # FFmpeg's name for the layout of `Pixels`
+_MAX_DENOMINATOR = 65_535  # of a frame rate: 16 bits, which every container can store exactly
 
 
 class Writer(Protocol):
-    """Takes frames of one size. May raise OSError, or what the encoder raises."""
+    """Takes frames of one size. May raise OSError, or an error of the encoder."""
 
     def write(self, pixels_HW3: Pixels) -> None: ...
 
     def finish(self) -> None:
-        """Put all that is still held back on the disk. There are no more frames after that."""
+        """Write everything that is still buffered. No frames may follow."""
         ...
 
     def abandon(self) -> None:
-        """Let go of the file as it is. Never fails; does nothing after `finish`."""
+        """Close the file without completing it. Never fails; does nothing after `finish`."""
         ...
-
-
-class _Encoder(PyAVPlugin):
-    """imageio's video writer, with what it has no words for: the codec's own options, and giving up."""
-
-    def start(
-        self, encoding: Encoding, fps: float, quality: int, size_pixels: tuple[int, int], metadata: Mapping[str, str]
-    ) -> None:
-        plugin: Any = self
-        plugin.container_metadata.update(metadata)
-        # The filters start from the pixels that come in; the encoder takes those that come out.
-        plugin.init_video_stream(encoding.codec, fps=fps, pixel_format="rgb24")
-        stream = plugin._video_stream
-        stream.width, stream.height = size_pixels
-        plugin.set_video_filter(**encoding.filters)
-        stream.pix_fmt = encoding.pixel_format
-        stream.options = encoding.codec_options(quality)
-
-    def abandon(self) -> None:
-        plugin: Any = self
-        container, plugin._container, plugin._video_stream = plugin._container, None, None
-        with suppress(Exception):
-            plugin.request.finish()  # closed first, so that FFmpeg does not try to write its end
-        if container is not None:
-            with suppress(Exception):
-                container.close()
 
 
 class FilmWriter:
-    """One file, encoded by FFmpeg through imageio and PyAV. The encoder holds back a few dozen frames at most."""
+    """Encodes frames into one file. The encoder buffers a few dozen frames at most.
+
+    Calls PyAV itself: imageio's interface to it has no codec options, encodes the pixel format that comes in rather
+    than the one that leaves the filters, and cannot close a file without completing it.
+    """
 
     def __init__(
         self, path: Path, settings: VideoSettings, metadata: Mapping[str, str], width_pixels: int, height_pixels: int
     ) -> None:
         encoding = settings.facts.encoding
         assert encoding is not None
-        options = dict(encoding.container_options)
-        self._encoder = _imageio.imopen(path, "w", plugin=_Encoder, container=encoding.container, options=options)
+        rate = Fraction(settings.fps).limit_denominator(_MAX_DENOMINATOR)
+        size_pixels = (width_pixels, height_pixels)
+        # Opened by Python, not by FFmpeg: a failed write then raises an OSError with its errno, and `abandon` can close
+        # the file first. Its name must still be the path, because `faststart` reads the file back by name.
+        self._file = open(str(path), "wb")  # noqa: SIM115
+        self._container: Any = None
         try:
-            self._encoder.start(encoding, settings.fps, settings.quality, (width_pixels, height_pixels), metadata)
+            options = dict(encoding.container_options)
+            self._container = av.open(self._file, "w", format=encoding.container, options=options)
+            self._container.metadata.update(metadata)
+            self._stream = _add_stream(self._container, encoding, settings.quality, rate, size_pixels)
+            self._filters = _build_graph(encoding.filters, size_pixels, 1 / rate)
         except BaseException:
-            self._encoder.abandon()
+            self.abandon()
             raise
+        self._frame_seconds = 1 / rate
+        self._frames = 0
 
     def write(self, pixels_HW3: Pixels) -> None:
-        self._encoder.write_frame(pixels_HW3)
+        frame = VideoFrame.from_ndarray(pixels_HW3, format=_PIXELS)
+        frame.pts, frame.time_base = self._frames, self._frame_seconds
+        self._frames += 1
+        self._encode(frame)
 
     def finish(self) -> None:
-        self._encoder.close()
+        self._encode(None)
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        self._file.close()
 
     def abandon(self) -> None:
-        self._encoder.abandon()
+        # The file is closed before its container: closing the container would write the end of the video.
+        with suppress(Exception):
+            self._file.close()
+        if self._container is not None:
+            with suppress(Exception):
+                self._container.close()
+
+    def _encode(self, frame: VideoFrame | None) -> None:
+        """Filter, encode and write a frame; None flushes the filters."""
+        for filtered in _filtered(self._filters, frame):
+            self._container.mux(self._stream.encode(filtered))
+
+
+def _add_stream(container: Any, encoding: Encoding, quality: int, rate: Fraction, size_pixels: tuple[int, int]) -> Any:
+    stream = container.add_stream(encoding.codec, rate, encoding.codec_options(quality))
+    stream.width, stream.height = size_pixels
+    stream.pix_fmt = encoding.pixel_format
+    stream.time_base = 1 / rate
+    return stream
+
+
+def _build_graph(filters: Filters, size_pixels: tuple[int, int], time_base: Fraction) -> Graph:
+    graph = Graph()
+    width, height = size_pixels
+    nodes: dict[str, FilterContext] = {
+        FILTER_INPUT: graph.add_buffer(width=width, height=height, format=AvFormat(_PIXELS), time_base=time_base),
+        FILTER_OUTPUT: graph.add("buffersink"),
+        **{name: graph.add(filter_name, options) for name, (filter_name, options) in filters.nodes.items()},
+    }
+    for link in filters.links:
+        nodes[link.source].link_to(nodes[link.target], link.source_pad, link.target_pad)
+    graph.configure()
+    return graph
+
+
+def _filtered(graph: Graph, frame: VideoFrame | None) -> Generator[VideoFrame]:
+    """Push a frame, or None to flush; yield those that leave the filters."""
+    graph.vpush(frame)
+    while True:
+        try:
+            yield graph.vpull()
+        except (BlockingIOError, EOFError):  # needs more frames, or all have left
+            return
 
 
 class PictureWriter:
-    """A folder of PNG pictures `00001.png`, `00002.png` …; the first holds the metadata."""
+    """Writes a folder of PNG pictures `00001.png`, `00002.png` …; the first holds the metadata."""
 
     def __init__(self, folder: Path, metadata: Mapping[str, str]) -> None:
         folder.mkdir()
@@ -96,6 +140,7 @@ class PictureWriter:
 
     def write(self, pixels_HW3: Pixels) -> None:
         self._written += 1
+        # Encoded in memory, written by Python: a full disk raises an OSError, and no half picture is left open.
         content = _imageio.imwrite(
             "<bytes>",
             pixels_HW3,
@@ -116,7 +161,7 @@ class PictureWriter:
 def make_writer(
     path: Path, settings: VideoSettings, metadata: Mapping[str, str], width_pixels: int, height_pixels: int
 ) -> Writer:
-    kept: Mapping[str, str] = metadata if settings.facts.keeps_metadata else {}
+    stored: Mapping[str, str] = metadata if settings.facts.keeps_metadata else {}
     if settings.facts.encoding is None:
-        return PictureWriter(path, kept)
-    return FilmWriter(path, settings, kept, width_pixels, height_pixels)
+        return PictureWriter(path, stored)
+    return FilmWriter(path, settings, stored, width_pixels, height_pixels)

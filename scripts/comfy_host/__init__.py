@@ -1,4 +1,4 @@
-"""A real ComfyUI for trying and testing this pack: set up, started, asked and stopped.
+"""Sets up, starts, drives and stops a real ComfyUI, to try and test this pack.
 
 `setup` makes the environment (`venv`) and gets the host (`source`); `server` runs it (`process`); `client` talks to it,
 with prompts that `workflow` makes from workflow files. Everything up to `server` needs nothing but Python itself.

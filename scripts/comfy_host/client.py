@@ -1,4 +1,4 @@
-"""Talking to a running host: prompts in, events and outputs out.
+"""HTTP and websocket client of a running host: queues prompts, receives events and outputs.
 
 HTTP is plain and synchronous. `Client.run` follows a prompt over the websocket; aiohttp, which the host itself
 requires, does that part.
@@ -22,18 +22,18 @@ import aiohttp
 from .errors import HostError
 
 JSON = dict[str, Any]
-"""What the host's own JSON objects are here: they have no schema that could be named."""
+"""A JSON object of the host, which documents no schema."""
 
 TIMEOUT_SECONDS = 30.0
 _DROP_EVERY_SECONDS = 0.1
 TEXT_MESSAGE = 3
-"""The host's number of a binary message that is a text; the others are previews."""
+"""Type number of binary messages that hold text; the others are previews."""
 ENDS = {"execution_success", "execution_error", "execution_interrupted"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One message of the host about the prompt that is followed."""
+    """A message of the host about the prompt that is followed."""
 
     kind: str
     data: JSON
@@ -41,7 +41,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What one prompt did: its events in order, and what its nodes put out, by node id."""
+    """The result of one prompt: its events in order, and the outputs of its nodes, by node id."""
 
     prompt_id: str
     events: list[Event]
@@ -102,7 +102,7 @@ class Client:
         return self._get("/system_stats")
 
     def history(self, prompt_id: str) -> JSON:
-        """What is kept of a prompt that has ended: its outputs and its status."""
+        """Return the outputs and the status of a prompt that has ended."""
         return self._get(f"/history/{prompt_id}")[prompt_id]
 
     def interrupt(self) -> None:
@@ -110,17 +110,17 @@ class Client:
         self._request("/interrupt", {})
 
     def drop(self, prompt_id: str) -> None:
-        """Take a prompt out of the queue, or stop it where it runs; returns when the host has let go of it.
+        """Remove a prompt from the queue, or stop it if it runs; return when it is gone.
 
-        One interrupt may not do: the host forgets it when it comes before the prompt has begun.
+        A single interrupt may not be enough: the host drops one that arrives before the prompt has started.
 
         Raises:
-            HostError: the host does not let go of it.
+            HostError: the prompt is still there after `TIMEOUT_SECONDS`.
         """
         until = time.monotonic() + TIMEOUT_SECONDS
         while any(prompt_id in item for items in self._get("/queue").values() for item in items):
             if time.monotonic() > until:
-                raise HostError(f"The host does not let go of the prompt {prompt_id}.")
+                raise HostError(f"The prompt {prompt_id} could not be removed.")
             self._request("/queue", {"delete": [prompt_id]})
             self.interrupt()
             time.sleep(_DROP_EVERY_SECONDS)
@@ -154,15 +154,15 @@ class Client:
         Args:
             prompt: the prompt.
             workflow: as in `queue`.
-            watch: called with each event of this prompt as it comes; and with previews (`preview`: `image`, the bytes
-                of a file) and words on a node (`progress_text`: `node`, `text`), which do not say whose they are.
-            timeout_seconds: how long it may take.
+            watch: called with each event of this prompt; also with previews (`preview`: `image`, the bytes of a file)
+                and texts on a node (`progress_text`: `node`, `text`), which do not carry a prompt id.
+            timeout_seconds: maximum duration of the run.
 
         Raises:
             PromptRefusedError: the host found it invalid.
             ExecutionError: a node raised.
             InterruptedRunError: it was interrupted.
-            HostError: the connection was lost, or the time was up.
+            HostError: the connection was lost, or the run took too long.
         """
         try:
             run = asyncio.run(asyncio.wait_for(self._follow(prompt, workflow, watch), timeout_seconds))
@@ -193,7 +193,7 @@ class Client:
                     continue  # another prompt's, or the host's own
                 events.append(Event(kind=content["type"], data=data))
                 watch(events[-1])
-                # The host says this last of a prompt, and only after its history is written.
+                # The host sends this last for a prompt, after its history is written.
                 if content["type"] == "executing" and data["node"] is None:
                     return Run(prompt_id=prompt_id, events=events, outputs=self.history(prompt_id)["outputs"])
         raise HostError("ComfyUI closed the connection before the run had ended.")
@@ -220,7 +220,7 @@ class Client:
 
 
 def _binary_event(message: bytes) -> Event:
-    """A preview or a text, by the number that comes first."""
+    """Decode a preview or a text; the first number gives the type."""
     (kind,) = struct.unpack_from(">I", message)
     if kind == TEXT_MESSAGE:
         (length,) = struct.unpack_from(">I", message, 4)

@@ -1,4 +1,4 @@
-"""What the scripts show: one line that is rewritten while something runs, sizes and a table."""
+"""Console output of the scripts: a status line that is rewritten while a step runs, sizes, and a table."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 GIB = 1 << 30
 MIB = 1 << 20
 QUIET_SECONDS = 15.0
-"""Where the output is no terminal, a step that goes on is mentioned this often."""
+"""Interval between status lines if the output is not a terminal."""
 
 
 class Step:
-    """One step of a script as one line: `label`, what it is at, and the seconds it has taken.
+    """One step of a script as one line: `label`, status, and the seconds it has taken.
 
     In a terminal the line is rewritten in place; elsewhere it is printed now and then, and once when the step is done.
     """
@@ -33,7 +33,7 @@ class Step:
         return time.monotonic() - self._started
 
     def show(self, text: str) -> None:
-        """The step goes on; `text` says where it is."""
+        """Show `text` as the current status."""
         if self._terminal:
             self._write(text, end="")
         elif time.monotonic() - self._shown >= QUIET_SECONDS:
@@ -41,7 +41,7 @@ class Step:
             self._write(text, end="\n")
 
     def done(self, text: str = "done") -> None:
-        """The step has ended; the line stays."""
+        """End the step and keep its line."""
         self._write(text, end="\n")
 
     def _write(self, text: str, end: str) -> None:
@@ -56,20 +56,20 @@ class Step:
 
 
 def bar(done: float, total: float, width: int = 30) -> str:
-    """`done` of `total` as a bar of `width` characters. Only ASCII, since not every console can print more."""
+    """Draw `done` of `total` as a bar of `width` characters. ASCII only, since not every console can print more."""
     filled = round(width * min(done / total, 1.0)) if total else 0
     return f"[{'#' * filled}{'-' * (width - filled)}]"
 
 
 def size(size_bytes: int | None) -> str:
-    """A size for a person: GiB, or MiB below one GiB; `-` where it is not known."""
+    """Format a size in GiB, or in MiB below one GiB; `-` if it is not known."""
     if size_bytes is None:
         return "-"
     return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB else f"{size_bytes / MIB:.1f} MiB"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as what is in them; the first is aligned left, the others right."""
+    """Format a table with columns as wide as their content; the first is aligned left, the others right."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

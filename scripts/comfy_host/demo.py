@@ -1,4 +1,4 @@
-"""The second half of `scripts/demo.py`, in the environment that the first half made: the bundled workflow, run once."""
+"""Second half of `scripts/demo.py`, run in the environment that the first half created: runs the bundled workflow."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def play(
     out: Path,
     serve: bool,
 ) -> None:
-    """Start `host`, run the bundled workflow in it, put the video into the folder `out` and say where it is.
+    """Start `host`, run the bundled workflow, copy the video to the folder `out` and print its path.
 
-    What is None stays as the workflow has it. With `serve`, the host stays up until it ends or the caller interrupts.
+    Arguments that are None keep the workflow's value. With `serve`, the host stays up until it ends or is interrupted.
 
     Raises:
         HostError: no video was made; the message says why.
     """
-    _check_picture(image or IMAGE)
+    _check_image(image or IMAGE)
     _make_folder(out)
     starting = console.Step("start")
-    arguments = ("--preview-method", "auto")  # the host shows no previews unless told to
+    arguments = ("--preview-method", "auto")  # the host shows no previews by default
     with Server(host, arguments=arguments, waiting=lambda: starting.show("ComfyUI is starting")) as server:
-        starting.done(f"ComfyUI answers at {server.url}")
+        starting.done(f"ComfyUI is ready at {server.url}")
         shutil.copyfile(image or IMAGE, server.input_folder / (image or IMAGE).name)
         client = Client(server.url)
         workflow = json.loads(WORKFLOW.read_text("utf-8"))
@@ -62,25 +62,25 @@ def play(
         running.done("done")
         print(f"\n{_stages(run)}\n\n{video}")
         if serve:
-            print(f"\nComfyUI is open at {server.url} until Ctrl-C.", flush=True)
+            print(f"\nComfyUI is running at {server.url}. Press Ctrl-C to stop it.", flush=True)
             while server.running():
                 time.sleep(SERVE_POLL_SECONDS)
             raise HostError(f"ComfyUI has ended:\n{server.log_tail()}")
 
 
-def _check_picture(path: Path) -> None:
+def _check_image(path: Path) -> None:
     try:
         with Image.open(path) as picture:
             picture.load()
     except (UnidentifiedImageError, OSError) as error:
-        raise HostError(f"{path} cannot be read as a picture: {error}") from error
+        raise HostError(f"{path} cannot be read as an image: {error}") from error
 
 
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise HostError(f"The folder {folder} cannot be made: {error}") from error
+        raise HostError(f"The folder {folder} cannot be created: {error}") from error
 
 
 def _set(prompt: JSON, node_type: str, name: str, value: object) -> None:
@@ -100,7 +100,7 @@ def _run_while_up(server: Server, client: Client, prompt: JSON, workflow: JSON, 
 
 
 def _progress(step: console.Step, prompt: JSON) -> Callable[[Event], None]:
-    """Shows the node that runs, and how far it is where it says so."""
+    """Return a callback that shows the running node, and its progress if it reports any."""
 
     def watch(event: Event) -> None:
         node = prompt.get(event.data.get("node") or "")
@@ -116,7 +116,7 @@ def _progress(step: console.Step, prompt: JSON) -> Callable[[Event], None]:
 
 
 def _take_video(run: Run, output_folder: Path, out: Path) -> Path:
-    """Copy the run's video to `out`, under a name that is not taken, and return its path."""
+    """Copy the run's video to `out` under a free name, and return its path."""
     files = [file for output in run.outputs.values() for file in output.get("images", ()) if isinstance(file, dict)]
     names = [Path(file.get("subfolder", ""), file["filename"]) for file in files if file.get("type") == "output"]
     video = next((output_folder / name for name in names if name.suffix == ".mp4"), None)

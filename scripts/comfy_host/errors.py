@@ -1,12 +1,12 @@
-"""What can go wrong with a host, each with a message for the person who runs the script."""
+"""Errors of setting up and running a host, each with a message for the person who runs the script."""
 
 
 class HostError(Exception):
-    """Something about the host failed; the message says what, and what helps."""
+    """A failure of the host; the message gives the cause and the remedy."""
 
 
 class SetupError(HostError):
-    """The environment or the host could not be made ready."""
+    """The environment or the host could not be set up."""
 
 
 class StartError(HostError):

@@ -1,7 +1,7 @@
-"""ComfyUI's page in a headless browser: opened, given workflows, run and photographed.
+"""Drives ComfyUI's page in a headless browser: opens it, loads and runs workflows, takes screenshots.
 
-The tests of the page and the pictures in the docs both drive it through this. Nothing waits for a time, but for what is
-to be seen, and says what was seen instead where that does not come.
+Used by the browser tests and for the images in the docs. Waits are for conditions, never for a fixed time; if one is
+not met, the error says what the page showed instead.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from .errors import HostError
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync")
-PATIENCE_MS = 120_000
+PATIENCE_MS = 300_000
 DOUBLE_CLICKS, DOUBLE_CLICK_MS = 12, 4_000
-"""How often to try and how long to wait: a busy page may take a double click for two."""
+"""How often to try and how long to wait: a busy page may treat a double click as two clicks."""
 
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Workflow.Persist": False,
     "Comfy.NodeSearchBoxImpl": "default",
-    "Comfy.Pointer.DoubleClickTime": 1000,  # a busy page takes long from click to click
+    "Comfy.Pointer.DoubleClickTime": 1000,  # a busy page handles clicks late
     "Comfy.Execution.PreviewMethod": "auto",
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
@@ -37,7 +37,7 @@ SETTINGS = {
     "Comfy.Locale": "en",
 }
 
-# The host puts a workflow of its own into the page once all nodes are there, and a splash over it until then.
+# The page loads a default workflow once all nodes are registered, and shows a splash screen until then.
 READY = """window.app?.extensionManager && app.vueAppReady && app.graph.nodes.length > 0
   && !document.querySelector('.p-blockui-mask, .p-overlay-mask, #splash-loader')"""
 HELPERS = """window.i2v = {
@@ -79,7 +79,7 @@ SET = """([key, values]) => {
     widget.callback?.(value, app.canvas, i2v.node(key));
   }
 }"""
-# Puts what the nodes take up, and a margin, into the window's free part; returns where they then are.
+# Fits the nodes and a margin into the free part of the window; returns their rectangle.
 FIT = """([keys, left, top]) => {
   const nodes = keys.length ? keys.map(i2v.node) : app.graph.nodes;
   const boxes = nodes.map(({ pos, size }) => ({ x: pos[0], y: pos[1] - 30, r: pos[0] + size[0], b: pos[1] + size[1] }));
@@ -100,15 +100,15 @@ SEEN = """() => ({
 
 
 class PageError(HostError):
-    """The page did not come to show what was waited for."""
+    """The page did not show what was expected."""
 
 
 @contextmanager
 def browser() -> Iterator[playwright.Browser]:
-    """A headless Chromium: Playwright's own where that is installed, else the system's.
+    """Start a headless Chromium: Playwright's own if it is installed, else the system's.
 
     Raises:
-        PageError: there is none.
+        PageError: no Chromium is installed.
     """
     with playwright.sync_playwright() as tool:
         own = Path(tool.chromium.executable_path)
@@ -123,10 +123,10 @@ def browser() -> Iterator[playwright.Browser]:
 
 
 class Page:
-    """One page of a running host. Nodes are named by their type, or by their id where there are several of a type."""
+    """A page of a running host. Nodes are identified by their type, or by their id if there are several of a type."""
 
     def __init__(self, raw: playwright.Page, url: str, settings: Mapping[str, Any]) -> None:
-        """Nothing is loaded yet. The page's `settings` are the host's, which keeps them for all its pages."""
+        """Prepare the page without loading it. The host stores `settings` for all of its pages."""
         self.raw = raw
         self.url = url
         self._added = 0
@@ -135,9 +135,9 @@ class Page:
         raw.add_init_script(HELPERS)
 
     def open(self, **settings: Any) -> None:
-        """Load the page, with an empty workflow, on a host that runs nothing.
+        """Load the page with an empty workflow, after stopping whatever the host runs.
 
-        `settings` hold until it is opened again, and are named as in `opened`.
+        `settings` hold until the page is opened again, and are named as in `opened`.
         """
         body = json.dumps({**self._settings, **_named(settings)}).encode()
         urllib.request.urlopen(urllib.request.Request(f"{self.url}/settings", body, method="POST")).close()
@@ -152,7 +152,7 @@ class Page:
         """Wait until the JavaScript `condition`, an expression or a function of `argument`, holds; return its value.
 
         Raises:
-            PageError: it does not within `patience_ms`; the message says `what` was waited for and what was seen.
+            PageError: it does not within `patience_ms`; the message says what was expected and what the page showed.
         """
         try:
             return self.raw.wait_for_function(condition, arg=argument, timeout=patience_ms).json_value()
@@ -173,10 +173,10 @@ class Page:
         return element
 
     def _unseen(self, what: str) -> PageError:
-        return PageError(f"Waited for {what}, and saw {json.dumps(self.raw.evaluate(SEEN), indent=1)}")
+        return PageError(f"Expected {what}, but the page shows {json.dumps(self.raw.evaluate(SEEN), indent=1)}")
 
     def command(self, name: str) -> None:
-        """Run one of the page's own commands, as its menus and keys do."""
+        """Run one of the page's own commands, like its menus and keys do."""
         self.raw.evaluate("name => app.extensionManager.command.execute(name)", name)
 
     def drop(self, file: Path) -> None:
@@ -191,11 +191,11 @@ class Page:
         )
 
     def add_by_search(self, name: str) -> None:
-        """Double-click the empty canvas, type a node's name, take the first that is found, put it down."""
+        """Double-click the empty canvas, type a node's name, and place the first match."""
         before = self.raw.evaluate("app.graph.nodes.length")
         size = self.raw.viewport_size
         assert size is not None
-        # Not where the last one was put down: three clicks in a row are no double click.
+        # Not where the last node was placed: three clicks in a row do not count as a double click.
         self._added += 1
         x, y = size["width"] * (0.4 + 0.2 * (self._added % 2)), size["height"] * 0.6
         box = self.raw.locator("[role=dialog] input:focus")
@@ -210,14 +210,14 @@ class Page:
         self.see(f"{name} to be found", f'[data-testid=result-item]:has-text("{name}")')
         self.raw.keyboard.press("Enter")
         self.wait(f"{name} on the canvas", "before => app.graph.nodes.length > before", before)
-        self.raw.mouse.click(x, y)  # it hangs on the mouse until then
+        self.raw.mouse.click(x, y)  # the node sticks to the mouse until then
 
     def set(self, node: str | int, values: Mapping[str, Any]) -> None:
         """Set widgets by name."""
         self.raw.evaluate(SET, [node, dict(values)])
 
     def value(self, node: str | int, name: str) -> Any:
-        """What a widget is set to."""
+        """Return the value of a widget."""
         return self.raw.evaluate("([node, name]) => i2v.widget(node, name).value", [node, name])
 
     def run(self) -> None:
@@ -227,27 +227,27 @@ class Page:
         self.wait("the run to start", "i2v.events.length > 0")
 
     def end(self, *, patience_ms: float = 3 * PATIENCE_MS) -> str:
-        """Wait for the end of what runs: `execution_success`, `execution_error` or `execution_interrupted`."""
+        """Wait for the end of the run; return `execution_success`, `execution_error` or `execution_interrupted`."""
         condition = "i2v.events.find(({ kind }) => i2v.ends.includes(kind))?.kind"
         return self.wait("the run to end", condition, patience_ms=patience_ms)
 
     def select(self, node: str | int) -> None:
-        """Bring a node to the middle and select it."""
+        """Bring a node into view and select it."""
         self.raw.evaluate("key => { app.canvas.selectNode(i2v.node(key)); }", node)
         self.fit(node, top=200)
 
     def fit(self, *nodes: str | int, left: int = 80, top: int = 100) -> playwright.FloatRect:
-        """Bring nodes, or all of them, into view, right and below of the page's own menus; returns where they are."""
+        """Bring nodes, or all of them, into view beside the page's menus; return their rectangle."""
         return self.raw.evaluate(FIT, [list(nodes), left, top])
 
     def templates(self, folder: str) -> playwright.Locator:
-        """Open the template browser at a pack's folder, and return its cards."""
+        """Open the template browser at a pack's folder and return its cards."""
         self.command("Comfy.BrowseTemplates")
         self.see(f"the folder {folder}", f'[role=dialog] >> text="{folder}"').click()
         return self.raw.locator("[data-testid^=template-workflow-]")
 
     def picture(self, file: Path, clip: playwright.FloatRect | None = None) -> None:
-        """Photograph the page, or a part of it."""
+        """Take a screenshot of the page, or a part of it."""
         file.parent.mkdir(parents=True, exist_ok=True)
         self.raw.screenshot(path=file, clip=clip)
 
@@ -267,9 +267,9 @@ def opened(
     scale: float = 1.0,
     **settings: Any,
 ) -> Iterator[Page]:
-    """A page of the host at `url`, on the classic canvas or in Nodes 2.0, open and empty.
+    """Open an empty page of the host at `url`, on the classic canvas or in Nodes 2.0.
 
-    `scale` is the number of a picture's pixels for one of the page's; `settings` are the page's own, with `_` for `.`.
+    `scale` is the number of screenshot pixels per page pixel; `settings` are the page's own, with `_` for `.`.
     """
     size: playwright.ViewportSize = {"width": width_pixels, "height": height_pixels}
     raw = browser.new_page(viewport=size, device_scale_factor=scale)

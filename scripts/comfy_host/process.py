@@ -15,8 +15,8 @@ from typing import IO, Any
 
 PATIENCE_SECONDS = 10.0
 CALM_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""By default OpenMP's threads spin while they wait for each other, and on a machine that is busy with something else a
-small model then takes 60 times as long (seen on two cores: 0.1 s became 6 s)."""
+"""OpenMP's threads spin by default while they wait for each other, which on a busy machine makes a small model 60 times
+slower (measured on two cores: 0.1 s became 6 s)."""
 EXIT_INTERRUPTED = 130
 """The exit status of a script ended by Ctrl-C, as shells have it."""
 
@@ -50,7 +50,7 @@ def start(
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """End `process` and all that it started: asked first, forced after `PATIENCE_SECONDS` or at a second Ctrl-C."""
+    """End `process` and its descendants: politely first, by force after `PATIENCE_SECONDS` or a second Ctrl-C."""
     if sys.platform == "win32":
         if process.poll() is None:
             subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True, check=False)
@@ -97,7 +97,7 @@ def capture(command: Sequence[str | Path]) -> tuple[int, str]:
 
 
 def ask(python: Path, code: str) -> str | None:
-    """The last line that `python -c code` prints, or None where it cannot be run or fails."""
+    """Return the last line that `python -c code` prints, or None if it cannot be run or fails."""
     try:
         status, printed = capture([python, "-c", code])
     except OSError:
@@ -107,9 +107,9 @@ def ask(python: Path, code: str) -> str | None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, every signal that asks this script to end is a KeyboardInterrupt, so that each `finally` is run.
+    """Turn every signal that asks this script to end into a KeyboardInterrupt, so that each `finally` is run.
 
-    Also the interrupt itself, which a shell switches off in what it runs in the background.
+    That includes SIGINT itself, which shells disable for background processes.
     """
     with _handled_by(signal.default_int_handler):
         yield
@@ -117,23 +117,23 @@ def interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interrupts_later() -> Iterator[None]:
-    """An interrupt that comes inside is raised at the end.
+    """Defer interrupts to the end of the block.
 
-    For starting a process and keeping hold of it: an interrupt between the two would leave it running.
+    For starting a process and storing its handle: an interrupt between the two would leave it running.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are for the main thread
         return
-    asked: list[int] = []
-    with _handled_by(lambda number, _: asked.append(number)):
+    received: list[int] = []
+    with _handled_by(lambda number, _: received.append(number)):
         yield
-    if asked:
+    if received:
         raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def _handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Inside, signals that ask this script to end go to `handler`."""
+    """Send signals that ask this script to end to `handler` inside the block."""
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
     numbers: list[int] = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {number: signal.signal(number, handler) for number in numbers}
@@ -145,7 +145,7 @@ def _handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[Non
 
 
 def hand_over(python: Path, arguments: Sequence[str]) -> int | None:
-    """Run this script again in `python`'s environment: its exit status, or None where that is this environment."""
+    """Run this script again in `python`'s environment; return its exit status, or None if already in it."""
     if ask(python, "import sys; print(sys.prefix)") == sys.prefix:
         return None
     command = [str(python), *arguments]

@@ -1,4 +1,4 @@
-"""A ComfyUI that runs headless for as long as a `with` block: own folders, this pack in it, and no trace afterwards."""
+"""Runs a headless ComfyUI with this pack for the duration of a `with` block, in temporary folders of its own."""
 
 from __future__ import annotations
 
@@ -29,9 +29,8 @@ ACCELERATOR = "import torch; print(getattr(torch, 'accelerator', torch.cuda).is_
 class Server:
     """The process of one host.
 
-    It keeps to folders of its own (input, output, models, custom nodes, user, temp), in a temporary one that goes with
-    it, so that nothing is written to the host's folder and nothing that a user has there is loaded, except model
-    folders, which are added to its own. This pack is a link in its custom nodes, as a user would put it there.
+    All of its folders (input, output, models, custom nodes, user, temp) are temporary, so that it writes nothing to the
+    host's folder and loads nothing of the user's from there except models. This pack is linked into its custom nodes.
     """
 
     def __init__(
@@ -43,13 +42,13 @@ class Server:
         environment: Mapping[str, str] | None = None,
         waiting: Callable[[], None] = lambda: None,
     ) -> None:
-        """Nothing is started yet.
+        """Prepare the host without starting it.
 
         Args:
             host: the host and the interpreter to run it in.
             with_pack: whether this pack is in its custom nodes.
             arguments: more arguments for the host's `main.py`.
-            environment: environment variables for it, beside this process's own.
+            environment: environment variables for it, in addition to this process's own.
             waiting: called about ten times a second while it starts.
         """
         self._host = host
@@ -72,12 +71,12 @@ class Server:
 
     @property
     def user_folder(self) -> Path:
-        """Where it keeps what is the user's own, such as this pack's queue."""
+        """Folder of the user's data, such as this pack's queue."""
         return self._folder / "user"
 
     @property
     def models_folder(self) -> Path:
-        """Where it looks for models beside the host's own folder; `diffusers/NAME` holds a diffusers-layout model."""
+        """Folder of models in addition to the host's own; `diffusers/NAME` holds a model in diffusers format."""
         return self._folder / "models"
 
     @property
@@ -86,12 +85,12 @@ class Server:
         return self._process.pid
 
     def log(self) -> str:
-        """All that the host has printed."""
+        """Return everything that the host has printed."""
         path = self._folder / "comfyui.log"
         return path.read_text("utf-8", errors="replace") if path.is_file() else ""
 
     def log_tail(self) -> str:
-        """The last lines of `log`."""
+        """Return the last lines of `log`."""
         return "\n".join(self.log().splitlines()[-LOG_LINES:])
 
     def running(self) -> bool:
@@ -112,7 +111,7 @@ class Server:
         return self
 
     def start(self) -> None:
-        """Start in the folders that are there, and wait until it answers: also again, when the process has died.
+        """Start in the existing folders and wait until the host answers; also used to restart it after it has died.
 
         Raises:
             StartError: it ended, or did not answer within `START_SECONDS`; the message has its last lines.
@@ -180,7 +179,7 @@ def _free_port() -> int:
 
 
 def _link_folder(link: Path, target: Path) -> None:
-    """A symbolic link, or on Windows a junction, which needs no rights that an ordinary user lacks."""
+    """Create a symbolic link, or on Windows a junction, which needs no administrator rights."""
     if sys.platform == "win32":
         import _winapi  # the standard library makes junctions nowhere else
 
@@ -190,7 +189,7 @@ def _link_folder(link: Path, target: Path) -> None:
 
 
 def _unlink_folder(link: Path) -> None:
-    """Take away the link alone, before anything walks into it."""
+    """Remove the link itself, so that deleting the folder cannot follow it."""
     if not link.exists():
         return
     if sys.platform == "win32":

@@ -1,8 +1,8 @@
-"""From a bare Python to a host that can be started: which interpreter, which ComfyUI, what is installed.
+"""Sets up a host from a bare Python: chooses interpreter and ComfyUI, and installs what is missing.
 
-Two environment variables let a user's own ComfyUI be used: `COMFYUI_PATH`, its folder, and `COMFYUI_PYTHON`, the
-interpreter that it runs in. With the folder alone, the project's environment gets what that host requires; with the
-interpreter too, nothing is installed anywhere.
+Two environment variables select the user's own ComfyUI: `COMFYUI_PATH`, its folder, and `COMFYUI_PYTHON`, its
+interpreter. With the folder alone, the host's requirements are installed into the project's environment; with the
+interpreter too, nothing is installed.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class Host:
 
 
 def prepare(*, tests: bool = False) -> Host:
-    """Make everything ready that is not, and say what is done on the way.
+    """Set up everything that is missing, showing each step.
 
     Args:
-        tests: also make ready the project's environment with the tools of its checks, whatever the host runs in, and
-            the newer page that is tested beside the host's own.
+        tests: also install the tools of the project's checks into its environment, whatever the host runs in, and the
+            newer frontend that is tested as well as the host's own.
 
     Raises:
-        SetupError: something is missing that this cannot get; the message says what to do.
+        SetupError: something is missing that cannot be installed; the message says what to do.
     """
-    folder, python = _own_folder(), _own_python()  # what is wrong with them is said before anything is done
+    folder, python = _own_folder(), _own_python()  # report problems with them before changing anything
     if python is None or tests:
         python = _fill_environment(folder, tests=tests)
     if tests:
@@ -50,9 +50,9 @@ def prepare(*, tests: bool = False) -> Host:
 
 
 def run(job: Callable[[Host], int]) -> int:
-    """The course of a script that needs a host: makes it ready, goes on in its interpreter, and does the job there.
+    """Set up a host, continue this script in its interpreter, and run `job` there.
 
-    Returns the script's exit status; of a `HostError`, or an interrupt, the user is told.
+    Returns the script's exit status; prints the message of a `HostError` or an interrupt.
     """
     try:
         with process.interruptible():
@@ -68,7 +68,7 @@ def run(job: Callable[[Host], int]) -> int:
 
 
 def find(python: Path) -> Host:
-    """The host, for a caller whose interpreter `python` has all that is needed; nothing is installed.
+    """Return the host for an interpreter `python` that has all requirements; installs nothing.
 
     Raises:
         SetupError: as in `prepare`.
@@ -90,23 +90,23 @@ def _fill_environment(own_folder: Path | None, *, tests: bool) -> Path:
 
 
 def _own_folder() -> Path | None:
-    """The user's own ComfyUI, or None where `COMFYUI_PATH` names none."""
+    """Return the folder of the user's own ComfyUI, or None if `COMFYUI_PATH` is not set."""
     value = os.environ.get("COMFYUI_PATH")
     if not value:
         return None
     folder = Path(value).expanduser().resolve()
     if not (folder / "main.py").is_file() or not (folder / "comfy").is_dir():
-        raise SetupError(f"COMFYUI_PATH={value} is no ComfyUI: there is no main.py beside a folder comfy in it.")
+        raise SetupError(f"COMFYUI_PATH={value} is not a ComfyUI folder: it lacks main.py or the folder comfy.")
     return folder
 
 
 def _own_python() -> Path | None:
-    """The interpreter of the user's own ComfyUI, or None where `COMFYUI_PYTHON` names none."""
+    """Return the interpreter of the user's own ComfyUI, or None if `COMFYUI_PYTHON` is not set."""
     value = os.environ.get("COMFYUI_PYTHON")
     if not value:
         return None
     if _own_folder() is None:
-        raise SetupError("COMFYUI_PYTHON is set and COMFYUI_PATH is not: set both, or COMFYUI_PATH alone.")
+        raise SetupError("COMFYUI_PYTHON is set but COMFYUI_PATH is not: set both, or COMFYUI_PATH alone.")
     python = Path(value).expanduser()
     names = re.findall(r"^[A-Za-z][\w.-]*", (PACK / "requirements.txt").read_text("utf-8"), re.MULTILINE)
     missing = process.ask(
@@ -116,7 +116,7 @@ def _own_python() -> Path | None:
         f"print(*(n for n in {names!r} if n.lower().replace('_', '-') not in have))",
     )
     if missing is None:
-        raise SetupError(f"COMFYUI_PYTHON={value} does not run.")
+        raise SetupError(f"COMFYUI_PYTHON={value} cannot be run.")
     if missing:
         raise SetupError(
             f"{python} lacks {', '.join(missing.split())}, which this pack needs. Install them with:\n"

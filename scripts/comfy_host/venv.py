@@ -1,4 +1,4 @@
-"""The project's own virtual environment: made, completed, repaired, and left alone once it is right."""
+"""Creates, completes and repairs the project's own virtual environment; does nothing once it is complete."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ UNPACKING = "i2v-unpacking"
 INSTALLING = "Installing collected packages"
 ERROR_LINES = 25
 RAW_PROGRESS_PIP = 24
-"""Later pips can print their progress as numbers; the one that a new environment has may be older."""
+"""Later versions of pip can print progress as numbers; the one in a new environment may be older."""
 
 
 def python_of(environment: Path) -> Path:
-    """The interpreter of the virtual environment in the folder `environment`."""
+    """Return the interpreter of the virtual environment in the folder `environment`."""
     return environment / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 
 
 def ensure(environment: Path, requirements: Mapping[str, Path], label: str = "packages") -> Path:
-    """Make sure that `environment` has all that the requirement files name, and return its interpreter.
+    """Install all requirement files into `environment` if needed, and return its interpreter.
 
-    A stamp in the environment holds the hash of every file that was installed to its end; where all are there, nothing
-    is done. An environment without it is completed. One that does not run, or in which packages were being unpacked
-    when pip was ended, is made again: pip takes a half-unpacked package for a whole one.
+    A stamp in the environment holds the hash of every requirement file that was installed completely; if all are there,
+    nothing is done, else the missing ones are installed. An environment that does not run, or in which pip was stopped
+    while unpacking, is created again: pip takes a half-unpacked package for a complete one.
 
     Args:
         environment: the environment's folder.
-        requirements: the files, each under the name that it has in the stamp.
-        label: what the step is called while it runs.
+        requirements: the requirement files by their name in the stamp.
+        label: name of the step on the console.
 
     Raises:
-        SetupError: the environment could not be made or filled; the message says why and what helps.
+        SetupError: the environment could not be created or completed; the message gives cause and remedy.
     """
     python = python_of(environment)
     unpacking = environment / UNPACKING
@@ -69,14 +69,14 @@ def ensure(environment: Path, requirements: Mapping[str, Path], label: str = "pa
 
 
 def download(python: Path, requirements: Path, folder: Path, step: Step) -> None:
-    """Download, without what it depends on, the source archive that the file `requirements` pins, into `folder`."""
+    """Download the source archive that the file `requirements` pins, without dependencies, into `folder`."""
     flags = ["--no-deps", "--no-build-isolation", "--ignore-requires-python", "--no-binary", ":all:"]
     for _ in _pip(python, ["download", *flags, "--dest", str(folder), "-r", str(requirements)], step):
         pass
 
 
 def install_apart(python: Path, requirements: Path, folder: Path, step: Step) -> None:
-    """Install what the file `requirements` pins, and nothing that it depends on, into `folder` and nowhere else."""
+    """Install what the file `requirements` pins, without dependencies, into `folder`."""
     for _ in _pip(
         python, ["install", "--no-deps", "--upgrade", "--target", str(folder), "-r", str(requirements)], step
     ):
@@ -95,11 +95,11 @@ def _create(environment: Path) -> None:
     step.done(f"{environment} (Python {running})")
     oldest, newest = TESTED_PYTHONS
     if sys.version_info[:2] > tuple(int(part) for part in newest.split(".")):
-        print(f"Note: tried with Python {oldest} to {newest}; some packages may not be there yet for {running}.")
+        print(f"Note: tested with Python {oldest} to {newest}; some packages may not support {running} yet.")
 
 
 def _pip(python: Path, arguments: Sequence[str], step: Step) -> Iterator[str]:
-    """The lines that pip prints as it runs, with `step` showing what it is at.
+    """Run pip and yield the lines that it prints, with `step` showing its status.
 
     Raises:
         SetupError: pip failed; the message has its last lines.
@@ -124,12 +124,12 @@ def _pip(python: Path, arguments: Sequence[str], step: Step) -> Iterator[str]:
         listing = "\n".join(line for line in tail if not line.startswith("Progress "))
         raise SetupError(
             f"pip failed (exit status {status}). Its last lines:\n{listing}\n"
-            "Is there a connection to a package index, and room on the disk? The next run goes on from here."
+            "Check the connection to the package index and the free disk space. The next run resumes from here."
         )
 
 
 def _lines(child: subprocess.Popen[str]) -> Iterator[str]:
-    """The lines that `child` prints, and an empty one in every second without any, so that the clock goes on."""
+    """Yield the lines that `child` prints, and an empty one after each second without output, to update the clock."""
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
@@ -150,7 +150,7 @@ def _lines(child: subprocess.Popen[str]) -> Iterator[str]:
 
 
 def _summary(line: str, shown: str) -> str:
-    """What to show after pip printed `line`, where `shown` is shown now."""
+    """Return the status to show after pip printed `line`; `shown` is the current one."""
     if match := re.match(r"Progress (\d+) of (\d+)", line):
         done, total = int(match[1]), int(match[2])
         return f"{shown.partition('  [')[0]}  {bar(done, total, 20)} {size(total)}"

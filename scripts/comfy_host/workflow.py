@@ -1,4 +1,4 @@
-"""From a workflow file, which the page reads and writes, to a prompt, which the host runs.
+"""Converts a workflow file, which the page reads and writes, to a prompt, which the host runs.
 
 A workflow (format 0.4) keeps the values of a node's widgets as a list, in the order in which the page draws them. Which
 of a node's inputs are widgets, and in which order they are drawn, follows from the host's `/object_info`, as the page
@@ -14,7 +14,7 @@ JSON = dict[str, Any]
 
 MUTED, BYPASSED = 2, 4
 NOTES = {"Note", "MarkdownNote"}
-"""Nodes that exist on the page only and say nothing to the host."""
+"""Node types that exist on the page only."""
 
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 SEEDS = {"seed", "noise_seed"}
@@ -24,11 +24,11 @@ UPLOADS = ("image_upload", "video_upload", "audio_upload", "file_upload")
 
 
 class WorkflowError(ValueError):
-    """A workflow that cannot be made into a prompt; the message names the node and what is wrong with it."""
+    """A workflow that cannot be converted; the message names the node and the problem."""
 
 
 def to_prompt(workflow: JSON, object_info: dict[str, JSON]) -> JSON:
-    """The API-format prompt of a UI-format workflow.
+    """Convert a UI-format workflow to an API-format prompt.
 
     Args:
         workflow: the content of a workflow file, format 0.4.
@@ -62,10 +62,10 @@ def to_prompt(workflow: JSON, object_info: dict[str, JSON]) -> JSON:
 
 
 def widgets(info: JSON, values: Sequence[Any]) -> list[tuple[str | None, Any]]:
-    """The widgets that the page draws for a node, in order: the input's name and its value.
+    """Return the widgets that the page draws for a node, in order: the input's name and its value.
 
-    The name is None for what the page keeps to itself: control after generate, the upload button. Where `values` ends
-    early, as in a file from before the node had its last widgets, the defaults follow, as on the page.
+    The name is None for widgets that only the page uses: control after generate, the upload button. If `values` is
+    shorter, as in a file from an older version of the node, the rest are defaults, as on the page.
 
     Args:
         info: the node's entry in `/object_info`.
@@ -82,7 +82,7 @@ def widgets(info: JSON, values: Sequence[Any]) -> list[tuple[str | None, Any]]:
 
 
 def _draw(name: str, spec: list[Any], values: Iterator[Any]) -> Iterator[tuple[str | None, Any]]:
-    """The widgets of the input `name`, those nested in it included; none where it is a socket only."""
+    """Yield the widgets of the input `name`, including nested ones; none if it is a socket."""
     kind, options = spec[0], spec[1] if len(spec) > 1 else {}
     if not (isinstance(kind, list) or kind in WIDGET_TYPES) or options.get("forceInput"):
         return

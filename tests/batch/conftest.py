@@ -1,4 +1,4 @@
-"""What tests of the queue share."""
+"""Fixtures and an emulated card for tests of batches."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from i2v_core.batch.devices.admission import DeviceMemory
 from i2v_core.batch.jobs.job import JobSpec
 from i2v_core.batch.jobs.store import JobStore
 from i2v_core.families import Architecture, I2VModel, VideoSize, load_model
 from i2v_core.memory.device import DeviceFacts, device_facts
+from i2v_core.memory.device_memory import DeviceMemory
 from i2v_core.memory.meter import StorageMeter
 from i2v_core.memory.stage_meter import CountingStageMeter, StageMeter
 from i2v_core.placement.attention import AttentionBackend
@@ -31,7 +31,7 @@ MakeSpec = Callable[[int], JobSpec]
 
 @dataclass
 class Clock:
-    """Seconds since the epoch that pass when a test says so."""
+    """A clock in seconds since the epoch, which tests set."""
 
     now: float = 1_000_000.0
 
@@ -53,7 +53,7 @@ def store(tmp_path: Path, clock: Clock) -> Iterator[JobStore]:
 
 @pytest.fixture
 def make_spec() -> MakeSpec:
-    """Jobs that differ in their seed."""
+    """Makes jobs that differ in their seed."""
     spec = JobSpec(
         model=Path("model"),
         image=Path("a.png"),
@@ -95,7 +95,7 @@ class SharedCard:
                     self._meters.remove(storages)
 
     def limit_of(self, one: _CardMeter) -> int:
-        """What the card leaves to one stage now."""
+        """Bytes that the card leaves to one stage now."""
         with self._turn:
             used = {meter: meter.current_bytes for meter in self._meters}
             self.highest_bytes = max(self.highest_bytes, sum(used.values()))
@@ -124,15 +124,14 @@ _card: ContextVar[SharedCard | None] = ContextVar("card", default=None)
 
 @dataclass(kw_only=True)
 class EmulatedDevice:
-    """A `BatchDevice` on the CPU whose memory is a `SharedCard`. `others_bytes` are held by other programs.
-
-    `before_stage` is called in every stage's thread, when it has been let in.
-    """
+    """A `BatchDevice` on the CPU whose memory is a `SharedCard`."""
 
     card: SharedCard
     name: str = "card"
     others_bytes: int = 0
+    """Held by other programs."""
     before_stage: Callable[[Stage, Plan], None] = lambda _, __: None
+    """Called in the thread of each stage once it is admitted."""
     concluded_alone: list[bool] = field(default_factory=list[bool])
     torch_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     attention: AttentionBackend = AttentionBackend.SDPA
@@ -144,7 +143,7 @@ class EmulatedDevice:
         return device_facts(self.torch_device)
 
     def room(self) -> DeviceMemory:
-        return DeviceMemory(total_bytes=self.card.limit_bytes, others_bytes=self.others_bytes)
+        return DeviceMemory(free_bytes=self.card.limit_bytes - self.others_bytes, others_bytes=self.others_bytes)
 
     @contextmanager
     def stage(self, stage: Stage, plan: Plan) -> Iterator[None]:
@@ -167,7 +166,7 @@ class EmulatedDevice:
 
 @contextmanager
 def on_shared_card() -> Iterator[None]:
-    """While the context lasts, stages run on the card of their device."""
+    """Makes stages run on the emulated card of their device while the context lasts."""
 
     @contextmanager
     def on_card(device: torch.device) -> Iterator[StageMeter]:
@@ -206,7 +205,7 @@ MakeJob = Callable[..., JobSpec]
 
 @pytest.fixture
 def make_job(tiny_folder: Path, pictures: Path) -> MakeJob:
-    """A job of the tiny model that takes a moment."""
+    """Makes short jobs of the tiny model."""
 
     def make(seed: int = 0, **changes: object) -> JobSpec:
         spec = JobSpec(

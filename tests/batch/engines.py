@@ -1,4 +1,4 @@
-"""Queues with an engine, for tests."""
+"""Batches for tests: a queue with a local engine on it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 
-from i2v_core.batch.engines.local import Engine
+from i2v_core.batch.engines.local import LocalEngine
 from i2v_core.batch.engines.settings import EngineSettings
 from i2v_core.batch.jobs.job import JobSpec, JobState
 from i2v_core.batch.jobs.store import JobStore
@@ -26,7 +26,7 @@ ROOMY = 64 * MIB
 
 
 class Batch:
-    """A queue and an engine on it, which notes all that happens."""
+    """A queue and a local engine on it; records its events and spans."""
 
     def __init__(self, folder: Path, model: I2VModel, *devices: EmulatedDevice, **settings: object) -> None:
         self.store = JobStore(folder / "jobs.queue")
@@ -35,16 +35,16 @@ class Batch:
         self.spans: list[Span] = []
         self.on_event: Callable[[Event], None] = self.events.append
         chosen = EngineSettings(output=self.output, retry_seconds=0.0, renew_seconds=0.05)
-        self.engine = Engine(
+        self.engine = LocalEngine(
             self.store,
             devices,
             replace(chosen, **settings),  # pyright: ignore[reportArgumentType]
             load=lambda _: model,
-            on_event=self._hear,
+            on_event=self._on_event,
             on_span=self.spans.append,
         )
 
-    def _hear(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:
         self.on_event(event)
 
     def run(self, *specs: JobSpec) -> tuple[int, ...]:
@@ -65,7 +65,7 @@ MakeBatch = Callable[..., Batch]
 
 @contextmanager
 def batches(folder: Path, model: I2VModel) -> Iterator[MakeBatch]:
-    """Makes batches on one queue; those that still run are stopped when the context is left."""
+    """Makes batches on one queue. Those that still run when the context is left are stopped."""
     made: list[Batch] = []
 
     def make(*devices: EmulatedDevice, **settings: object) -> Batch:
@@ -84,7 +84,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def when(batch: Batch, stage: str, act: Callable[[int], object]) -> None:
-    """Once, when a job enters a stage."""
+    """Calls `act` with the first job that enters a stage, in the engine's thread."""
     done = threading.Event()
 
     def on_event(event: Event) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from i2v_core.batch.devices.admission import DeviceMemory
 from i2v_core.batch.devices.device import (
     DeviceLostError,
     LocalDevice,
@@ -18,6 +17,7 @@ from i2v_core.batch.devices.device import (
 )
 from i2v_core.families import I2VModel, bundled_architecture
 from i2v_core.memory.calibration import CalibrationStore
+from i2v_core.memory.device_memory import DeviceMemory
 from i2v_core.planning.request import Budget
 from i2v_core.units import GIB, MIB
 

@@ -1,4 +1,4 @@
-"""The engine: every job done once with the frames that it would have alone, whatever happens to the others."""
+"""The local engine: every job is done once, with the frames that it has when run alone, whatever happens to others."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from i2v_core.batch.execution.stage_runner import StageRunner
 from i2v_core.batch.jobs.job import JobSpec, JobState
 from i2v_core.batch.jobs.leases import LeaseManager
 from i2v_core.batch.monitoring.events import EventKind
+from i2v_core.batch.monitoring.messages import waiting_texts
 from i2v_core.errors import FileError
 from i2v_core.families import I2VModel, VideoSize
 from i2v_core.planning.margin import needed_bytes
@@ -43,7 +44,7 @@ def make_batch(tmp_path: Path, tiny_model: I2VModel) -> Iterator[MakeBatch]:
 def test_videos_are_those_that_one_run_alone_makes(
     make_batch: MakeBatch, make_job: MakeJob, tiny_model: I2VModel, tmp_path: Path
 ) -> None:
-    """Overlapped or one after another, frame by frame and to the bit, each with its report and its thumbnail."""
+    """Overlapped or one after another: equal to the bit, each with its report and its thumbnail."""
     specs = [make_job(seed, format="png", steps=2 + seed % 2) for seed in range(5)]
     batch = make_batch(clips_at_once=1)
     ids = batch.run(*specs)
@@ -68,7 +69,7 @@ def test_videos_are_those_that_one_run_alone_makes(
 
 
 def test_stages_of_several_jobs_overlap_where_they_fit_together(make_batch: MakeBatch, make_job: MakeJob) -> None:
-    """Decode of one job begins only when sampling of the next is under way: so they must overlap, or never end."""
+    """Decode of one job waits for sampling of the next to begin: if they did not overlap, the batch would never end."""
     at_once = threading.Barrier(2, timeout=30)
     seen: Counter[Stage] = Counter()
 
@@ -95,7 +96,7 @@ def test_one_after_another_nothing_overlaps(make_batch: MakeBatch, make_job: Mak
 
 
 def tight_bytes(tiny_model: I2VModel, spec: JobSpec) -> int:
-    """Room for one sampling, and for nothing beside it."""
+    """Memory for one sampling stage, and for nothing beside it."""
     from i2v_core.memory.device import device_facts
     from i2v_core.planning.planner import make_plan
     from i2v_core.planning.request import Budget, Request
@@ -159,7 +160,7 @@ def test_a_picture_is_taken_as_the_camera_says_that_it_is(
 def test_a_disk_that_is_full_for_a_while_costs_an_attempt(
     make_batch: MakeBatch, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the latents are kept, so that only decode is done again."""
+    """The latents are kept, so that only decode is done again."""
     full = iter([True, False])
     whole = stages.decode_stream
 
@@ -176,7 +177,9 @@ def test_a_disk_that_is_full_for_a_while_costs_an_attempt(
     assert [span.stage for span in batch.spans] == ["encode", "sample", "decode", "decode", "write"]
 
 
-def test_out_of_memory_goes_down_the_ladder(make_batch: MakeBatch, make_job: MakeJob, survived: Counter[str]) -> None:
+def test_out_of_memory_is_retried_with_fallbacks(
+    make_batch: MakeBatch, make_job: MakeJob, survived: Counter[str]
+) -> None:
     card = SharedCard(ROOMY, fail_chance=0.0004, seed=3)
     batch = make_batch(EmulatedDevice(card=card))
     batch.run(*(make_job(seed, steps=3) for seed in range(6)))
@@ -197,7 +200,7 @@ def test_a_cancel_stops_its_job_within_a_chunk_and_no_other(
             batch.engine.cancel(job)
         else:
             batch.store.cancel(job)
-            batch.engine._heart.renew()  # pyright: ignore[reportPrivateUsage]
+            batch.engine._lease_keeper.renew()  # pyright: ignore[reportPrivateUsage]
 
     when(batch, stage, cancel)
     batch.run(*map(make_job, range(3)))
@@ -213,8 +216,8 @@ def test_a_job_that_is_paused_goes_on_from_its_step(
     first, second = batch.store.add([make_job(0, steps=8), make_job(1, steps=2)])
     reached = StageRunner._runtime  # pyright: ignore[reportPrivateUsage]
 
-    def pause_at_three(self: StageRunner, flight: object, stage: Stage) -> stages.Runtime:
-        runtime = reached(self, flight, stage)  # pyright: ignore[reportArgumentType]
+    def pause_at_three(self: StageRunner, job: object, stage: Stage) -> stages.Runtime:
+        runtime = reached(self, job, stage)  # pyright: ignore[reportArgumentType]
         if stage is not Stage.SAMPLE or batch.store.job(first).stop_request or batch.of(EventKind.GIVEN_BACK):
             return runtime
 
@@ -234,7 +237,7 @@ def test_a_job_that_is_paused_goes_on_from_its_step(
     again.run()
     report = again.store.job(first).report
     assert report is not None
-    assert "went on from step 3 of 8" in str(report)
+    assert "resumed from step 3 of 8" in str(report)
 
 
 def test_while_the_queue_is_paused_nothing_is_begun(make_batch: MakeBatch, make_job: MakeJob) -> None:
@@ -282,7 +285,7 @@ def test_a_video_that_was_whole_when_its_process_ended_is_not_made_again(
     assert [event.kind for event in again.events] == [EventKind.FOUND]
 
 
-def test_jobs_begin_in_the_order_of_the_rule(make_batch: MakeBatch, make_job: MakeJob) -> None:
+def test_jobs_start_in_the_order_of_the_policy(make_batch: MakeBatch, make_job: MakeJob) -> None:
     batch = make_batch(max_in_flight=1)
     priorities = [1.0, 5.0, 0.5, 9.0, 2.0]
     ids = batch.store.add([make_job(seed, priority=priority) for seed, priority in enumerate(priorities)])
@@ -371,8 +374,8 @@ def test_a_job_that_waits_for_other_programs_says_so_and_begins_when_they_are_go
     waits: tuple[str, ...] = ()
     while not waits:
         assert not batch.engine.join(0.05)
-        waits = batch.engine.status()[0].waits
-    assert waits == ("1 waiting jobs do not fit beside other programs, which hold 63.5 MiB",)
+        waits = waiting_texts(batch.engine.status()[0])
+    assert waits == ("1 waiting job does not fit beside other programs, which hold 63.5 MiB",)
     assert not batch.events
     device.others_bytes = 0
     assert batch.engine.join(60)
@@ -394,14 +397,14 @@ def test_two_engines_on_one_queue_never_run_a_job_twice(
 
 
 def test_a_job_that_was_taken_over_is_left_to_the_other(make_batch: MakeBatch, make_job: MakeJob) -> None:
-    """As after a long sleep of the machine: the lease was lost, and another process has the job."""
+    """After a long sleep of the machine, say, the lease is lost and another process has the job."""
     batch = make_batch()
     other = LeaseManager(batch.store)
 
     def take_over(job: int) -> None:
         with batch.store.database.transaction() as connection:
             connection.execute("UPDATE jobs SET owner = ? WHERE id = ?", (other.owner, job))
-        batch.engine._heart.renew()  # pyright: ignore[reportPrivateUsage]
+        batch.engine._lease_keeper.renew()  # pyright: ignore[reportPrivateUsage]
         other.finish(job, Path("elsewhere.mp4"), None, None)
 
     when(batch, "sample", take_over)
@@ -423,7 +426,7 @@ def test_seconds_are_learned_and_predicted(make_batch: MakeBatch, make_job: Make
     assert predicted != again.store.job(first).predicted_seconds
 
 
-def test_twins_share_their_weights_and_nothing_else(tiny_model: I2VModel) -> None:
+def test_replicas_share_their_weights_and_nothing_else(tiny_model: I2VModel) -> None:
     other = replicate(tiny_model)
     for name, module in tiny_model.modules.items():
         mine, theirs = module.state_dict(), other.modules[name].state_dict()

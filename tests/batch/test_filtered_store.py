@@ -1,4 +1,4 @@
-"""A part of a queue: an engine that is given it sees one list's jobs alone, and what it does is done to the whole."""
+"""A filtered store: an engine that is given it sees one list's jobs alone, and every change is made to the whole."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from .conftest import Clock, MakeSpec
 
 
 @pytest.fixture
-def part(store: JobStore, clock: Clock) -> Iterator[FilteredJobStore]:
-    """A part of `store`'s queue with nothing chosen."""
+def filtered(store: JobStore, clock: Clock) -> Iterator[FilteredJobStore]:
+    """`store`'s queue with nothing chosen."""
     opened = FilteredJobStore(store.database.path, clock)
     yield opened
     opened.close()
 
 
-def test_only_chosen_jobs_wait_and_count(store: JobStore, part: FilteredJobStore, make_spec: MakeSpec) -> None:
+def test_only_chosen_jobs_wait_and_count(store: JobStore, filtered: FilteredJobStore, make_spec: MakeSpec) -> None:
     ids = store.add(map(make_spec, range(4)))
-    assert part.waiting() == []
-    assert sum(part.counts().values()) == 0
-    part.choose(ids[1:3])
-    assert [row[0] for row in part.waiting()] == list(ids[1:3])
-    assert part.counts()[JobState.WAITING] == 2
-    assert [job.id for job in part.chosen()] == list(ids[1:3])
-    assert part.chosen(JobState.DONE) == ()
-    assert len(part.jobs()) == 4
+    assert filtered.waiting() == []
+    assert filtered.queued() == ()
+    assert sum(filtered.counts().values()) == 0
+    filtered.choose(ids[1:3])
+    assert [job.id for job in filtered.waiting()] == list(ids[1:3])
+    assert [job.id for job in filtered.queued()] == list(ids[1:3])
+    assert filtered.counts()[JobState.WAITING] == 2
+    assert [job.id for job in filtered.chosen()] == list(ids[1:3])
+    assert filtered.chosen(JobState.DONE) == ()
+    assert len(filtered.jobs()) == 4
 
 
-def test_what_is_done_in_the_part_is_done_in_the_queue(
-    store: JobStore, part: FilteredJobStore, make_spec: MakeSpec
-) -> None:
-    ids = part.add(map(make_spec, range(3)))
-    part.choose(ids)
-    part.cancel(ids[0])
-    assert LeaseManager(part).claim(ids[1], "a card") is not None
+def test_changes_are_made_to_the_whole_queue(store: JobStore, filtered: FilteredJobStore, make_spec: MakeSpec) -> None:
+    ids = filtered.add(map(make_spec, range(3)))
+    filtered.choose(ids)
+    filtered.cancel(ids[0])
+    assert LeaseManager(filtered).claim(ids[1], "a card") is not None
     assert store.job(ids[0]).state is JobState.CANCELLED
     assert store.job(ids[1]).state is JobState.RUNNING
-    assert {state: count for state, count in part.counts().items() if count} == {
+    assert {state: count for state, count in filtered.counts().items() if count} == {
         JobState.WAITING: 1,
         JobState.RUNNING: 1,
         JobState.CANCELLED: 1,
     }
 
 
-def test_thousands_of_jobs_can_be_chosen(part: FilteredJobStore, make_spec: MakeSpec) -> None:
-    ids = part.add(map(make_spec, range(3000)))
-    part.choose(ids)
-    assert len(part.waiting()) == part.counts()[JobState.WAITING] == len(part.chosen()) == 3000
+def test_thousands_of_jobs_can_be_chosen(filtered: FilteredJobStore, make_spec: MakeSpec) -> None:
+    ids = filtered.add(map(make_spec, range(3000)))
+    filtered.choose(ids)
+    assert len(filtered.waiting()) == filtered.counts()[JobState.WAITING] == len(filtered.chosen()) == 3000

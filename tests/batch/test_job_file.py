@@ -74,15 +74,15 @@ BAD_ROWS = {
     ",x,,": "there is no image",
     "a.png,x,63x64,": "63 pixels is too small",
     "a.png,x,100x64,": "not divisible by 8",
-    "a.png,x,wide,": "the size is 'wide'",
+    "a.png,x,wide,": "'wide' is not a valid size",
     "a.png,x,64x64x0,": "0 frames",
     "a.png,x,,-1": "a seed of -1",
-    "a.png,x,,1.5": "no whole number",
+    "a.png,x,,1.5": "not a whole number",
     "a.png,x,,99999999999999999999": "is not possible",
-    "a.png,x,,9999999999999999999999": "no whole number",
-    "a.png,x,,nan": "no whole number",
+    "a.png,x,,9999999999999999999999": "not a whole number",
+    "a.png,x,,nan": "not a whole number",
     "a.png,a,b,c,d": "5 cells for 4 columns",
-    "jobs.csv,x,,": "is no picture",
+    "jobs.csv,x,,": "is not a picture",
     "short.png,x,,": "cannot be read",
     "nul\0.png,x,,": "cannot be read",
     ".,x,,": "cannot be read",
@@ -103,17 +103,17 @@ def test_a_bad_row_is_named_and_the_others_are_there(folder: Path, row: str, pro
     [
         ("frames", "-4", "-4 frames"),
         ("steps", "0", "0 steps"),
-        ("steps", "NaN", "no whole number"),
-        ("cfg", "nan", "no finite number"),
-        ("cfg", "inf", "no finite number"),
+        ("steps", "NaN", "not a whole number"),
+        ("cfg", "nan", "not a finite number"),
+        ("cfg", "inf", "not a finite number"),
         ("cfg", "0.5", "cfg of 0.5"),
         ("fps", "0", "0 frames per second"),
         ("priority", "0", "priority of 0"),
-        ("priority", "-inf", "no finite number"),
+        ("priority", "-inf", "not a finite number"),
         ("priority", "1e9", "priority of 1e+09"),
         ("scheduler", "best", "no scheduler 'best'"),
-        ("precision", "fp4", "'fp4' is no precision"),
-        ("format", "avi", "'avi' is no video format"),
+        ("precision", "fp4", "'fp4' is not a precision"),
+        ("format", "avi", "'avi' is not a video format"),
         ("quality", "99", "quality of 99"),
         ("allow_approximate", "maybe", "'maybe'"),
     ],
@@ -129,17 +129,17 @@ def test_a_bad_value_is_named_in_either_format(folder: Path, column: str, value:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("{", "no JSON"),
-        ("[1]", "no JSON object"),
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object"),
         ('{"image": ["a.png"], "prompt": "x"}', "the image is"),
         ('{"image": "a.png", "prompt": "x", "colour": 1}', "no column 'colour'"),
         ('{"image": "a.png", "prompt": "x", "seed": 1, "seed": 2}', "more than once"),
-        ('{"image": "a.png", "prompt": 5}', "no text"),
-        ('{"image": 3, "prompt": "x"}', "no text"),
-        ('{"image": "a.png", "prompt": "x", "seed": true}', "no whole number"),
-        ('{"image": "a.png", "prompt": "x", "cfg": NaN}', "no finite number"),
-        ('{"image": "a.png", "prompt": "\\ud800"}', "no UTF-8"),
-        ("[" * 100_000, "no JSON"),
+        ('{"image": "a.png", "prompt": 5}', "not a text"),
+        ('{"image": 3, "prompt": "x"}', "not a text"),
+        ('{"image": "a.png", "prompt": "x", "seed": true}', "not a whole number"),
+        ('{"image": "a.png", "prompt": "x", "cfg": NaN}', "not a finite number"),
+        ('{"image": "a.png", "prompt": "\\ud800"}', "not UTF-8"),
+        ("[" * 100_000, "not JSON"),
     ],
     ids=range(11),
 )
@@ -153,7 +153,7 @@ def test_a_bad_line_of_json_is_named(folder: Path, line: str, problem: str) -> N
 def test_bytes_in_another_encoding_spoil_their_row_only(folder: Path) -> None:
     found = listed(folder, b"image,prompt\na.png,caf\xe9\nb.jpg,x\n")
     assert [job.line for job in found.jobs] == [3]
-    assert (found.bad[0].line, "no UTF-8" in found.bad[0].problem) == (2, True)
+    assert (found.bad[0].line, "not UTF-8" in found.bad[0].problem) == (2, True)
 
 
 def test_a_quotation_mark_that_is_left_open_is_named_where_it_opens(folder: Path) -> None:

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from i2v_core.batch.devices.admission import DeviceMemory
 from i2v_core.batch.devices.device import DeviceStatus
 from i2v_core.batch.monitoring import metrics as watch
 from i2v_core.batch.monitoring.events import Event, EventKind, Span
 from i2v_core.batch.monitoring.metrics import BatchMetrics, CardReading, MetricsCollector, read_cards
+from i2v_core.memory.device_memory import DeviceMemory
 from i2v_core.units import GIB
 
 from .conftest import Clock
@@ -35,7 +35,7 @@ def test_events_and_spans_are_summed_up() -> None:
         watched.on_event(Event(kind=kind, job=1, device="a"))
     watched.on_span(Span(job=1, device="a", stage="sample", asked=0.0, begun=1.0, ended=4.0))
     clock.now += 1800
-    status = DeviceStatus(name="a", room=DeviceMemory(total_bytes=8 * GIB), reserved_bytes=2 * GIB, jobs=(1,), waits=())
+    status = DeviceStatus(name="a", room=DeviceMemory(free_bytes=8 * GIB), reserved_bytes=2 * GIB, jobs=(1,), waits=())
     watched.sample({0: CardReading(occupancy=0.5, utilisation=0.9), 1: CardReading(occupancy=0.95, utilisation=0.2)})
     watched.sample({0: CardReading(occupancy=0.6, utilisation=0.9), 1: CardReading(occupancy=0.5, utilisation=0.6)})
     figures = watched.figures((status,))

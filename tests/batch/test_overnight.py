@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from i2v_core.batch.engines.local import Engine
+from i2v_core.batch.engines.local import LocalEngine
 from i2v_core.batch.engines.settings import EngineSettings
 from i2v_core.batch.jobs.job import JobRecord, JobSpec, JobState
 from i2v_core.batch.jobs.job_file import JobList, read_job_list
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "emulated"
 ROOT = Path(__file__).parents[2]
 GOOD, BAD, DOOMED = 200, 10, 3
 CARD_BYTES = 6 * MIB
-"""For most of these jobs all three stages fit together, for the largest only in pieces."""
+"""All three stages of most jobs fit at the same time; the largest only fit chunked."""
 
 BAD_ROWS = (
     {"image": "nowhere.png"},
@@ -49,7 +49,7 @@ BAD_ROWS = (
 
 
 def write_list(folder: Path, pictures: Path) -> Path:
-    """The doomed rows are good when the list is read; then their picture is lost."""
+    """Writes the list. The doomed rows are valid when it is read; then their picture is deleted."""
     rng = random.Random(8)
     rows = [
         {
@@ -91,26 +91,26 @@ def read_list(path: Path, model: Path) -> JobList:
     return read_job_list(path, defaults, family_of(read_architecture(model)).facts)
 
 
-def engine_on(store: JobStore, output: Path, card: SharedCard, model: I2VModel, hear: object) -> Engine:
+def engine_on(store: JobStore, output: Path, card: SharedCard, model: I2VModel, on_event: object) -> LocalEngine:
     settings = EngineSettings(output=output, attempts=2, retry_seconds=0.0, renew_seconds=0.1)
     device = EmulatedDevice(card=card)
-    return Engine(store, [device], settings, load=lambda _: model, on_event=hear)  # pyright: ignore[reportArgumentType]
+    return LocalEngine(store, [device], settings, load=lambda _: model, on_event=on_event)  # pyright: ignore[reportArgumentType]
 
 
 def until_killed(folder: Path, model_folder: Path) -> None:
-    """What the process that is killed does; says every job that is done."""
+    """Runs the queue in the process that is to be killed; prints every job that is done."""
     import torch
 
     torch.set_num_threads(1)
     store = JobStore(folder / "jobs.queue")
 
-    def hear(event: Event) -> None:
+    def on_event(event: Event) -> None:
         if event.kind is EventKind.DONE:
             sys.stdout.write(f"done {event.job}\n")
             sys.stdout.flush()
 
     with on_shared_card():
-        engine_on(store, folder / "out", SharedCard(CARD_BYTES), load_model(model_folder), hear).run()
+        engine_on(store, folder / "out", SharedCard(CARD_BYTES), load_model(model_folder), on_event).run()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no kill -9")
@@ -135,22 +135,22 @@ def test_every_good_job_is_done_once_and_every_bad_one_reported(
     waiting = [job.id for job in store.jobs(JobState.WAITING) if "doomed" not in job.spec.image.name]
     store.cancel(waiting[0])
     card = SharedCard(CARD_BYTES, fail_chance=0.00002, seed=1)
-    watch = Watch(store, cancel=waiting[1])
-    engine = engine_on(store, tmp_path / "out", card, tiny_model, watch.hear)
-    watch.engine = engine
+    checker = EventChecker(store, cancel=waiting[1])
+    engine = engine_on(store, tmp_path / "out", card, tiny_model, checker.on_event)
+    checker.engine = engine
     engine.start()
     assert engine.join(600)
 
     states = Counter(job.state for job in store.jobs())
     assert states == {JobState.DONE: GOOD - 2, JobState.CANCELLED: 2, JobState.FAILED: DOOMED}
-    assert watch.done == Counter(set(ids) - set(done_before) - set(waiting[:2]) - watch.failed - watch.found)
+    assert checker.done == Counter(set(ids) - set(done_before) - set(waiting[:2]) - checker.failed - checker.found)
     for job in store.jobs(JobState.FAILED):
         assert "doomed.png" in (job.problem or "")
         assert job.report is not None
     outputs = {job.output for job in store.jobs(JobState.DONE)}
     assert {path for path in (tmp_path / "out").iterdir() if path.suffix == ".mp4"} == outputs
     assert all(output.stat().st_mtime_ns == at for output, at in written.items())
-    assert not watch.out_of_order
+    assert not checker.out_of_order
     assert card.injected
     assert card.highest_bytes <= CARD_BYTES
     store.close()
@@ -160,7 +160,7 @@ def test_every_good_job_is_done_once_and_every_bad_one_reported(
 
 
 def kill_after(folder: Path, model_folder: Path, done: int) -> set[int]:
-    """Runs the queue in another process, which is killed in the middle; the jobs that it said were done."""
+    """Runs the queue in another process, and kills it in the middle; the jobs that it said were done."""
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -177,11 +177,11 @@ until_killed(Path({str(folder)!r}), Path({str(model_folder)!r}))
     return {int(line.split()[1]) for line in said if line.startswith("done")}
 
 
-class Watch:
-    """Notes what ends, and whether each job that begins is the one that the rule puts first."""
+class EventChecker:
+    """Records how jobs end, and whether each job that starts has the highest score of those that wait."""
 
     def __init__(self, store: JobStore, cancel: int) -> None:
-        self.engine: Engine | None = None
+        self.engine: LocalEngine | None = None
         self.done: Counter[int] = Counter()
         self.found: set[int] = set()
         self.failed: set[int] = set()
@@ -189,7 +189,7 @@ class Watch:
         self._store, self._cancel = store, cancel
         self._loaded = ""
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         if event.job is None:
             return
         if event.kind is EventKind.STARTED:
@@ -213,7 +213,7 @@ class Watch:
         self._loaded = plan_key(job.spec)
 
     def _score(self, job: JobRecord) -> float:
-        """The rule in its own words: seconds ÷ GiB × priority, doubled with every `AGEING_SECONDS`, in powers of 2."""
+        """The policy's formula once more: seconds ÷ GiB × priority, doubled every `AGEING_SECONDS`, as a power of 2."""
         assert job.predicted_seconds is not None
         assert job.predicted_bytes is not None
         weight = job.predicted_seconds / (job.predicted_bytes / GIB) * job.spec.priority

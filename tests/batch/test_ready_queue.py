@@ -1,4 +1,4 @@
-"""From the queue to sampling: how many jobs may be taken, and which go together."""
+"""The ready queue: how many jobs may be taken up, and which are sampled together."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def job(name: str) -> Any:
     return SimpleNamespace(name=name)
 
 
-def taken(line: ReadyQueue) -> int:
-    """How many may be taken until there is no room: they are in the line then."""
+def taken(ready: ReadyQueue) -> int:
+    """Fills the queue; how many jobs there was room for."""
     count = 0
-    while line._has_room():  # pyright: ignore[reportPrivateUsage]
-        line.wait_for_room()
-        line.push(job(f"job {count}"))
+    while ready._has_room():  # pyright: ignore[reportPrivateUsage]
+        ready.wait_for_room()
+        ready.push(job(f"job {count}"))
         count += 1
     return count
 
@@ -29,42 +29,42 @@ def taken(line: ReadyQueue) -> int:
 def test_as_many_are_encoded_ahead_as_are_sampled_together(
     max_in_flight: int, clips: int, before: int, beside: int
 ) -> None:
-    """In the line there are `before` any is sampled, and `beside` those that are."""
-    line = ReadyQueue(max_in_flight)
-    line.set_batch_hint(clips)
-    assert taken(line) == before
-    assert line.pop() is not None
-    assert len(line.take_matching(lambda _: True, clips - 1)) == clips - 1
-    assert before - clips + taken(line) == beside
+    """There are `before` jobs ready before any is sampled, and `beside` them while some are."""
+    ready = ReadyQueue(max_in_flight)
+    ready.set_batch_hint(clips)
+    assert taken(ready) == before
+    assert ready.pop() is not None
+    assert len(ready.take_matching(lambda _: True, clips - 1)) == clips - 1
+    assert before - clips + taken(ready) == beside
 
 
-def test_the_first_leads_and_those_that_are_alike_join_in_their_order() -> None:
-    line = ReadyQueue(8)
-    line.set_batch_hint(4)
+def test_matching_jobs_are_taken_in_their_order() -> None:
+    ready = ReadyQueue(8)
+    ready.set_batch_hint(4)
     for name in ("a1", "b1", "a2", "a3", "b2"):
-        line.wait_for_room()
-        line.push(job(name))
-    leader: Any = line.pop()
-    assert leader.name == "a1"
-    joined: list[Any] = line.take_matching(lambda it: it.name.startswith("a"), 1)  # pyright: ignore[reportAttributeAccessIssue]
-    assert [it.name for it in joined] == ["a2"]
-    rest: list[Any] = [line.pop() for _ in range(3)]
+        ready.wait_for_room()
+        ready.push(job(name))
+    first: Any = ready.pop()
+    assert first.name == "a1"
+    matching: list[Any] = ready.take_matching(lambda it: it.name.startswith("a"), 1)  # pyright: ignore[reportAttributeAccessIssue]
+    assert [it.name for it in matching] == ["a2"]
+    rest: list[Any] = [ready.pop() for _ in range(3)]
     assert [it.name for it in rest] == ["b1", "a3", "b2"]
-    line.end()
-    assert line.pop() is None
+    ready.end()
+    assert ready.pop() is None
 
 
-def test_a_group_gathers_what_is_on_its_way_and_no_more() -> None:
-    line = ReadyQueue(8)
-    line.set_batch_hint(4)
+def test_a_batch_waits_for_jobs_that_are_being_encoded_and_no_longer() -> None:
+    ready = ReadyQueue(8)
+    ready.set_batch_hint(4)
     for _ in range(2):
-        line.wait_for_room()
+        ready.wait_for_room()
     found: list[int] = []
-    gathering = threading.Thread(target=lambda: found.append(line.wait_for_matching(lambda _: True, 3)))
-    gathering.start()
-    line.push(job("one"))
-    line.push(None)  # a job that has failed
+    waiting = threading.Thread(target=lambda: found.append(ready.wait_for_matching(lambda _: True, 3)))
+    waiting.start()
+    ready.push(job("one"))
+    ready.push(None)  # a job that has failed
     assert not found
-    line.set_idle(True)
-    gathering.join(30)
+    ready.set_idle(True)
+    waiting.join(30)
     assert found == [1]

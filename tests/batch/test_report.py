@@ -1,4 +1,4 @@
-"""What a batch has come to, in words."""
+"""The report of a batch as text."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ BAD = BadRow(line=7, problem="there is no image", remedy="give image in every ro
 def test_every_job_and_every_problem_is_in_it(store: JobStore, clock: Clock, make_spec: MakeSpec) -> None:
     done, found, failed, waiting = store.add(map(make_spec, range(4)))
     store.note_predictions([(done, 40.0, 3 * GIB)])
-    claims = LeaseManager(store)
+    leases = LeaseManager(store)
     for job in (done, found, failed):
-        claims.claim(job, "a card")
+        leases.claim(job, "a card")
     clock.now += 5
-    claims.finish(done, Path("out/deep/a.mp4"), {"stages": [{"seconds": 1.25}, {"seconds": 2.0}]}, 2 * GIB)
-    claims.finish(found, Path("elsewhere/b.mp4"), None, None)
-    claims.fail(failed, "the disk is full", {}, attempts=1)
+    leases.finish(done, Path("out/deep/a.mp4"), {"stages": [{"seconds": 1.25}, {"seconds": 2.0}]}, 2 * GIB)
+    leases.finish(found, Path("elsewhere/b.mp4"), None, None)
+    leases.fail(failed, "the disk is full", {}, attempts=1)
     records = store.jobs()
     assert summary(store.counts()) == "1 waiting, 2 done, 1 failed"
     assert summary(store.counts(), [BAD]) == "1 waiting, 2 done, 1 failed; 1 row cannot run"

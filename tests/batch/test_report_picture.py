@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from i2v_core.batch.monitoring.events import Span
-from i2v_core.batch.monitoring.leak_detector import Baseline, trend
+from i2v_core.batch.monitoring.leak_detector import Baseline, memory_trend
 from i2v_core.batch.monitoring.metrics import BatchMetrics
 from i2v_core.batch.monitoring.report_picture import draw_batch
 from i2v_core.errors import FileError, MissingPackageError
@@ -55,7 +55,9 @@ def test_a_suspected_leak_has_its_curve(tmp_path: Path) -> None:
     plain, leaking = tmp_path / "plain.png", tmp_path / "leaking.png"
     spans = [span("sample", 0, 0, 3)]
     steady, growing = (
-        trend("cuda:0", tuple(Baseline(job=job, kind="", held_bytes=GIB + job * leak_bytes) for job in range(20)))
+        memory_trend(
+            "cuda:0", tuple(Baseline(job=job, kind="", held_bytes=GIB + job * leak_bytes) for job in range(20))
+        )
         for leak_bytes in (0, 12 * MIB)
     )
     draw_batch(spans, replace(FIGURES, held=(steady,)), plain)

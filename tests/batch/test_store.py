@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -19,7 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from i2v_core.batch.jobs.job import JobState, StopRequest
-from i2v_core.batch.jobs.leases import LEASE_SECONDS, MOST_CRASHES, LeaseManager
+from i2v_core.batch.jobs.leases import LEASE_SECONDS, MAX_CRASHES, LeaseManager
+from i2v_core.batch.jobs.records import spec_of
 from i2v_core.batch.jobs.store import JobStore
 from i2v_core.errors import BadInputError, FileError
 
@@ -60,8 +62,8 @@ def test_many_claim_at_once_and_each_job_goes_to_one(tmp_path: Path, make_spec: 
 
     def take_all(_: int) -> list[int]:
         store = JobStore(path)
-        claims = LeaseManager(store)
-        taken = [job for job in ids if claims.claim(job, "cpu") is not None]
+        leases = LeaseManager(store)
+        taken = [job for job in ids if leases.claim(job, "cpu") is not None]
         store.close()
         return taken
 
@@ -76,17 +78,17 @@ def test_a_job_is_set_aside_with_its_report_after_its_attempts(
     store: JobStore, make_spec: MakeSpec, attempts: int
 ) -> None:
     (job,) = store.add([make_spec(0)])
-    claims = LeaseManager(store)
+    leases = LeaseManager(store)
     for attempt in range(1, attempts + 1):
-        assert claims.claim(job, "cpu")
-        state = claims.fail(job, "the disk is full", {"at": attempt}, attempts=attempts)
+        assert leases.claim(job, "cpu")
+        state = leases.fail(job, "the disk is full", {"at": attempt}, attempts=attempts)
         assert state is (JobState.FAILED if attempt == attempts else JobState.WAITING)
     failed = store.job(job)
     assert (failed.attempts, failed.problem, failed.report) == (attempts, "the disk is full", {"at": attempts})
-    assert claims.claim(job, "cpu") is None
+    assert leases.claim(job, "cpu") is None
     store.retry(job)
     assert store.job(job).attempts == 0
-    assert claims.claim(job, "cpu")
+    assert leases.claim(job, "cpu")
 
 
 def test_a_lease_that_is_renewed_is_kept_and_one_that_is_not_is_lost(
@@ -115,23 +117,23 @@ def test_a_clock_that_was_set_back_loses_no_job(store: JobStore, clock: Clock, m
     assert LeaseManager(store).reclaim_expired() == (job,)
 
 
-def test_what_is_wished_of_a_running_job_reaches_its_owner(store: JobStore, make_spec: MakeSpec) -> None:
+def test_a_stop_request_reaches_the_owner_of_the_job(store: JobStore, make_spec: MakeSpec) -> None:
     paused, cancelled, crashed = store.add(map(make_spec, range(3)))
-    claims = LeaseManager(store)
+    leases = LeaseManager(store)
     for job in (paused, cancelled, crashed):
-        assert claims.claim(job, "cpu")
+        assert leases.claim(job, "cpu")
     store.pause(paused)
     store.cancel(cancelled)
     store.cancel(crashed)
-    assert claims.renew() == {paused: StopRequest.PAUSE, cancelled: StopRequest.CANCEL, crashed: StopRequest.CANCEL}
-    claims.release(paused, JobState.PAUSED)
-    claims.release(cancelled, JobState.CANCELLED)
+    assert leases.renew() == {paused: StopRequest.PAUSE, cancelled: StopRequest.CANCEL, crashed: StopRequest.CANCEL}
+    leases.release(paused, JobState.PAUSED)
+    leases.release(cancelled, JobState.CANCELLED)
     store.resume(paused)
     assert store.job(paused).state is JobState.WAITING
     assert store.job(cancelled).state is JobState.CANCELLED
 
 
-def test_a_cancel_outlives_the_process_that_was_to_grant_it(store: JobStore, clock: Clock, make_spec: MakeSpec) -> None:
+def test_a_cancel_outlives_the_process_that_was_to_apply_it(store: JobStore, clock: Clock, make_spec: MakeSpec) -> None:
     (job,) = store.add([make_spec(0)])
     assert LeaseManager(store).claim(job, "cpu")
     store.cancel(job)
@@ -142,12 +144,12 @@ def test_a_cancel_outlives_the_process_that_was_to_grant_it(store: JobStore, clo
 
 def test_a_job_that_ends_every_process_is_set_aside(store: JobStore, clock: Clock, make_spec: MakeSpec) -> None:
     (job,) = store.add([make_spec(0)])
-    for _ in range(MOST_CRASHES):
+    for _ in range(MAX_CRASHES):
         assert LeaseManager(store).claim(job, "cpu")
         clock.now += 2 * LEASE_SECONDS
         assert LeaseManager(store).reclaim_expired() == (job,)
     assert store.job(job).state is JobState.FAILED
-    assert f"{MOST_CRASHES} times" in (store.job(job).problem or "")
+    assert f"{MAX_CRASHES} times" in (store.job(job).problem or "")
 
 
 def test_nothing_is_begun_while_the_queue_is_paused(store: JobStore, make_spec: MakeSpec) -> None:
@@ -156,6 +158,23 @@ def test_nothing_is_begun_while_the_queue_is_paused(store: JobStore, make_spec: 
     assert LeaseManager(store).claim(job, "cpu") is None
     store.set_paused(False)
     assert LeaseManager(store).claim(job, "cpu")
+
+
+def test_records_are_read_by_id_by_state_and_by_their_last_start(
+    store: JobStore, clock: Clock, make_spec: MakeSpec
+) -> None:
+    ids = store.add(map(make_spec, range(4)))
+    assert store.last_started() is None
+    leases = LeaseManager(store)
+    for job, device in zip(ids, ("a", "b", "a"), strict=False):
+        clock.now += 1
+        leases.claim(job, device)
+    started = [store.last_started(), store.last_started("b"), store.last_started("c")]
+    assert [job and job.id for job in started] == [ids[2], ids[1], None]
+    assert [job.id for job in store.records([ids[3], 99, ids[0]])] == [ids[3], ids[0]]
+    assert [job.id for job in store.latest(JobState.RUNNING, 2)] == [ids[2], ids[1]]
+    (queued,) = store.queued()
+    assert (queued.id, spec_of(queued.spec_json), queued.predicted_seconds) == (ids[3], make_spec(3), None)
 
 
 def test_steering_what_cannot_be_is_refused(store: JobStore, make_spec: MakeSpec) -> None:
@@ -238,21 +257,21 @@ KILLED = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from i2v_core.batch.claims import Claims
-from i2v_core.batch.job import JobSpec
-from i2v_core.batch.store import JobStore
+from i2v_core.batch.jobs.job import JobSpec
+from i2v_core.batch.jobs.leases import LeaseManager
+from i2v_core.batch.jobs.store import JobStore
 from i2v_core.families import VideoSize
 
 store = JobStore(Path(sys.argv[1]))
 spec = JobSpec(model=Path("m"), image=Path("a.png"), prompt="x", steps=2, cfg=4.0, fps=8.0,
                size=VideoSize(width_pixels=64, height_pixels=64, frames=2))
-claims = Claims(store)
+leases = LeaseManager(store)
 for seed in range(10_000):
     (job,) = store.add([replace(spec, seed=seed)])
     print("added", seed, flush=True)
-    claims.claim(job, "cpu")
+    leases.claim(job, "cpu")
     if seed % 2:
-        claims.finish(job, Path("x.mp4"), None, None)
+        leases.finish(job, Path("x.mp4"), None, None)
         print("finished", seed, flush=True)
 """
 
@@ -299,10 +318,10 @@ def test_whatever_happens_a_job_is_in_one_state_and_finished_once(
     clock = Clock()
     store = JobStore(tmp_path_factory.mktemp("queue") / "jobs.queue", clock)
     ids = store.add(map(make_spec, range(3)))
-    claims = [LeaseManager(store), LeaseManager(store)]
+    leases = [LeaseManager(store), LeaseManager(store)]
     finished: Counter[int] = Counter()
     for move, which, who in moves:
-        job, owner = ids[which], claims[who]
+        job, owner = ids[which], leases[who]
         if move == "finish":
             finished[job] += owner.finish(job, Path("x.mp4"), None, None)
         elif move == "expire":
@@ -327,11 +346,26 @@ def test_threads_share_a_store(store: JobStore, make_spec: MakeSpec) -> None:
 
     def work(first: int) -> None:
         barrier.wait()
-        claims = LeaseManager(store)
+        leases = LeaseManager(store)
         for job in store.add(map(make_spec, range(first, first + 10))):
-            assert claims.claim(job, "cpu")
-            assert claims.finish(job, Path("x.mp4"), None, None)
+            assert leases.claim(job, "cpu")
+            assert leases.finish(job, Path("x.mp4"), None, None)
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(work, (0, 10, 20, 30)))
     assert store.counts()[JobState.DONE] == 40
+
+
+def test_only_the_package_of_jobs_has_sql() -> None:
+    """Everything else asks the store by methods with names."""
+    statement = re.compile(r"\b(SELECT|UPDATE|INSERT INTO|DELETE FROM|CREATE TABLE|PRAGMA)\b|\bsqlite3\b")
+    files = [
+        file
+        for folder in ("i2v_core", "nodes")
+        for file in (ROOT / folder).rglob("*.py")
+        if (ROOT / "i2v_core" / "batch" / "jobs") not in file.parents
+    ]
+    assert len(files) > 100
+    found = {file.relative_to(ROOT): statement.findall(file.read_text("utf-8")) for file in files}
+    assert {file: statements for file, statements in found.items() if statements} == {}
+    assert "sqlite3" not in (ROOT / "i2v_core" / "batch" / "jobs" / "job.py").read_text("utf-8")

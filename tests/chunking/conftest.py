@@ -13,7 +13,7 @@ from tests.subjects import DenoiserSubject, Inputs, Subject
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Many threads slow tiny operations down."""
+    """Use one thread, since more would slow tiny operations down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,7 +32,7 @@ def make_denoiser(kind: DenoiserSubject) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def denoiser(kind: DenoiserSubject) -> Any:
-    """Shared by tests, which must leave it as it is."""
+    """Return a denoiser that tests share, and must not change."""
     return kind.make()
 
 

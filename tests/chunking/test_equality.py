@@ -1,4 +1,4 @@
-"""Chunked execution gives the plain forward's result, at any size, chunk and precision, and leaves nothing behind."""
+"""Chunked execution gives the plain forward's result, at any size, chunk size and precision."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_equals_the_plain_forward(
     batch: int,
 ) -> None:
     inputs = make_inputs(batch=batch)
-    for offload_skips in kind.ways_with_skips:
+    for offload_skips in kind.offload_choices:
         result = in_chunks(denoiser, inputs, workspace_bytes, offload_skips)
         assert relative_rms(result, plain(denoiser, inputs)) <= 1e-5
 
@@ -58,12 +58,13 @@ def test_equals_the_plain_forward(
 def test_gives_the_same_bits_where_its_layers_allow(
     kind: DenoiserSubject, denoiser: Any, in_chunks: InChunks, make_inputs: MakeInputs, workspace_bytes: int
 ) -> None:
-    """Where layers run whole, or each token by itself; else sums come in another order."""
+    """Layers that run unchunked or token by token give the same bits; others sum in another order."""
     inputs = make_inputs(batch=2)
     same = torch.equal(in_chunks(denoiser, inputs, workspace_bytes), plain(denoiser, inputs))
     assert same or kind.same_bits_from is None or workspace_bytes < kind.same_bits_from
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 2),
@@ -96,12 +97,12 @@ def test_equals_the_plain_forward_of_another_layout(
     make_inputs: MakeInputs,
     workspace_bytes: int,
 ) -> None:
-    """Of the UNets that with four levels, attention at the outer three, two layers a block: the middle block's input is
-    a skip as well.
+    """Uses other configs: for UNets, four levels and two layers a block, so that the middle block's input is also a
+    skip.
     """
     denoiser = kind.make(**kind.other_layout)
     inputs = make_inputs(batch=2, frames=3, latent_height=18, latent_width=11)
-    for offload_skips in kind.ways_with_skips:
+    for offload_skips in kind.offload_choices:
         result = in_chunks(denoiser, inputs, workspace_bytes, offload_skips)
         assert relative_rms(result, plain(denoiser, inputs)) <= 1e-5
 
@@ -144,11 +145,11 @@ def test_signature_and_result_types_are_the_models_own(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_equals_the_plain_forward_on_cuda(kind: DenoiserSubject, in_chunks: InChunks, make_inputs: MakeInputs) -> None:
-    """Parked skips go through pinned memory, asynchronously: a missing wait would show as a wrong result."""
+    """Offloaded skips go through pinned memory asynchronously, so a missing wait would show as a wrong result."""
     denoiser: Any = kind.make(torch.float16)
     denoiser.to("cuda")
     inputs = make_inputs(batch=2, frames=8, latent_height=48, latent_width=40, dtype=torch.float16)
     inputs = {name: tensor.cuda() for name, tensor in inputs.items()}
-    for offload_skips in kind.ways_with_skips:
+    for offload_skips in kind.offload_choices:
         result = in_chunks(denoiser, inputs, 8_000_000, offload_skips)
         assert relative_rms(result, plain(denoiser, inputs)) <= 1e-2

@@ -1,4 +1,4 @@
-"""Chunked execution leaves the model, and what the caller holds, as they were."""
+"""Chunked execution leaves the model and the caller's tensors unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class StopError(Exception):
 
 
 def attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """All that a module tree holds, by identity."""
+    """Return all attributes of a module tree."""
     return {
         name: {key: dict(value) if isinstance(value, dict) else value for key, value in vars(part).items()}
         for name, part in module.named_modules()
@@ -110,7 +110,7 @@ def test_contexts_nest(kind: DenoiserSubject, denoiser: Any) -> None:
     assert "forward" not in vars(denoiser)
 
 
-def test_refuses_what_it_cannot_run_exactly(kind: DenoiserSubject) -> None:
+def test_refuses_models_that_it_cannot_run_exactly(kind: DenoiserSubject) -> None:
     denoiser = kind.make()
     with pytest.raises(TypeError, match="Linear"), kind.chunked(nn.Linear(1, 1), SMALL):
         pass

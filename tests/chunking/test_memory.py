@@ -1,4 +1,4 @@
-"""What chunked execution takes, counted in live storages: estimates hold, peaks fall, and the published model fits."""
+"""Memory of chunked execution, counted in live storages: estimates hold, peaks fall, and the published model fits."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from typing import Any
 import pytest
 import torch
 
-from i2v_core.chunking import ChunkSettings, DistinctPieces, LayerCall, LayerRunner
+from i2v_core.chunking import ChunkSettings, LayerCall, LayerRunner
 from i2v_core.memory.meter import StorageMeter, fused_attention
 from i2v_core.units import GIB, MIB
+from tests.distinct_chunks import DistinctChunks
+from tests.marking import first_quick
 from tests.subjects import SUBJECTS, DenoiserSubject, Inputs, Subject
 
 MakeInputs = Callable[..., Inputs]
 PeakBytes = Callable[..., int]
 
 VECTORS_BYTES = 64 * 1024
-"""For what estimates leave out: statistics, scales and shifts, of one number a channel."""
+"""Allowance for tensors that estimates leave out: statistics, scales and shifts, of one number a channel."""
 
 
 @pytest.fixture(scope="session")
 def peak_bytes(kind: DenoiserSubject) -> PeakBytes:
-    """The peak of one forward, chunked or (without settings) plain."""
+    """Return a function that gives the peak of one forward, chunked or (without settings) plain."""
 
     def run(denoiser: Any, inputs: Inputs, settings: ChunkSettings | None, runner: LayerRunner | None = None) -> int:
         chunks = kind.chunked(denoiser, settings, runner=runner) if settings else nullcontext()
@@ -35,8 +37,8 @@ def peak_bytes(kind: DenoiserSubject) -> PeakBytes:
     return run
 
 
-class Measuring(DistinctPieces):
-    """Measures the workspace of each layer call: what it takes beside its input, output and scratch tensor."""
+class Measuring(DistinctChunks):
+    """Measures the workspace of each layer call: its memory beside input, output and scratch tensor."""
 
     def __init__(self, meter: StorageMeter, channel_of_pixel_bytes: int) -> None:
         self.meter = meter
@@ -50,26 +52,28 @@ class Measuring(DistinctPieces):
         yield
         taken_bytes = self.meter.peak_bytes - before_bytes
         layer: Any = call.modules[0]
-        if call.kind == "temporal_conv" and not call.whole:
+        if call.kind == "temporal_conv" and not call.unchunked:
             scratch_bytes = layer.in_dim * call.total * self.channel_of_pixel_bytes
             self.measured.append((call, taken_bytes - scratch_bytes))
-        elif call.chunk_size < call.total and not call.result_apart:
+        elif call.chunk_size < call.total and not call.result_excluded:
             output_bytes = self.meter.current_bytes - before_bytes
             self.measured.append((call, taken_bytes - output_bytes))
-        else:  # the only chunk's result is part of its workspace, or lay there before
+        else:  # the only chunk's result is part of its workspace, or was allocated before
             self.measured.append((call, taken_bytes))
 
 
 @pytest.mark.parametrize(
     ("batch", "size", "workspace_bytes", "offload_skips", "dtype"),
-    [
-        (1, (512, 512, 16), 64 * MIB, False, torch.float16),
-        (2, (512, 512, 16), 4 * GIB, False, torch.float16),
-        (2, (768, 768, 24), 256 * MIB, True, torch.float16),
-        (1, (1280, 704, 16), 10 * MIB, True, torch.float16),
-        (1, (832, 480, 81), 256 * MIB, False, torch.float32),
-        (2, (256, 256, 5), 1, False, torch.float16),
-    ],
+    first_quick(
+        [
+            (1, (512, 512, 16), 64 * MIB, False, torch.float16),
+            (2, (512, 512, 16), 4 * GIB, False, torch.float16),
+            (2, (768, 768, 24), 256 * MIB, True, torch.float16),
+            (1, (1280, 704, 16), 10 * MIB, True, torch.float16),
+            (1, (832, 480, 81), 256 * MIB, False, torch.float32),
+            (2, (256, 256, 5), 1, False, torch.float16),
+        ]
+    ),
 )
 def test_estimates_of_the_workspace_hold_for_every_layer(
     subject: Subject,
@@ -79,7 +83,7 @@ def test_estimates_of_the_workspace_hold_for_every_layer(
     offload_skips: bool,
     dtype: torch.dtype,
 ) -> None:
-    """Never more than 1 % under what is measured, nor 10 % over."""
+    """Allows estimates to be 1 % under the measured workspace, or 10 % over."""
     settings = ChunkSettings(workspace_bytes=workspace_bytes, offload_skips=offload_skips)
     denoiser, video = subject.published_denoiser(dtype, all_layers=False), subject.size(*size)
     with StorageMeter() as meter, fused_attention():
@@ -92,8 +96,8 @@ def test_estimates_of_the_workspace_hold_for_every_layer(
         assert measured_bytes >= call.workspace_bytes * 0.9, call
 
 
-class WeightsOfLayers(DistinctPieces):
-    """Notes the bytes of the weights that each layer call needs, in fp16."""
+class WeightsOfLayers(DistinctChunks):
+    """Records the bytes of the weights that each layer call needs, in fp16."""
 
     def __init__(self) -> None:
         self.of_calls_bytes: list[int] = []
@@ -109,6 +113,7 @@ SKIPS_CHANNELS = 3 * 320 + (320 + 2 * 640) // 4 + (640 + 2 * 1280) // 16 + 3 * 1
 stand the hidden state and its scratch tensor (2 × 20); without them, at the outermost, the same two (2 × 320)."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("subject", "size"),
     [(name, size) for name, it in SUBJECTS.items() for size in it.denoiser.bounds_gib],
@@ -117,7 +122,7 @@ stand the hidden state and its scratch tensor (2 × 20); without them, at the ou
 def test_the_published_model_stays_within_its_bounds(
     subject: Subject, peak_bytes: PeakBytes, size: tuple[int, int, int]
 ) -> None:
-    """With all weights resident, and with those of two layer calls; guidance one branch after the other."""
+    """Counts all weights, or those of two layer calls, with one guidance branch at a time."""
     workspace_bytes = 128 * MIB
     denoiser, video = subject.published_denoiser(torch.float16), subject.size(*size)
     inputs = subject.published_inputs(1, video, torch.float16)
@@ -130,18 +135,24 @@ def test_the_published_model_stays_within_its_bounds(
     if not subject.denoiser.has_skips:
         return
 
-    parked = ChunkSettings(workspace_bytes=workspace_bytes, offload_skips=True)
-    parked_bytes = peak_bytes(denoiser, inputs, parked, DistinctPieces())
+    offloaded = ChunkSettings(workspace_bytes=workspace_bytes, offload_skips=True)
+    offloaded_bytes = peak_bytes(denoiser, inputs, offloaded, DistinctChunks())
     width, height, frames = size
     channel_bytes = 2 * frames * (height // 8) * (width // 8)
     assert resident_bytes <= (SKIPS_CHANNELS + 40) * channel_bytes + workspace_bytes
-    assert parked_bytes <= 2 * 320 * channel_bytes * 1.01 + workspace_bytes
+    assert offloaded_bytes <= 2 * 320 * channel_bytes * 1.01 + workspace_bytes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("workspace_bytes", [30_000, 1_000_000])
-@pytest.mark.parametrize(("batch", "offload_skips"), [(1, False), (2, True)])
-def test_tracing_distinct_pieces_predicts_the_peak_of_a_run(
+@pytest.mark.parametrize(
+    ("batch", "offload_skips", "workspace_bytes", "dtype"),
+    [  # any two of them in every combination
+        (1, False, 30_000, torch.float32),
+        (1, False, 1_000_000, torch.bfloat16),
+        (2, True, 30_000, torch.bfloat16),
+        (2, True, 1_000_000, torch.float32),
+    ],
+)
+def test_tracing_distinct_chunks_predicts_the_peak_of_a_run(
     kind: DenoiserSubject,
     peak_bytes: PeakBytes,
     make_inputs: MakeInputs,
@@ -150,7 +161,7 @@ def test_tracing_distinct_pieces_predicts_the_peak_of_a_run(
     workspace_bytes: int,
     dtype: torch.dtype,
 ) -> None:
-    """To the byte: on meta tensors with few of the chunks, against real tensors with all of them."""
+    """Compares a trace on meta tensors with few of the chunks to a run on real tensors, to the byte."""
     denoiser: Any = kind.make(dtype)
     inputs = make_inputs(batch=batch, frames=7, latent_height=18, latent_width=12, dtype=dtype)
     settings = ChunkSettings(workspace_bytes=workspace_bytes, offload_skips=offload_skips)
@@ -158,13 +169,13 @@ def test_tracing_distinct_pieces_predicts_the_peak_of_a_run(
         denoiser(**inputs)
     denoiser.to("meta")
     inputs = {name: tensor.to("meta") for name, tensor in inputs.items()}
-    assert peak_bytes(denoiser, inputs, settings, DistinctPieces()) == meter.peak_bytes
+    assert peak_bytes(denoiser, inputs, settings, DistinctChunks()) == meter.peak_bytes
 
 
 def test_peaks_fall_with_the_workspace_and_again_without_skips(
     kind: DenoiserSubject, denoiser: Any, peak_bytes: PeakBytes, make_inputs: MakeInputs
 ) -> None:
-    """On real tensors."""
+    """Runs real tensors."""
     inputs = make_inputs(frames=8, latent_height=32, latent_width=32)
     plain, coarse, fine = (
         peak_bytes(denoiser, inputs, settings)
@@ -177,8 +188,8 @@ def test_peaks_fall_with_the_workspace_and_again_without_skips(
     assert plain > coarse > fine
     assert fine < plain / 2
     if kind.has_skips:
-        parked = peak_bytes(denoiser, inputs, ChunkSettings(workspace_bytes=200_000, offload_skips=True))
-        assert parked < fine < plain / 3
+        offloaded = peak_bytes(denoiser, inputs, ChunkSettings(workspace_bytes=200_000, offload_skips=True))
+        assert offloaded < fine < plain / 3
 
 
 def test_nothing_but_the_result_lives_on(kind: DenoiserSubject, denoiser: Any, make_inputs: MakeInputs) -> None:

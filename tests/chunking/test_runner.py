@@ -1,4 +1,4 @@
-"""The seam: every weight is asked for once a forward, and used only while it is in place."""
+"""Layer runners: every weight is requested once a forward, and used only while it is loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tensors(*modules: nn.Module) -> list[torch.Tensor]:
 
 
 class Streaming(LayerRunner):
-    """Keeps weights elsewhere, not a number in their place, but for the layer that runs."""
+    """Replaces weights by NaN, but for those of the layer that runs."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         self.kept = {tensor: tensor.detach().clone() for tensor in tensors(denoiser)}

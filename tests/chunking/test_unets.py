@@ -1,4 +1,4 @@
-"""What the two UNets have and no other denoiser: FreeU, attention processors of their own, layers over time."""
+"""Properties of the two UNets alone: FreeU, attention processors of their own, temporal layers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_models_attention_processors_run(kind: DenoiserSubject, make_inputs:
 
 
 @of_both
-def test_calls_say_what_they_are_and_how_they_are_cut(kind: DenoiserSubject, make_inputs: MakeInputs) -> None:
+def test_calls_tell_their_kind_and_chunks(kind: DenoiserSubject, make_inputs: MakeInputs) -> None:
     unet, calls = kind.make(), list[LayerCall]()
 
     class Recording(LayerRunner):
@@ -66,19 +66,19 @@ def test_calls_say_what_they_are_and_how_they_are_cut(kind: DenoiserSubject, mak
         unet(**make_inputs(batch=2, frames=5, latent_height=8, latent_width=8))
     over_time = next(call for call in calls if call.kind.startswith("temporal_") and call.total == 8 * 8)
     assert over_time.unit == "pixel"
-    assert not over_time.whole
+    assert not over_time.unchunked
     first_resnet = next(call for call in calls if call.kind == "resnet")
     assert first_resnet.unit == "frame"
     assert first_resnet.total == 2 * 5
     upsampling = [call for call in calls if call.kind == "resnet" and len(call.modules) == 2]
     assert [call.modules[0] for call in upsampling] == [block.upsamplers[0] for block in unet.up_blocks[:-1]]
     assert all(1 <= call.chunk_size <= call.total for call in calls)
-    assert all(call.chunk_size == call.total for call in calls if call.whole)
+    assert all(call.chunk_size == call.total for call in calls if call.unchunked)
 
 
 @of_both
 def test_attention_batches_stay_within_what_cuda_takes(subject: Subject, kind: DenoiserSubject) -> None:
-    """256 × 264 latent pixels are more than 65,535: too large a batch for temporal attention, however much memory."""
+    """Uses 256 × 264 latent pixels, more than the 65,535 that temporal attention can have in a batch."""
     batches: list[int] = []
 
     class Recording(AttnProcessor2_0):

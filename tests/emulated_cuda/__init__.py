@@ -1,8 +1,7 @@
-"""A CUDA card that is not there.
+"""An emulated CUDA card, for tests on machines without one.
 
-What lies on it lies in host memory in truth, and is worked out there, so the numbers are the CPU's. But tensors say
-that they are on it, and CUDA's rules hold: what must be on one device is, memory has a limit, copies take what they
-take, and work on streams is ordered by waits alone.
+Its tensors are in host memory and computed on the CPU, but report a CUDA device, and CUDA's rules are checked: operands
+must be on one device, memory is limited, copies need staging memory, and only waits order the work of streams.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 
 from i2v_core.units import GIB
 
-from .calls import Births, Calls
+from .calls import Allocations, Calls
 from .card import CARD, EmulatedCard
 
 __all__ = ["CARD", "EmulatedCard", "emulated_cuda"]
@@ -23,11 +22,11 @@ __all__ = ["CARD", "EmulatedCard", "emulated_cuda"]
 
 @contextmanager
 def emulated_cuda(limit_bytes: int = 8 * GIB) -> Generator[EmulatedCard]:
-    """While the context lasts, `torch.device("cuda")` is a card of `limit_bytes`."""
+    """Make `torch.device("cuda")` an emulated card of `limit_bytes` within the context."""
     import diffusers.models.modeling_utils  # noqa: F401  # what it imports looks for kernels of the card that is there
 
     card = EmulatedCard(limit_bytes)
-    births = Births(card)
+    allocations = Allocations(card)
     streams = card.streams
     there = {
         "is_available": lambda: True,
@@ -49,7 +48,7 @@ def emulated_cuda(limit_bytes: int = 8 * GIB) -> Generator[EmulatedCard]:
     with ExitStack() as stack:
         for name, value in there.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
-        stack.enter_context(mock.patch.object(torch._C, "_host_emptyCache", card.give_idle_pinned_back))
-        stack.enter_context(births)
-        stack.enter_context(Calls(card, births))
+        stack.enter_context(mock.patch.object(torch._C, "_host_emptyCache", card.release_idle_pinned))
+        stack.enter_context(allocations)
+        stack.enter_context(Calls(card, allocations))
         yield card

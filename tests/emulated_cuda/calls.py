@@ -1,12 +1,8 @@
-"""Calls of PyTorch's, on what lies on the card and what does not: CUDA's rules.
-
-The numbers are worked out by the CPU.
-"""
+"""PyTorch calls on tensors of the emulated card, computed on the CPU under CUDA's rules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,11 +35,25 @@ _VALUES = {
     torch.equal,
     torch.allclose,
 }
-"""What the host has to wait for the values of."""
+"""Calls that read values, for which the host must wait."""
+_METADATA = {
+    torch.Tensor.__len__,
+    torch.Tensor.data_ptr,
+    torch.Tensor.dim,
+    torch.Tensor.element_size,
+    torch.Tensor.is_contiguous,
+    torch.Tensor.is_floating_point,
+    torch.Tensor.numel,
+    torch.Tensor.size,
+    torch.Tensor.storage_offset,
+    torch.Tensor.stride,
+    torch.Tensor.untyped_storage,
+}
+"""Calls that neither look into memory nor make any; so do all properties."""
 
 
-class Births(TorchDispatchMode):
-    """Puts what operations make on the card while `on_card`."""
+class Allocations(TorchDispatchMode):
+    """Puts tensors that operations allocate on the card, while `on_card` is true."""
 
     def __init__(self, card: EmulatedCard) -> None:
         super().__init__()
@@ -67,11 +77,11 @@ class Births(TorchDispatchMode):
 
 
 class Calls(TorchFunctionMode):
-    """Sees every call of PyTorch's from Python: where its tensors lie, and where what it makes is to lie."""
+    """Intercepts every PyTorch call from Python, to track which device its inputs and results are on."""
 
-    def __init__(self, card: EmulatedCard, births: Births) -> None:
+    def __init__(self, card: EmulatedCard, allocations: Allocations) -> None:
         super().__init__()
-        self._card, self._births = card, births
+        self._card, self._allocations = card, allocations
 
     def __torch_function__(
         self,
@@ -80,44 +90,43 @@ class Calls(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        given = [tensor for tensor in tensors_in((args, kwargs)) if not tensor.is_meta]
-        if func in _GETTERS and given:
+        if func in _GETTERS and not args[0].is_meta:
             return _GETTERS[func](self._card.holds(args[0]))
+        if func in _METADATA or getattr(func, "__name__", "") == "__get__":
+            return func(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
         if func is torch.Tensor.is_pinned:
             return self._card.has_pinned(args[0])
         if func in (torch.Tensor.cuda, torch.Tensor.cpu):
             func, args, kwargs = torch.Tensor.to, (args[0], CARD if func is torch.Tensor.cuda else HOST), {}
         asked, args, kwargs = _asked_device(func, args, kwargs, self._card)
-        if (asked or HOST).type == "meta" or any(tensor.is_meta for tensor in tensors_in((args, kwargs))):
+        given = list(tensors_in((args, kwargs)))
+        if (asked is not None and asked.type == "meta") or any(tensor.is_meta for tensor in given):
             return func(*args, **kwargs)
         pinned = kwargs.pop("pin_memory", False)
         self._check(func, args, given)
         goes_to_card = asked.type == "cuda" if asked is not None else any(map(self._card.holds, given))
-        with self._placing(goes_to_card), self._staged(func, args, kwargs):
+        before, self._allocations.on_card = self._allocations.on_card, goes_to_card
+        try:
+            staging = self._staging(func, args, kwargs) if func in _COPIES else None
             result, made, written = _called(func, args, kwargs, given)
+            del staging
             moves = asked is not None and bool(given) and not made and self._card.holds(given[0]) != goes_to_card
             if moves and func in _MOVES:
                 result = result.clone()
                 made = [result]
+        finally:
+            self._allocations.on_card = before
         for tensor in made:
-            if goes_to_card:  # some are made without an operation that can be seen, as by `torch.tensor`
+            if goes_to_card:  # some are allocated without a visible operation, as by `torch.tensor`
                 self._card.put(tensor)
             elif pinned:
                 self._card.pin(tensor)
         self._order(func, kwargs, given, made, written)
         return result
 
-    @contextmanager
-    def _placing(self, on_card: bool) -> Generator[None]:
-        before, self._births.on_card = self._births.on_card, on_card
-        try:
-            yield
-        finally:
-            self._births.on_card = before
-
     def _check(self, func: Callable[..., Any], args: tuple[Any, ...], given: list[Tensor]) -> None:
-        """What CUDA refuses."""
+        """Raise the errors that CUDA raises for tensors on different devices."""
         if func in _MOVES or func in _ACROSS or getattr(func, "__name__", "") in ("__get__", "__set__"):
             return
         if func in (torch.Tensor.numpy, torch.Tensor.__array__) and self._card.holds(args[0]):
@@ -129,24 +138,20 @@ class Calls(TorchFunctionMode):
             shapes = ", ".join(f"{tuple(it.shape)} on {CARD if self._card.holds(it) else HOST}" for it in given)
             raise RuntimeError(f"Expected all tensors to be on the same device in {func.__name__}, but found {shapes}")
 
-    @contextmanager
-    def _staged(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[None]:
-        """While a copy between host and card is made of what does not lie alike, its contiguous form is on the card
-        too. Conversions are the host's, but for copies that it does not wait for.
+    def _staging(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The contiguous form on the card of what a copy between host and card does not find laid out alike; to be kept
+        while the copy is made. Conversions are the host's, but for copies that it does not wait for.
         """
-        source = args[-1] if func in _COPIES else None
+        source = args[-1]
         if not isinstance(source, Tensor) or self._card.holds(source) == self._card.holds(args[0]):
-            yield
-            return
+            return None
         target = args[0] if func is torch.Tensor.copy_ else args[0][args[1]]
         on_card, on_host = (source, target) if self._card.holds(source) else (target, source)
         alike = source.shape == target.shape and source.stride() == target.stride()
         converts = source.dtype != target.dtype and kwargs.get("non_blocking", False)
-        staging = None
         if converts or not (alike or on_card.is_contiguous()):
-            staging = torch.empty(on_card.shape, dtype=on_host.dtype if converts else on_card.dtype)
-        yield
-        del staging
+            return torch.empty(on_card.shape, dtype=on_host.dtype if converts else on_card.dtype)
+        return None
 
     def _order(
         self,
@@ -156,7 +161,7 @@ class Calls(TorchFunctionMode):
         made: list[Tensor],
         written: list[Tensor],
     ) -> None:
-        """Tell the streams, unless nobody has looked into any memory."""
+        """Record the call's reads and writes with the streams, if there are any."""
         takes_values = func in _VALUES or func in (torch.Tensor.numpy, torch.Tensor.__array__)
         if not (made or written or takes_values):
             return
@@ -174,7 +179,7 @@ class Calls(TorchFunctionMode):
 def _called(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]
 ) -> tuple[Any, list[Tensor], list[Tensor]]:
-    """The result, the tensors in it that are new, and those of the given ones that were written to."""
+    """Run a call; returns its result, the new tensors in it, and the given tensors that it wrote to."""
     versions = [tensor._version for tensor in given]
     known = {storage_key(tensor) for tensor in given}
     result = func(*args, **kwargs)
@@ -186,7 +191,7 @@ def _called(
 def _asked_device(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], card: EmulatedCard
 ) -> tuple[torch.device | None, tuple[Any, ...], dict[str, Any]]:
-    """The device that a call names, and the call for the CPU instead."""
+    """Return the device that a call names, and the call's arguments for the CPU instead."""
     asked: torch.device | None = None
     if kwargs.get("device") is not None:
         asked = torch.device(kwargs["device"])

@@ -1,4 +1,4 @@
-"""What a card that is not there holds."""
+"""The memory of the emulated card."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ CARD, HOST = torch.device("cuda", 0), torch.device("cpu")
 
 
 class EmulatedCard:
-    """`used_bytes` are in use now, `peak_bytes` have been; over `limit_bytes` there is a `torch.OutOfMemoryError`.
-    `pinned_bytes` of the host are in use, or kept for the next who asks.
+    """Tracks tensors on the card, and raises `torch.OutOfMemoryError` above `limit_bytes`.
+
+    `pinned_bytes` counts pinned host memory that is in use, or kept by the allocator for reuse.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -39,7 +40,7 @@ class EmulatedCard:
         return storage_key(tensor) in self._pinned
 
     def put(self, tensor: Tensor) -> None:
-        """The tensor has been born on the card."""
+        """Count a newly allocated tensor as on the card."""
         if self.holds(tensor):
             return
         size_bytes = rounded_bytes(tensor.untyped_storage().nbytes())
@@ -67,7 +68,7 @@ class EmulatedCard:
         self._watch(tensor, self._pinned, freed)
         self.pinned_bytes += size_bytes
 
-    def give_idle_pinned_back(self) -> None:
+    def release_idle_pinned(self) -> None:
         self.pinned_bytes -= self._idle_pinned_bytes
         self._idle_pinned_bytes = 0
 
@@ -79,8 +80,8 @@ class EmulatedCard:
 
         def forget(_: object) -> None:
             del among[key]
-            self.streams.died(key)
+            self.streams.freed(key)
             freed()
 
         among[key] = weakref.ref(tensor.untyped_storage(), forget)
-        self.streams.born(key)
+        self.streams.allocated(key)

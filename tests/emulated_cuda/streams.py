@@ -1,8 +1,8 @@
-"""Streams and events that order work as CUDA's do, and notice where nothing orders it.
+"""Streams and events with CUDA's ordering rules, which detect races.
 
-Work is done at once and one after another; what is watched is whether a real card would have been free to do it
-otherwise. Everything that is done has a number, and a clock says for each stream up to which number its work is known
-to have ended: a vector clock (Fidge 1988, Mattern 1989).
+Work runs at once, in program order; a race is where a real card would have been free to run it in another order. Each
+piece of work has a number, and a vector clock (Fidge 1988, Mattern 1989) holds for each stream the number up to which
+its work is known to have ended.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from itertools import count
 from typing import Any
 
 HOST = 0
-"""The host's work has a number among the streams."""
+"""Stream number of the host's work."""
 
 
 class Clock(dict[int, int]):
-    """By stream, the number of its last work that has ended."""
+    """Vector clock: by stream, the number of its last work that has ended."""
 
     def merge(self, other: Clock) -> None:
         for stream, number in other.items():
@@ -27,7 +27,7 @@ class Clock(dict[int, int]):
 
 
 class Stream:
-    """As `torch.cuda.Stream`. `clock` is what has ended before its next work begins."""
+    """Emulates `torch.cuda.Stream`. `clock` holds the work that has ended before the stream's next work starts."""
 
     def __init__(self, streams: Streams, number: int) -> None:
         self.number, self.clock = number, Clock()
@@ -48,7 +48,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Event:
-    """As `torch.cuda.Event`."""
+    """Emulates `torch.cuda.Event`."""
 
     streams: Streams
     clock: Clock
@@ -79,8 +79,9 @@ class _Memory:
 
 
 class Streams:
-    """All of a card's streams. `races` are accesses to memory that nothing orders, in words; `waits` counts how often
-    the host has waited for the card.
+    """All streams of a card.
+
+    `races` describes memory accesses that nothing orders; `waits` counts how often the host waited for the card.
     """
 
     def __init__(self) -> None:
@@ -106,19 +107,21 @@ class Streams:
         self.waits += 1
         self._host_clock.merge(clock)
 
-    def born(self, memory: int) -> None:
-        """Memory of the card, or pinned memory of the host. It belongs to the current stream."""
+    def allocated(self, memory: int) -> None:
+        """Track new memory of the card, or new pinned memory; it belongs to the current stream."""
         self._memory[memory] = _Memory(self.current)
 
-    def died(self, memory: int) -> None:
-        """The allocator gives a stream's memory to the next work on that stream, whatever others still do with it."""
+    def freed(self, memory: int) -> None:
+        """Check freed memory: the allocator reuses it for its stream's next work, whatever other streams still do with
+        it.
+        """
         gone = self._memory.pop(memory)
         for access in gone.accesses:
             if access.stream not in (HOST, gone.owner.number):
-                self._check(access, gone.owner.clock, "it is given up")
+                self._check(access, gone.owner.clock, "it is freed")
 
     def on_card(self, work: str, reads: set[int], writes: set[int], *, blocking: bool) -> None:
-        """Work of the current stream. It begins after all that the host has done or waited for."""
+        """Record work of the current stream, which starts after all that the host has done or waited for."""
         stream = self.current
         number = next(self._work_numbers)
         seen = Clock(stream.clock)

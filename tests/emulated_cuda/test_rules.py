@@ -1,4 +1,4 @@
-"""The emulated card: where tensors are, what is refused, what memory is taken, and what is unordered."""
+"""The emulated card: devices of tensors, refused calls, memory, and races."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from i2v_core.memory.meter import ALLOCATION_BYTES
-from i2v_core.placement.offload import give_pinned_back
+from i2v_core.placement.offload import release_pinned_memory
 from i2v_core.units import KIB
 
 from . import CARD, emulated_cuda
@@ -30,7 +30,7 @@ def test_tensors_say_where_they_are() -> None:
     assert there.device == HOST
 
 
-def test_what_is_on_two_devices_is_refused() -> None:
+def test_operands_on_two_devices_are_refused() -> None:
     with emulated_cuda():
         here, there = torch.ones(3), torch.ones(3, device=CARD)
         assert (there * torch.tensor(2.0)).device == CARD
@@ -61,20 +61,20 @@ def test_its_memory_has_a_limit() -> None:
         assert card.used_bytes == 0
 
 
-def test_pinned_memory_is_kept_until_it_is_asked_back() -> None:
+def test_pinned_memory_is_kept_until_it_is_released() -> None:
     with emulated_cuda() as card:
         pinned = torch.empty(1000, pin_memory=True)
         assert pinned.is_pinned()
         assert not torch.empty(1000).is_pinned()
-        give_pinned_back()
+        release_pinned_memory()
         assert card.pinned_bytes == pinned.nbytes
         del pinned
         assert card.pinned_bytes
-        give_pinned_back()
+        release_pinned_memory()
         assert not card.pinned_bytes
 
 
-def test_a_copy_of_what_does_not_lie_alike_takes_memory_for_its_contiguous_form() -> None:
+def test_a_copy_between_layouts_takes_memory_for_its_contiguous_form() -> None:
     with emulated_cuda() as card:
         there = torch.ones(16, 64, device=CARD)
         here = torch.empty(64, 16)
@@ -108,7 +108,7 @@ def test_a_copy_into_memory_that_may_still_be_in_use_is_a_race() -> None:
         assert "copy_ does not wait for empty" in card.races[0]
 
 
-def test_memory_given_up_while_another_stream_reads_it_is_a_race() -> None:
+def test_memory_freed_while_another_stream_reads_it_is_a_race() -> None:
     with emulated_cuda() as card:
         source = torch.ones(4, device=CARD)
         side = torch.cuda.Stream(CARD)
@@ -116,7 +116,7 @@ def test_memory_given_up_while_another_stream_reads_it_is_a_race() -> None:
         with torch.cuda.stream(side):
             copy = source.clone()
         del source
-        assert "it is given up does not wait for clone" in card.races[0]
+        assert "it is freed does not wait for clone" in card.races[0]
         del copy
 
 

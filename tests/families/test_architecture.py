@@ -1,4 +1,4 @@
-"""The architecture of a model folder, read without its weights."""
+"""Architectures of model folders, read without weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_missing_config_is_named(subject_folder: Path, tmp_path: Path) -> None
 def test_a_folder_without_an_index_is_known_by_its_denoiser(
     subject: Subject, subject_folder: Path, tmp_path: Path
 ) -> None:
-    """Where the index says no more than that."""
+    """Tests folders whose index names no pipeline."""
     folder = tmp_path / "model"
     shutil.copytree(subject_folder, folder)
     (folder / "model_index.json").unlink()
@@ -53,8 +53,8 @@ def test_a_folder_without_an_index_is_known_by_its_denoiser(
 
 
 @pytest.mark.parametrize("model", bundled_models())
-def test_every_bundled_architecture_makes_all_that_is_asked_of_it(model: str) -> None:
-    """Without weights."""
+def test_every_bundled_architecture_makes_all_components(model: str) -> None:
+    """Builds every component on the meta device."""
     architecture = bundled_architecture(model)
     family = family_of(architecture)
     assert loaded_bytes(architecture, torch.float16) > 0

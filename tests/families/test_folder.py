@@ -1,4 +1,4 @@
-"""Model folders: what loads, and the one error that names all that is wrong."""
+"""Model folders: which load, and the one error that names all faults of others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def folder(tiny_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the small model that a test may break."""
+    """Copies the small model, for a test to damage."""
     return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
 
 
@@ -28,8 +28,8 @@ def test_weights_stay_in_host_memory_in_their_stored_dtype(
 ) -> None:
     save_tiny_model(tmp_path / "half", dtype=torch.float16)
     model = load_model(tmp_path / "half")
-    for name, module in model.modules.items():
-        assert model.stored_dtype(name) == torch.float16
+    for module in model.modules.values():
+        assert next(module.parameters()).dtype == torch.float16
         assert {tensor.device.type for tensor in module.parameters()} == {"cpu"}
         assert not module.training
 
@@ -127,7 +127,7 @@ def test_configs_that_make_no_model_are_refused_when_they_are_read(folder: Path,
         load_model(folder)
 
 
-def test_a_vocabulary_that_is_none_is_named(folder: Path) -> None:
+def test_a_damaged_vocabulary_is_named(folder: Path) -> None:
     (folder / "tokenizer" / "vocab.json").write_text('{"!": -1}', "utf-8")
     with pytest.raises(ModelFolderError, match="tokenizer"):
         load_model(folder)

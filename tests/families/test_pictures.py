@@ -30,7 +30,7 @@ def test_the_middle_is_kept() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 4000), (4000, 1)])
-def test_a_strip_is_refused_and_not_blown_up(size: tuple[int, int]) -> None:
+def test_a_narrow_picture_is_refused_and_not_scaled_up(size: tuple[int, int]) -> None:
     with pytest.raises(BadInputError, match=f"{size[0]}×{size[1]} pixels"):
         cover(Image.new("RGB", size), 8192, 8192)
 
@@ -41,7 +41,7 @@ def test_grey_colour_and_transparent_pictures_are_read(channels: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 8, 3), (8, 8, 3), (1, 8, 8, 2)])
-def test_what_is_no_picture_is_refused(shape: tuple[int, ...]) -> None:
+def test_tensors_of_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(BadInputError, match="shape"):
         first_picture(torch.zeros(shape))
 

@@ -1,4 +1,4 @@
-"""Rough pictures of latents: factors fitted to a picture or to many, and a model folder's own; and tiny decoders."""
+"""Previews of latents: factors fitted to one or many pictures, or read from a model's folder; and tiny decoders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from i2v_core.families.preview import (
 
 
 def test_the_preview_finds_the_colours_of_latents_that_hold_them() -> None:
-    """Latents that are a linear map of the colours, as an autoencoder's roughly are."""
+    """Uses latents that are a linear map of the colours, as an autoencoder's roughly are."""
     generator = torch.Generator().manual_seed(0)
     colours_hw3 = torch.randint(0, 256, (12, 10, 3), generator=generator, dtype=torch.uint8)
     mixing = torch.randn(3, 4, generator=generator)
@@ -37,7 +37,7 @@ def test_the_preview_finds_the_colours_of_latents_that_hold_them() -> None:
 
 
 def linear_pair(seed: int, mixing: torch.Tensor) -> tuple[torch.Tensor, Image.Image]:
-    """Latents (1, 4, 12, 10) that are a linear map of their picture's colours."""
+    """Return latents (1, 4, 12, 10) that are a linear map of their picture's colours, and the picture."""
     generator = torch.Generator().manual_seed(seed)
     colours_hw3 = torch.randint(0, 256, (12, 10, 3), generator=generator, dtype=torch.uint8)
     return (colours_hw3 / 255 @ mixing).permute(2, 0, 1)[None], Image.fromarray(colours_hw3.numpy())
@@ -96,7 +96,7 @@ SD1_AUTOENCODER = {
         ({"shift_factor": 0.1}, None),
     ],
 )
-def test_a_tiny_decoder_goes_by_what_the_autoencoder_is(change: dict[str, object], name: str | None) -> None:
+def test_the_tiny_decoder_depends_on_the_autoencoder(change: dict[str, object], name: str | None) -> None:
     assert tiny_decoder({**SD1_AUTOENCODER, **change}) == name
 
 

@@ -72,7 +72,12 @@ FAILS = {
         ["latent is of type dict", "I2V Load Latent"],
     ),
     "nothing for an image": ({"encode": {"image": None}}, "I2VEncode", "BadInputError", ["image is None", "IMAGE"]),
-    "half of a character": ({"encode": {"prompt": "a\ud800"}}, "I2VEncode", "BadInputError", [r"'a\ud800'", "a text"]),
+    "half of a character": (
+        {"encode": {"prompt": "a\ud800"}},
+        "I2VEncode",
+        "BadInputError",
+        [r"'a\ud800'", "not text"],
+    ),
     "a book for a prompt": (
         {"encode": {"prompt": "a " * 50_000}},
         "I2VEncode",

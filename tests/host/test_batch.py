@@ -113,7 +113,7 @@ def test_good_rows_run_and_bad_ones_are_named(
     assert text.startswith("3 done; 2 rows cannot run\n")
     assert "line 3: the picture" in text
     assert "gone.png cannot be read: there is no such file. Remedy: " in text
-    assert "line 5: the seed is 'x', which is no whole number. Remedy: " in text
+    assert "line 5: the seed is 'x', which is not a whole number. Remedy: " in text
     found = videos(server)
     assert sorted(iio.imread(video, plugin="pyav").shape for video in found) == [(2, 64, 96, 3), *[(4, 64, 64, 3)] * 2]
     assert all(video.name in text for video in found)
@@ -287,14 +287,14 @@ def test_the_bundled_workflow_makes_its_videos(
 
 REFUSED = {
     "nothing": ({"jobs": ""}, "neither jobs nor images"),
-    "a way out": ({"jobs": "../list.csv"}, "no place in ComfyUI's input folder"),
-    "an absolute path": ({"jobs": "/etc/passwd"}, "no place in ComfyUI's input folder"),
-    "no such file": ({"jobs": "clips/nowhere.csv"}, "there is no"),
-    "another file": ({"jobs": PICTURE}, "is no list"),
-    "a control character": ({"jobs": "clips/a\0.csv"}, "no place in ComfyUI's input folder"),
-    "an empty folder": ({"jobs": "clips/empty"}, "no pictures in"),
+    "a way out": ({"jobs": "../list.csv"}, "is not in ComfyUI's input folder"),
+    "an absolute path": ({"jobs": "/etc/passwd"}, "is not in ComfyUI's input folder"),
+    "no such file": ({"jobs": "clips/nowhere.csv"}, "does not exist"),
+    "another file": ({"jobs": PICTURE}, "is not a list"),
+    "a control character": ({"jobs": "clips/a\0.csv"}, "is not in ComfyUI's input folder"),
+    "an empty folder": ({"jobs": "clips/empty"}, "no images in"),
     "a way out of the output": ({"jobs": "clips", "output_folder": "../up"}, "leads out of the output folder"),
-    "no output": ({"jobs": "clips", "output_folder": " "}, "is no name"),
+    "no output": ({"jobs": "clips", "output_folder": " "}, "is not a valid output_folder"),
 }
 
 
@@ -322,7 +322,7 @@ def test_a_picture_outside_of_the_input_folder_is_a_bad_row(
 
 def test_wrong_numbers_of_prompts_are_refused(client: Client, clips: Path, batch_prompt: Callable[..., Prompt]) -> None:
     assert clips.is_dir()
-    with pytest.raises(ExecutionError, match="there are 3 prompts for 2 pictures"):
+    with pytest.raises(ExecutionError, match="there are 3 prompts for 2 images"):
         client.run(batch_prompt(jobs="clips", prompts="a\nb\nc"))
 
 

@@ -60,7 +60,7 @@ def test_a_killed_host_goes_on_from_the_checkpoint(mortal: Server, make_prompt: 
     again = Client(mortal.url).run(
         prompt, watch=lambda event: seen.append(event.data["value"]) if event.kind == "progress" else None
     )
-    assert "went on from step" in again.outputs["sampler"]["text"][0]
+    assert "resumed from step" in again.outputs["sampler"]["text"][0]
     assert f"of {STEPS}" in again.outputs["sampler"]["text"][0]
     np.testing.assert_array_equal(frames_of(again, mortal), expected)
     survived["hosts killed"] += 1

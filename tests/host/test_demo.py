@@ -74,7 +74,7 @@ def interrupt(process: subprocess.Popen[str]) -> None:
 
 def test_it_makes_a_video_and_serves_until_ctrl_c(tmp_path: Path) -> None:
     with demo(tmp_path, "--seed", "3", "--serve") as process:
-        lines = lines_until(process, "is open at http://127.0.0.1:")
+        lines = lines_until(process, "is running at http://127.0.0.1:")
         interrupt(process)
     (video,) = (tmp_path / "out").iterdir()
     assert str(video) in lines
@@ -96,7 +96,7 @@ def test_ctrl_c_while_the_host_starts_leaves_nothing(tmp_path: Path) -> None:
 
 def test_what_cannot_fit_ends_with_the_nodes_own_message(tmp_path: Path) -> None:
     with demo(tmp_path, "--vram", "1MiB") as process:
-        printed, _ = process.communicate(timeout=120)
+        printed, _ = process.communicate(timeout=600)
     assert process.returncode == 1
     assert "does not fit" in printed
     assert "Remedy: " in printed

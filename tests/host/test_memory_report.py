@@ -80,7 +80,7 @@ def test_neither_is_refused_when_its_turn_comes(client: Client, make_prompt: Any
 
 def test_a_loaded_latent_and_saved_images_have_no_stages(client: Client, make_prompt: Any) -> None:
     loaded = {"latent": {"class_type": "I2VLoadLatent", "inputs": {"file": "demo (bundled)"}}}
-    with pytest.raises(ExecutionError, match=r"carries no report.*Remedy: connect Chunked Sampler"):
+    with pytest.raises(ExecutionError, match=r"has no report.*Remedy: connect the latent of Chunked Sampler"):
         client.run(with_report(loaded, latent=["latent", 0]))
     prompt = {"picture": make_prompt()["picture"]}
     settings = {"filename_prefix": "reported", "format": "png", "fps": 8.0, "quality": 19}

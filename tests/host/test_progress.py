@@ -156,4 +156,4 @@ def test_a_file_that_is_no_decoder_ends_no_run(taesd_server: Server, sampled: An
     save_file({"other": torch.zeros(3)}, file)
     films = previews_of(Client(taesd_server.url), sampled("sd1", 83))
     assert [film.shape[1:] for film in films] == [ROUGH] * 3
-    assert "is no decoder for previews" in taesd_server.log()
+    assert "does not hold a preview decoder" in taesd_server.log()

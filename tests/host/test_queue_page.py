@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 OPEN = "app.extensionManager.sidebarTab.toggleSidebarTab('i2v_budget.queue')"
 
 REMARKS = [
-    {"key": "remarkWaiting", "values": {"share": "40%", "healthy": "10%"}, "text": "stages wait for room"},
+    {"key": "remarkWaiting", "values": {"share": "40%", "healthy": "10%"}, "text": "stages wait for memory"},
     {"key": "remarkOfANewerServer", "values": {}, "text": "something costs $5"},
 ]
 
@@ -133,7 +133,7 @@ def test_its_buttons_act_on_a_job(open_page: OpenPage, store: JobStore, ids: lis
         ("Pause", JobState.PAUSED),
         ("Resume", JobState.WAITING),
         ("Cancel", JobState.CANCELLED),
-        ("Try again", JobState.WAITING),
+        ("Retry", JobState.WAITING),
     ):
         job.get_by_role("button", name=button).click()
         job.locator(".state", has_text=state.value).wait_for()
@@ -150,7 +150,7 @@ def test_the_queue_is_paused_and_resumed(open_page: OpenPage, store: JobStore, i
     page.get_by_role("button", name="Pause queue").click()
     page.get_by_role("button", name="Resume queue").wait_for()
     assert store.paused
-    assert "no further jobs are begun" in page.text_content(".i2v-queue .summary")
+    assert "no new jobs are started" in page.text_content(".i2v-queue .summary")
     page.get_by_role("button", name="Resume queue").click()
     page.get_by_role("button", name="Pause queue").wait_for()
     assert not store.paused

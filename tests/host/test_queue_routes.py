@@ -154,7 +154,7 @@ def test_jobs_are_paused_resumed_cancelled_and_tried_again(server: Server, store
         queue(server, {"action": action, "job": job})
         assert state_of(server, job) == store.job(job).state.value == state
     status, answer = ask(server, {"action": "retry", "job": job})
-    assert (status, answer["error"]["problem"]) == (400, f"job {job} is waiting and cannot be tried again")
+    assert (status, answer["error"]["problem"]) == (400, f"job {job} is waiting and cannot be retried")
     assert store.counts()[JobState.WAITING] == len(ids)
 
 
@@ -247,16 +247,16 @@ def test_a_picture_is_of_a_job(server: Server, job: str) -> None:
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "no action": ({"job": 1}, "None is no action"),
-    "an unknown action": ({"action": "delete", "job": 1}, "'delete' is no action"),
-    "an action of another kind": ({"action": ["cancel"], "job": 1}, "is no action"),
+    "no action": ({"job": 1}, "None is not an action"),
+    "an unknown action": ({"action": "delete", "job": 1}, "'delete' is not an action"),
+    "an action of another kind": ({"action": ["cancel"], "job": 1}, "is not an action"),
     "no job": ({"action": "cancel"}, "cancel has no job"),
     "an unknown job": ({"action": "cancel", "job": 99}, "there is no job 99"),
-    "a job as text": ({"action": "cancel", "job": "1"}, "'1' is no number of a job"),
-    "a job that is true": ({"action": "cancel", "job": True}, "True is no number of a job"),
-    "a job below one": ({"action": "pause", "job": 0}, "0 is no number of a job"),
-    "a huge job": ({"action": "retry", "job": 10**40}, "is no number of a job"),
-    "null for the queue": ({"action": "pause", "job": None}, "None is no number of a job"),
+    "a job as text": ({"action": "cancel", "job": "1"}, "'1' is not the id of a job"),
+    "a job that is true": ({"action": "cancel", "job": True}, "True is not the id of a job"),
+    "a job below one": ({"action": "pause", "job": 0}, "0 is not the id of a job"),
+    "a huge job": ({"action": "retry", "job": 10**40}, "is not the id of a job"),
+    "null for the queue": ({"action": "pause", "job": None}, "None is not the id of a job"),
     "a stranger": ({"action": "cancel", "job": 1, "path": "/etc"}, "takes no 'path'"),
     "no priority": ({"action": "prioritize", "job": 1}, "prioritize has no priority"),
     "a priority of zero": ({"action": "prioritize", "job": 1, "priority": 0}, "a priority of 0 is not possible"),
@@ -264,14 +264,14 @@ BAD: dict[str, tuple[Any, str]] = {
     "no number": ({"action": "prioritize", "job": 1, "priority": float("nan")}, "not possible"),
     "an endless priority": ({"action": "prioritize", "job": 1, "priority": float("inf")}, "not possible"),
     "a huge priority": ({"action": "prioritize", "job": 1, "priority": 10**400}, "not possible"),
-    "a priority as text": ({"action": "prioritize", "job": 1, "priority": "high"}, "'high' is no number"),
-    "no list": ({"action": "pin", "jobs": 1}, "1 is no list of jobs"),
-    "a job twice": ({"action": "pin", "jobs": [1, 1]}, "no list of jobs"),
-    "a list of other things": ({"action": "pin", "jobs": [[1]]}, "[1] is no number of a job"),
+    "a priority as text": ({"action": "prioritize", "job": 1, "priority": "high"}, "'high' is not a number"),
+    "no list": ({"action": "pin", "jobs": 1}, "1 is not a list of different jobs"),
+    "a job twice": ({"action": "pin", "jobs": [1, 1]}, "not a list of different jobs"),
+    "a list of other things": ({"action": "pin", "jobs": [[1]]}, "[1] is not the id of a job"),
     "an unknown job in a list": ({"action": "pin", "jobs": [1, 99]}, "there is no job 99"),
-    "a list as a body": ([], "no JSON object"),
-    "no JSON": (b"{", "no JSON"),
-    "no text": (b"\xff\xfe", "no JSON"),
+    "a list as a body": ([], "not a JSON object"),
+    "no JSON": (b"{", "not valid JSON"),
+    "no text": (b"\xff\xfe", "not valid JSON"),
     "too long": (b" " * 20_000, "longer than 16,384 bytes"),
 }
 

@@ -183,9 +183,9 @@ REFUSED = {
     "both ways": ({**DECODED, "images": ["decode", 0]}, {}, ["model, plan, latent, images are connected"]),
     "a way out": ({"images": ["decode", 0]}, {"filename_prefix": "../up"}, ["leads out"]),
     "an absolute path": ({"images": ["decode", 0]}, {"filename_prefix": "/tmp/up"}, ["leads out"]),
-    "no name": ({"images": ["decode", 0]}, {"filename_prefix": " "}, ["no name"]),
-    "a folder": ({"images": ["decode", 0]}, {"filename_prefix": "a/.."}, ["no name"]),
-    "a line end": ({"images": ["decode", 0]}, {"filename_prefix": "a\nb\0"}, ["no name"]),
+    "no name": ({"images": ["decode", 0]}, {"filename_prefix": " "}, ["not a valid filename_prefix"]),
+    "a folder": ({"images": ["decode", 0]}, {"filename_prefix": "a/.."}, ["not a valid filename_prefix"]),
+    "a line end": ({"images": ["decode", 0]}, {"filename_prefix": "a\nb\0"}, ["not a valid filename_prefix"]),
 }
 """What is connected, other inputs, and what the refusal has to say."""
 

@@ -144,7 +144,7 @@ def test_the_page_plans_for_the_file_that_is_chosen(page: Any, wan: str) -> None
 def test_names_that_are_not_listed_are_refused(server: Server, wan: str, name: str) -> None:
     status, answer = ask(server, model=wan, transformer_file=name)
     assert status == 400
-    assert "transformer_file" in answer["error"]["problem"] or "there is no file" in answer["error"]["problem"]
+    assert "transformer_file" in answer["error"]["problem"] or "there is no weight file" in answer["error"]["problem"]
 
 
 def test_experts_that_are_exchanged_are_noticed_by_their_names(server: Server, wan: str) -> None:

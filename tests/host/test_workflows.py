@@ -171,7 +171,7 @@ def test_little_memory_gives_the_video_that_much_memory_gives(
             node["inputs"]["steps"] = 3
     run = client.run(prompt)
     reports = [output["text"][0] for output in run.outputs.values() if "i2v_plan" in output]
-    assert sorted("denoiser layers run whole" in report for report in reports) == [False, True]
+    assert sorted("denoiser layers run unchunked" in report for report in reports) == [False, True]
     much, little, difference = np.split(frames_of(run, server)[:, :, : 3 * 96 + 8], [98, 198], axis=2)
     assert much.std() > 20
     assert np.abs(much[:, :, :96].astype(int) - little[:, :, 2:98]).mean() < 3, "more than compression"
@@ -200,7 +200,7 @@ def test_the_workflow_of_wan_fits_its_card_as_its_note_says() -> None:
     note = nodes["MarkdownNote"]["widgets_values"][0]
     assert f"a peak of {plan.peak_bytes / GIB:.2f} GiB in {plan.binding_stage.stage.value}" in note
     assert f"takes {plan.predictions[1].peak_bytes / GIB:.2f} GiB" in note
-    assert plan.sample.streamed
+    assert plan.sample.settings.streamed
 
 
 def test_the_workflow_of_a_quantised_wan_fits_its_card_as_its_note_says() -> None:
@@ -215,7 +215,7 @@ def test_the_workflow_of_a_quantised_wan_fits_its_card_as_its_note_says() -> Non
     beside_bytes = max(stage.host_bytes for stage in plan.predictions)
     assert f"take {model_bytes / GIB:.0f} GiB of RAM" in note
     assert f"and {beside_bytes / GIB:.0f} GiB more" in note
-    assert plan.sample.streamed
+    assert plan.sample.settings.streamed
 
 
 @pytest.mark.parametrize(("gigabytes", "name"), CARDS_FILES.items())
@@ -229,11 +229,11 @@ def test_a_workflow_for_a_card_fits_it_as_its_note_says(gigabytes: int, name: st
     assert predicted
     assert f"{plan.peak_bytes / GIB:.2f}" == predicted[1]
     assert plan.binding_stage.stage.value == predicted[2].replace("sampling", "sample")
-    assert not plan.sample.streamed
+    assert not plan.sample.settings.streamed
     assert f"--width {width} --height {height} --frames {frames} --vram {gigabytes - 0.75}GiB" in note
     longest = re.search(r"Up to (\d+) frames fit with the weights on the card", note)
     assert longest
-    assert not plan_for_card(gigabytes, width, height, int(longest[1]), guidance).sample.streamed
+    assert not plan_for_card(gigabytes, width, height, int(longest[1]), guidance).sample.settings.streamed
 
 
 def plan_for_card(

@@ -1,4 +1,4 @@
-"""What is learned from runs, and what a store survives."""
+"""Calibration: ratios that are recorded, and faults that a store survives."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_old_ratios_are_forgotten(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("measured", [0, 10, 900])
-def test_what_is_no_inaccuracy_is_not_learned(tmp_path: Path, measured: int) -> None:
+def test_ratios_out_of_range_are_not_recorded(tmp_path: Path, measured: int) -> None:
     store = CalibrationStore(tmp_path / "calibration.json")
     store.record(KEY, "sample", predicted_bytes=100, measured_bytes=measured)
     assert store.calibration(KEY) == UNCALIBRATED

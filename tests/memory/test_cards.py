@@ -1,4 +1,4 @@
-"""Cards by their size."""
+"""Cards that plans can be made for, by size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What operations make of meta tensors, remembered."""
+"""The cache of operations on meta tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def meta(*sizes: int, dtype: torch.dtype = torch.float16) -> Tensor:
 
 
 def layers(hidden: Tensor) -> Tensor:
-    """Copies, views, operations in place and with several results, with the same shapes more than once."""
+    """Run copies, views, in-place operations and operations with several results, with repeated shapes."""
     for _ in range(3):
         normed = functional.group_norm(hidden, 4)
         last = functional.pad(normed, (1, 1)).transpose(2, 3)[..., :8].contiguous()
@@ -32,7 +32,7 @@ def layers(hidden: Tensor) -> Tensor:
 
 
 def measured(run: Callable[[Tensor], Tensor], *, known: bool) -> tuple[Tensor, int, list[int]]:
-    """The result, the peak, and the bytes in use over time."""
+    """Return the result, the peak, and the bytes in use over time."""
     changes: list[int] = []
     meter = StorageMeter(device_type="meta", on_change=changes.append)
     if known:
@@ -49,7 +49,7 @@ def test_code_takes_the_same_memory_at_any_time() -> None:
     assert (known.shape, known.stride(), known.dtype) == (plain.shape, plain.stride(), plain.dtype)
 
 
-def test_what_is_known_is_not_worked_out_again() -> None:
+def test_cached_operations_do_not_run_again() -> None:
     runs: list[object] = []
 
     def counted(func: Callable[..., object]) -> Callable[..., object]:

@@ -1,4 +1,4 @@
-"""Memory over time: bounded, and no peak lost; and that stages record it."""
+"""Memory timelines: bounded, without losing a peak, and recorded by stages."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from i2v_core.errors import BadInputError
 from i2v_core.memory.stage_meter import stage_meter
-from i2v_core.memory.timeline import MOST_INTERVALS, Timeline, TimelineRecorder
+from i2v_core.memory.timeline import MAX_INTERVALS, Timeline, TimelineRecorder
 
 CPU = torch.device("cpu")
 CHANGES = st.lists(st.tuples(st.floats(0, 100), st.integers(0, 1 << 40)), min_size=1, max_size=600)
 
 
 def recorded(changes: list[tuple[float, int]]) -> Timeline:
-    """Of changes as (seconds since the one before, bytes in use from then on)."""
+    """Return the timeline of changes, given as (seconds since the one before, bytes in use from then on)."""
     recorder, now = TimelineRecorder(), 0.0
     for seconds, level_bytes in changes:
         now += seconds
@@ -30,7 +30,7 @@ def recorded(changes: list[tuple[float, int]]) -> Timeline:
 @given(CHANGES)
 def test_it_stays_short_keeps_every_peak_and_ends_with_the_last_change(changes: list[tuple[float, int]]) -> None:
     timeline = recorded(changes)
-    assert len(timeline.peaks_bytes) <= MOST_INTERVALS
+    assert len(timeline.peaks_bytes) <= MAX_INTERVALS
     assert timeline.peak_bytes == max(level for _, level in changes)
     end = sum(seconds for seconds, _ in changes)
     assert end - 1e-6 <= timeline.seconds <= end + timeline.interval_seconds + 1e-6
@@ -67,7 +67,7 @@ def test_a_timeline_goes_through_json() -> None:
     "content",
     [None, 5, {}, {"interval_seconds": 0.0, "peaks_bytes": [], "restarts_seconds": []}, {"interval_seconds": "x"}],
 )
-def test_what_is_no_timeline_is_refused(content: object) -> None:
+def test_other_content_is_refused(content: object) -> None:
     with pytest.raises(BadInputError, match="timeline"):
         Timeline.from_dict(content)
 

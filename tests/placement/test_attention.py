@@ -1,4 +1,4 @@
-"""Choosing attention's kernels, and giving the model its own back."""
+"""Choosing attention kernels, and restoring the model's own."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_models_that_leave_it_to_the_dispatcher_are_asked_there(wan_folder: Path
 
 
 def test_sage_takes_the_calls_that_it_can_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SageAttention needs a CUDA card; what is tested is which calls would reach it."""
+    """Tests which calls would reach SageAttention, which itself needs a CUDA card."""
     seen: list[tuple[int, ...]] = []
 
     def sageattn(query: torch.Tensor, *_: torch.Tensor, **options: object) -> torch.Tensor:

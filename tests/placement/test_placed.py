@@ -1,4 +1,4 @@
-"""Placing a module and giving it back."""
+"""Placing a module, and restoring it."""
 
 from __future__ import annotations
 

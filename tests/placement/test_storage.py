@@ -1,4 +1,4 @@
-"""Weights in 8 bits: how close the result is, what it takes, and that the module comes back."""
+"""Weights stored in 8 bits: accuracy, memory, and that the module is restored."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ eight_bits = pytest.mark.parametrize("storage", [WeightStorage.INT8, WeightStora
 
 @pytest.fixture(scope="module")
 def model(tiny_folder: Path) -> I2VModel:
-    """Every parameter matters: diffusers starts some at zero, which would hide mistakes."""
+    """Return a model in which every parameter matters; diffusers initialises some to zero, which would hide errors."""
     model = load_model(tiny_folder)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def model(tiny_folder: Path) -> I2VModel:
 def denoise(
     model: I2VModel, runner: LayerRunner, dtype: torch.dtype = torch.float32, device: torch.device = CPU
 ) -> Tensor:
-    """The prediction for fixed random inputs."""
+    """Return the prediction for fixed random inputs."""
     family, unet = family_of(model.architecture), model.modules["unet"]
     generator = torch.Generator().manual_seed(1)
 
@@ -154,7 +154,7 @@ def test_a_channel_may_be_zero_tiny_or_huge(storage: WeightStorage) -> None:
     assert (error[1:] > 0).any(dim=1).all()
 
 
-def test_what_diffusers_leaves_alone_is_left_alone(model: I2VModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_diffusers_skips_are_skipped(model: I2VModel, monkeypatch: pytest.MonkeyPatch) -> None:
     unet: Any = model.modules["unet"]
     names = {id(parameter): name for name, parameter in unet.named_parameters()}
     chosen = {names[id(weight)] for weight in reducible(unet)}

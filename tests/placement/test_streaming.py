@@ -1,4 +1,4 @@
-"""Streaming: equal output first, then what is on the device, then the traffic."""
+"""Weight streaming: equal output, weights on the device, and traffic."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model(tiny_folder: Path) -> I2VModel:
 
 
 def denoise(model: I2VModel, dtype: torch.dtype = torch.float32) -> Any:
-    """A call of the denoiser on fixed random inputs."""
+    """Return the denoiser's result for fixed random inputs."""
     family = family_of(model.architecture)
     size = VideoSize(width_pixels=64, height_pixels=64, frames=3)
     latent = family.facts.latent_size(size)
@@ -115,7 +115,7 @@ def test_the_module_comes_back_bit_for_bit_from_an_error(model: I2VModel, stream
     assert {name: set(vars(module)) for name, module in unet.named_modules()} == attributes
 
 
-def test_a_layer_that_follows_itself_is_not_fetched_from_the_copy_that_it_gives_up() -> None:
+def test_a_layer_that_follows_itself_is_not_fetched_from_the_copy_that_it_frees() -> None:
     layer = nn.Linear(8, 8)
     with torch.no_grad(), emulated_cuda() as card:
         with streamed_leaves(layer, CARD, torch.float32) as stream:

@@ -1,4 +1,4 @@
-"""Copies of what lies side by side: equal tensors, as few copies as there are blocks, and no more memory."""
+"""Transfer blocks: equal tensors, one copy for adjacent ones, and no more device memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from i2v_core.memory.meter import ALLOCATION_BYTES, rounded_bytes
-from i2v_core.placement import transfer_blocks as parcels
-from i2v_core.placement.staging import staged
+from i2v_core.placement import transfer_blocks
 from i2v_core.placement.storage import StoredWeights, WeightStorage
-from i2v_core.placement.streaming import streamed
+from i2v_core.placement.streaming import staged, streamed
 from i2v_core.placement.swap import all_tensors
 from i2v_core.placement.transfer_blocks import packed
 from i2v_core.units import KIB, MIB
@@ -25,7 +24,7 @@ DTYPES = st.sampled_from([torch.float32, torch.float16, torch.int64, torch.uint8
 
 
 class Kind(NamedTuple):
-    """A tensor in a slab: behind a gap or not, and to be a parcel by itself or not."""
+    """A tensor in a slab, maybe behind a gap, and maybe to be a block of its own."""
 
     elements: int
     dtype: torch.dtype
@@ -34,7 +33,7 @@ class Kind(NamedTuple):
 
 
 def laid_out(kinds: list[Kind]) -> list[torch.Tensor]:
-    """Tensors of small numbers, in blocks of the device's allocator."""
+    """Return tensors of small numbers, in blocks of the device's allocator."""
     slab, end, tensors = torch.randint(0, 100, (64 * KIB,), dtype=torch.uint8), 0, list[torch.Tensor]()
     for kind in kinds:
         end += ALLOCATION_BYTES * kind.behind_gap
@@ -48,37 +47,37 @@ def laid_out(kinds: list[Kind]) -> list[torch.Tensor]:
     st.lists(st.builds(Kind, st.integers(1, 600), DTYPES, st.booleans(), st.booleans()), min_size=1, max_size=12),
     st.randoms(use_true_random=False),
 )
-def test_tensors_of_any_kind_come_as_they_are(kinds: list[Kind], random: Random) -> None:
+def test_tensors_of_any_kind_arrive_unchanged(kinds: list[Kind], random: Random) -> None:
     given_tensors = list(zip(laid_out(kinds), (kind.alone for kind in kinds), strict=True))
     random.shuffle(given_tensors)
     tensors, alone = [tensor for tensor, _ in given_tensors], [single for _, single in given_tensors]
     made = packed(tensors, alone)
-    found = dict(it for parcel in made for it in parcel.unpacked(parcel.on_host.clone()))
+    found = dict(it for block in made for it in block.unpacked(block.on_host.clone()))
     assert len(found) == len(tensors)
     for place, tensor in enumerate(tensors):
         assert torch.equal(found[place], tensor)
         assert found[place].dtype == tensor.dtype
-    assert all(len(parcel.tensors) == 1 for parcel in made if any(alone[place] for place in parcel.tensors))
+    assert all(len(block.tensors) == 1 for block in made if any(alone[place] for place in block.tensors))
     assert sum(rounded_bytes(it.on_host.nbytes) for it in made) == sum(rounded_bytes(it.nbytes) for it in tensors)
 
 
-def test_what_is_staged_for_a_card_is_one_parcel_up_to_its_limit() -> None:
+def test_staged_weights_are_one_block_up_to_its_limit() -> None:
     layers = nn.Sequential(nn.Linear(64, 64), nn.GroupNorm(4, 64), nn.Conv2d(64, 8, 3))
     with emulated_cuda():
         weights = StoredWeights(layers, CARD, torch.float16, WeightStorage.AS_COMPUTED)
         with staged(layers, weights, pinned=True):
-            parcels_made = packed([it.data for it in all_tensors(layers)], [False] * len(all_tensors(layers)))
-    assert len(parcels_made) == 1
+            blocks = packed([it.data for it in all_tensors(layers)], [False] * len(all_tensors(layers)))
+    assert len(blocks) == 1
 
 
-def test_a_parcel_is_no_larger_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_is_no_larger_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     slab = torch.zeros(4 * MIB, dtype=torch.uint8)
     tensors = [slab[start : start + 512 * KIB] for start in range(0, 4 * MIB, 512 * KIB)]
-    monkeypatch.setattr(parcels, "_MOST_BYTES", MIB)
+    monkeypatch.setattr(transfer_blocks, "_MAX_BYTES", MIB)
     assert [len(it.tensors) for it in packed(tensors, [False] * 8)] == [2, 2, 2, 2]
 
 
-def test_what_does_not_lie_side_by_side_is_copied_alone() -> None:
+def test_tensors_that_are_not_adjacent_are_copied_separately() -> None:
     slab = torch.zeros(8, 64)
     for tensors in ([torch.ones(3), torch.ones(4)], [slab[0], slab[7]], [slab[:2].T, slab[2:4].T]):
         made = packed(tensors, [False] * len(tensors))

@@ -7,12 +7,13 @@ import sys
 import pytest
 import torch
 
-from i2v_core.chunking import ChunkSettings, DistinctPieces, LayerRunner
+from i2v_core.chunking import ChunkSettings, LayerRunner
 from i2v_core.families import Placed, bundled_architecture
 from i2v_core.placement.storage import WeightStorage
 from i2v_core.planning.trace import META, skeleton, trace_denoiser, tracing, weights_bytes
 from i2v_core.planning.weights import module_weights
 from i2v_core.units import GIB, MIB
+from tests.distinct_chunks import DistinctChunks
 from tests.subjects import Subject
 
 
@@ -24,12 +25,12 @@ def test_an_outline_finds_the_peak_of_a_full_trace(
     """The published model's architecture in fp16: never under by more than 0.1 %, never over by more than 1 %."""
     architecture, family = subject.architecture(all_layers=False), subject.family
     size = subject.size(width, height, frames)
-    for offload_skips in subject.denoiser.ways_with_skips:
+    for offload_skips in subject.denoiser.offload_choices:
         settings = ChunkSettings(workspace_bytes=workspace_bytes, offload_skips=offload_skips)
         calls = trace_denoiser(architecture, size, branches, torch.float16, settings).calls
         outlined = max(call.activation_bytes for call in calls)
         module = skeleton(architecture, subject.component, torch.float16)
-        with tracing() as meter, family.chunked(module, settings, runner=DistinctPieces(), on_chunk=lambda: None):
+        with tracing() as meter, family.chunked(module, settings, runner=DistinctChunks(), on_chunk=lambda: None):
             family.denoise_workload(architecture, size, branches).run(
                 Placed(module=module, device=META, dtype=torch.float16, runner=LayerRunner())
             )

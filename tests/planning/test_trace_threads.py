@@ -11,8 +11,9 @@ import torch
 from i2v_core.families import Architecture, VideoSize, read_architecture
 from i2v_core.memory.device import DeviceFacts
 from i2v_core.planning.plan import StagePrediction
-from i2v_core.planning.planner import find_plan, lowest_memory_stages, make_plan
+from i2v_core.planning.planner import find_plan, make_plan
 from i2v_core.planning.request import Budget, Request
+from i2v_core.planning.search import lowest_memory_stages
 from i2v_core.planning.trace import interruptible, trace_denoiser
 from i2v_core.units import GIB
 

@@ -1,12 +1,13 @@
-"""Clips in the same calls of the denoiser: each as it is alone, within what is predicted, whatever others do."""
+"""Batched sampling: each clip gets the result that it gets alone, within the predicted memory, whatever others do."""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from i2v_core.memory.stage_meter import stage_meter
 from i2v_core.planning.margin import needed_bytes
 from i2v_core.planning.plan import Plan, SampleSettings, Stage
 from i2v_core.planning.planner import make_plan
-from i2v_core.planning.predict import predict_sample
+from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.sampling.checkpoint import Checkpointing, CheckpointWhen
 from i2v_core.sampling.context import ContextWindows
@@ -36,22 +37,22 @@ RUNTIME = stages.Runtime(device=torch.device("cpu"))
 STEPS = 4
 TOLERANCE = 1e-5
 VECTORS_BYTES = 8 * KIB
-"""Of each clip, for what predictions leave out: vectors of one number a channel or a token."""
+"""Allowance per clip for vectors of one number per channel or token, which predictions leave out."""
 
 PLAIN = SampleSettings(compute_dtype=torch.float32, batched_guidance=True)
-PIECES_BYTES = 50_000
+CHUNKS_BYTES = 50_000
 WAYS = {
-    "whole": PLAIN,
-    "chunked": replace(PLAIN, workspace_bytes=PIECES_BYTES),
+    "unchunked": PLAIN,
+    "chunked": replace(PLAIN, workspace_bytes=CHUNKS_BYTES),
     "sequential": replace(PLAIN, batched_guidance=False),
     "streamed": replace(PLAIN, streamed=True),
-    "parked": replace(PLAIN, offload_skips=True),
-    "all": replace(PLAIN, batched_guidance=False, workspace_bytes=PIECES_BYTES, streamed=True, offload_skips=True),
+    "offloaded": replace(PLAIN, offload_skips=True),
+    "all": replace(PLAIN, batched_guidance=False, workspace_bytes=CHUNKS_BYTES, streamed=True, offload_skips=True),
 }
 
 
 class StoppedError(Exception):
-    """What a clip's own check raises."""
+    """Raised by a clip's own `check_cancelled`."""
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +68,11 @@ def i2vgen_xl(tiny_folder: Path) -> I2VModel:
 def plan_of(model: I2VModel, subject: Subject, way: SampleSettings, clips: int = 1, frames: int = 3) -> Plan:
     request = Request(architecture=model.architecture, size=subject.size(64, 64, frames), precision="fp32")
     plan = make_plan(request, Budget(free_bytes=GIB), CPU)
-    request = replace(request, clips=clips)
-    return replace(plan.with_prediction(predict_sample(request, way)), request=request, sample=way)
+    return with_settings(replace(plan, request=replace(request, clips=clips)), sample=way)
 
 
 def clip_of(model: I2VModel, plan: Plan, number: int) -> stages.SampleRequest:
-    """With picture, words, seed and cfg of its own."""
+    """Make a request with its own picture, prompt, seed and cfg."""
     facts = family_of(model.architecture).facts
     text = "a red circle"[: 5 + number] if "text" in facts.optional_inputs else ""
     image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(number))
@@ -101,10 +101,10 @@ def together(
     *,
     runtime: stages.Runtime = RUNTIME,
     checkpointing: Checkpointing | None = None,
-    pays: Callable[[float], bool] = lambda _: True,
-    left: Callable[[int, Exception], None] = nobody,
+    is_worthwhile: Callable[[float], bool] = lambda _: True,
+    on_left: Callable[[int, Exception], None] = nobody,
 ) -> stages.BatchedResult:
-    return stages.sample_batched(model, plan, clips, runtime, checkpointing, pays, left)
+    return stages.sample_batched(model, plan, clips, runtime, checkpointing, is_worthwhile, on_left)
 
 
 def relative_rms(result: Tensor, reference: Tensor) -> float:
@@ -112,7 +112,11 @@ def relative_rms(result: Tensor, reference: Tensor) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("subject", "way"),
+    [(name, way) for name, it in SUBJECTS.items() for way in WAYS if it.denoiser.has_skips or way != "parked"],
+    indirect=["subject"],
+)
 def test_each_clip_is_as_it_is_alone(model: I2VModel, subject: Subject, way: str) -> None:
     single = plan_of(model, subject, WAYS[way])
     clips = [clip_of(model, single, number) for number in range(3)]
@@ -124,13 +128,18 @@ def test_each_clip_is_as_it_is_alone(model: I2VModel, subject: Subject, way: str
     assert relative_rms(found.samples[0], found.samples[1]) > 0.1
 
 
+def card_cases() -> Iterator[tuple[str, str, int]]:
+    """Every model in these ways, two and three clips by turns."""
+    for (at, name), (turn, way) in product(enumerate(SUBJECTS), enumerate(("whole", "sequential", "all"))):
+        yield name, way, 2 + (at + turn) % 2
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("clips", [2, 3])
-@pytest.mark.parametrize("way", ["whole", "sequential", "all"])
+@pytest.mark.parametrize(("subject", "way", "clips"), card_cases(), indirect=["subject"])
 def test_a_card_of_the_predicted_size_holds_them(
     model: I2VModel, subject: Subject, way: str, clips: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With its margin the prediction is never below what is measured; without it, at most 5 % above."""
+    """Check the prediction: with its margin never below the measured peak, without it at most 5 % above."""
     plan = plan_of(model, subject, WAYS[way], clips)
     asked = [clip_of(model, plan, number) for number in range(clips)]
     predicted = plan.prediction(Stage.SAMPLE)
@@ -144,7 +153,7 @@ def test_a_card_of_the_predicted_size_holds_them(
 
 @dataclass
 class Group:
-    """Three clips of the small I2VGen-XL, and what each is alone."""
+    """Three clips of the small I2VGen-XL, and the result of each alone."""
 
     model: I2VModel
     single: Plan
@@ -154,19 +163,19 @@ class Group:
     left: dict[int, Exception] = field(default_factory=dict[int, Exception])
 
     def run(self, **options: object) -> stages.BatchedResult:
-        chosen = {"left": self.left.__setitem__, **options}
+        chosen = {"on_left": self.left.__setitem__, **options}
         return together(self.model, self.plan, self.clips, **chosen)  # pyright: ignore[reportArgumentType]
 
     def with_clip(self, index: int, **changes: object) -> Group:
-        """The group again, with another clip in it."""
+        """Return the group with one clip changed."""
         changed = replace(self.clips[index], **changes)  # pyright: ignore[reportArgumentType]
         return replace(self, clips=[*self.clips[:index], changed, *self.clips[index + 1 :]], left={})
 
     def is_right(self, index: int, samples: Tensor) -> bool:
         return relative_rms(samples, self.alone[index]) <= TOLERANCE
 
-    def goes_on_right(self, found: stages.BatchedResult) -> bool:
-        """Whether those that go on alone come to what they would have been."""
+    def continues_right(self, found: stages.BatchedResult) -> bool:
+        """Return whether finished clips, and those that continue alone, get their results."""
         results = {
             index: alone(self.model, self.single, replace(self.clips[index], state=state))
             for index, state in found.states.items()
@@ -194,7 +203,7 @@ def group(whole_group: Group) -> Group:
 
 
 class AtCall:
-    """Fails in the so manieth call of what `Runtime.check_cancelled` is: once a layer."""
+    """A `Runtime.check_cancelled`, called once a layer, that raises at the given call."""
 
     def __init__(self, call: int, error: Exception) -> None:
         self._left, self._error = call, error
@@ -206,7 +215,7 @@ class AtCall:
 
 
 class AfterStep:
-    """A clip's check, which raises after so many steps."""
+    """A clip's `check_cancelled` that raises after the given number of steps."""
 
     def __init__(self, step: int) -> None:
         self._left = step
@@ -227,23 +236,21 @@ def test_in_context_windows_too(i2vgen_xl: I2VModel) -> None:
         assert relative_rms(found.samples[index], alone(i2vgen_xl, single, clip)) <= TOLERANCE
 
 
-def test_one_that_is_cancelled_leaves_after_its_step_and_the_others_go_on(group: Group, tmp_path: Path) -> None:
-    """It goes on later from its checkpoint."""
+def test_a_cancelled_clip_leaves_after_its_step_and_the_others_continue(group: Group, tmp_path: Path) -> None:
+    """Check that it resumes later from its checkpoint."""
     checkpointing = Checkpointing(folder=tmp_path, when=CheckpointWhen.EVERY_STEP)
     one = group.with_clip(1, check_cancelled=AfterStep(2))
     found = one.run(checkpointing=checkpointing)
     assert isinstance(one.left[1], StoppedError)
     assert sorted(found.samples) == [0, 2]
     assert found.problem is None
-    assert one.goes_on_right(found)
+    assert one.continues_right(found)
     assert len(list(tmp_path.iterdir())) == 1
     assert group.is_right(1, alone(group.model, group.single, group.clips[1], checkpointing))
 
 
-def test_those_that_have_come_less_far_catch_up_first(
-    group: Group, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As after a kill: of three clips one has a checkpoint of step 3, one of step 1, one none."""
+def test_clips_furthest_behind_catch_up_first(group: Group, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start as after a kill: one clip has a checkpoint of step 3, one of step 1, one none."""
     checkpointing = Checkpointing(folder=tmp_path, when=CheckpointWhen.EVERY_STEP)
     for index, step in ((0, 3), (2, 1)):
         clip, stop = group.clips[index], AfterStep(step)
@@ -262,28 +269,28 @@ def test_those_that_have_come_less_far_catch_up_first(
     found = group.run(checkpointing=checkpointing)
     assert passes == {1: 1, 2: 2, 3: 1}
     assert sorted(found.samples) == [0, 1, 2]
-    assert group.goes_on_right(found)
+    assert group.continues_right(found)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("step", range(2, STEPS))
-def test_what_does_not_pay_goes_on_alone_from_that_step(group: Group, step: int) -> None:
-    """The first step warms up, and says nothing."""
-    told: list[float] = []
+def test_a_batch_that_is_not_worthwhile_ends_and_clips_continue_from_that_step(group: Group, step: int) -> None:
+    """Leave out the first step, which warms up."""
+    step_seconds: list[float] = []
 
-    def pays(seconds: float) -> bool:
-        told.append(seconds)
-        return len(told) + 1 < step
+    def is_worthwhile(seconds: float) -> bool:
+        step_seconds.append(seconds)
+        return len(step_seconds) + 1 < step
 
-    found = group.run(pays=pays)
+    found = group.run(is_worthwhile=is_worthwhile)
     assert isinstance(found.problem, stages.NotWorthBatchingError)
-    assert min(told) > 0
+    assert min(step_seconds) > 0
     assert [found.states[index].steps_done for index in range(3)] == [step] * 3
-    assert group.goes_on_right(found)
+    assert group.continues_right(found)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("of one clip, or of the card")])
-def test_what_fails_in_the_middle_of_a_step_costs_that_step(
+def test_a_failure_in_the_middle_of_a_step_costs_that_step(
     group: Group, error: Exception, tmp_path: Path, survived: Counter[str]
 ) -> None:
     checkpointing = Checkpointing(folder=tmp_path, when=CheckpointWhen.EVERY_STEP)
@@ -296,10 +303,10 @@ def test_what_fails_in_the_middle_of_a_step_costs_that_step(
     assert not group.left
     assert [found.states[index].steps_done for index in range(3)] == [2] * 3
     assert len(list(tmp_path.iterdir())) == 3
-    assert group.goes_on_right(found)
+    assert group.continues_right(found)
 
 
-def test_all_stop_in_the_middle_of_a_step_where_all_are_to(group: Group) -> None:
+def test_cancelling_all_clips_stops_in_the_middle_of_a_step(group: Group) -> None:
     stop = threading.Event()
 
     def check() -> None:
@@ -324,39 +331,39 @@ def test_all_stop_in_the_middle_of_a_step_where_all_are_to(group: Group) -> None
 
 
 def test_values_that_are_not_finite_are_that_clips_alone(group: Group) -> None:
-    told = group.clips[1].conditioning
-    broken = replace(
-        told, positive={**told.positive, "image_embeddings": told.positive["image_embeddings"] * torch.nan}
-    )
+    conditioning = group.clips[1].conditioning
+    embeddings = conditioning.positive["image_embeddings"] * torch.nan
+    broken = replace(conditioning, positive={**conditioning.positive, "image_embeddings": embeddings})
     one = group.with_clip(1, conditioning=broken)
     found = one.run()
     assert "not finite" in str(one.left[1])
     assert sorted(found.samples) == [0, 2]
-    assert group.goes_on_right(found)
+    assert group.continues_right(found)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     fails_at=st.integers(min_value=1, max_value=400),
     cancelled=st.dictionaries(st.integers(0, 2), st.integers(1, STEPS), max_size=2),
     slow_from=st.integers(min_value=1, max_value=STEPS + 1),
 )
-def test_whatever_happens_each_clip_ends_once_and_right(
+def test_whatever_happens_each_clip_ends_once_with_its_result(
     whole_group: Group, fails_at: int, cancelled: dict[int, int], slow_from: int
 ) -> None:
     group = replace(whole_group, left={})
     for index, step in cancelled.items():
         group = group.with_clip(index, check_cancelled=AfterStep(step))
-    told = 0
+    steps = 0
 
-    def pays(_: float) -> bool:
-        nonlocal told
-        told += 1
-        return told < slow_from
+    def is_worthwhile(_: float) -> bool:
+        nonlocal steps
+        steps += 1
+        return steps < slow_from
 
     runtime = replace(RUNTIME, check_cancelled=AtCall(fails_at, torch.OutOfMemoryError("full")))
-    found = group.run(runtime=runtime, pays=pays)
+    found = group.run(runtime=runtime, is_worthwhile=is_worthwhile)
     ends = [*found.samples, *found.states, *group.left]
     assert sorted(ends) == [0, 1, 2]
     assert set(group.left) <= set(cancelled)
-    assert whole_group.goes_on_right(found)
+    assert whole_group.continues_right(found)

@@ -1,4 +1,4 @@
-"""Context windows: how a clip is cut and blended, and that a window as long as the clip changes nothing."""
+"""Context windows: cutting and blending a clip; a window as long as the clip changes nothing."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from i2v_core.families import Conditioning, I2VModel, Prompt, TensorMap, VideoSi
 from i2v_core.memory.device import device_facts
 from i2v_core.planning.plan import Plan
 from i2v_core.planning.planner import make_plan
+from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.sampling.context import ContextWindows, blend_weights, in_windows
 from i2v_core.units import GIB
@@ -29,7 +30,7 @@ FRAMES = 10
 
 @st.composite
 def cuts(draw: st.DrawFn) -> tuple[ContextWindows, int, int]:
-    """Windows, the frames of a clip, and the frames at its start that all see."""
+    """Draw windows, the number of a clip's frames, and its number of anchor frames."""
     anchors = draw(st.integers(0, 3))
     overlap = draw(st.integers(0, 12))
     length = draw(st.integers(anchors + overlap + 1, anchors + overlap + 30))
@@ -87,7 +88,7 @@ def test_a_window_must_hold_more_than_anchor_and_overlap() -> None:
 
 @pytest.fixture(scope="module")
 def model(tiny_folder: Path) -> I2VModel:
-    """Every parameter matters: diffusers starts some at zero, which would hide mistakes."""
+    """Load a model without zero parameters: diffusers initialises some with zero, which would hide mistakes."""
     model = load_model(tiny_folder)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -113,15 +114,15 @@ def conditioning(model: I2VModel, plan: Plan) -> Conditioning:
 def sampled(
     model: I2VModel, plan: Plan, conditioning: Conditioning, length: int, overlap: int = 2, *, batched: bool = True
 ) -> tuple[Tensor, int]:
-    """The latents and the peak."""
+    """Sample with windows; return the latents and the measured peak."""
     context = ContextWindows(context_length=length, context_overlap=overlap) if length else None
-    plan = replace(plan, sample=replace(plan.sample, context=context, batched_guidance=batched))
+    plan = with_settings(plan, sample=replace(plan.sample.settings, context=context, batched_guidance=batched))
     samples, report = stages.sample(model, plan, conditioning, SETTINGS, RUNTIME)
     return samples, report.measured_peak_bytes
 
 
 @pytest.mark.parametrize("length", [FRAMES, FRAMES + 7])
-def test_a_window_as_long_as_the_clip_is_the_plain_way(
+def test_a_window_as_long_as_the_clip_changes_nothing(
     model: I2VModel, plan: Plan, conditioning: Conditioning, length: int
 ) -> None:
     assert torch.equal(sampled(model, plan, conditioning, length)[0], sampled(model, plan, conditioning, 0)[0])
@@ -139,7 +140,7 @@ def test_shorter_windows_take_less_and_come_near(
 
 
 def test_what_looks_at_frames_alone_is_not_changed_by_windows(model: I2VModel, conditioning: Conditioning) -> None:
-    """Each window gets frame 0 and its own frames with their places in the clip; what it says of frame 0 is dropped."""
+    """Check that each window gets frame 0 and its own frames, and that its prediction of frame 0 is dropped."""
     family = family_of(model.architecture)
     latents = torch.randn(1, 4, FRAMES, 8, 8, generator=torch.Generator().manual_seed(0))
     ramp = conditioning.positive["image_latents"]

@@ -1,4 +1,4 @@
-"""All stages of each model against diffusers' own pipeline: same weights, noise and settings, fp32."""
+"""All stages of each model equal diffusers' own pipeline with the same weights, noise and settings, in fp32."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from i2v_core.families import I2VModel, Prompt, load_model
 from i2v_core.memory.device import device_facts
 from i2v_core.planning.plan import DecodeSettings, EncodeSettings, Plan
 from i2v_core.planning.planner import make_plan
+from i2v_core.planning.predict import with_settings
 from i2v_core.planning.request import Budget, Request
 from i2v_core.units import GIB
+from tests.marking import quick_each
 from tests.measures import relative_rms
 from tests.subjects import SUBJECTS, Subject, make_every_parameter_matter
 
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 RUNTIME = stages.Runtime(device=CPU)
 STEPS, CFG, SEED = 5, 4.0, 3
-# Of the video's size: pipelines and we fit others in different ways.
+# The video's size: pipelines fit pictures of other sizes differently.
 WIDTH, HEIGHT, FRAMES = 96, 64, 5
 PICTURE = torch.rand(1, HEIGHT, WIDTH, 3, generator=torch.Generator().manual_seed(0)).mul(255).round().div(255)
 PROMPT = Prompt(
@@ -76,34 +78,37 @@ def reference(subject: Subject, model: I2VModel, plan: Plan) -> Callable[..., Te
 
 
 def ours(model: I2VModel, plan: Plan, scheduler: str = "auto") -> tuple[Tensor, Tensor]:
-    """The host's LATENT and the frames."""
+    """Run our stages; return the host's LATENT and the frames."""
     conditioning, _ = stages.encode(model, plan, PROMPT, RUNTIME)
     settings = stages.SamplerSettings(steps=STEPS, cfg=CFG, seed=SEED, scheduler=scheduler)
     samples, _ = stages.sample(model, plan, conditioning, settings, RUNTIME)
     return samples, stages.decode(model, plan, samples, RUNTIME)[0]
 
 
-@pytest.mark.parametrize(("subject", "scheduler"), SCHEDULERS, indirect=["subject"])
+@pytest.mark.parametrize(("subject", "scheduler"), quick_each(SCHEDULERS), indirect=["subject"])
 def test_latents_equal_those_of_the_pipeline(
     model: I2VModel, plan: Plan, reference: Callable[..., Tensor], scheduler: str
 ) -> None:
-    """Each step starts from the one before, so the last latents are as far apart as all steps together."""
+    """Compare the last latents, whose difference includes that of all steps before."""
     samples, _ = ours(model, plan, scheduler)
     assert relative_rms(samples, reference("latent", scheduler)) <= 1e-5
 
 
-def test_frames_equal_those_of_the_pipeline_in_pieces_too(
+@pytest.mark.slow
+def test_frames_equal_those_of_the_pipeline_chunked_too(
     model: I2VModel, plan: Plan, reference: Callable[..., Tensor]
 ) -> None:
     expected = reference("pt")
     assert expected.shape == (FRAMES, HEIGHT, WIDTH, 3)
     assert expected.std() > 0.05
     assert relative_rms(ours(model, plan)[1], expected) <= 1e-5
-    tiles = TilingSettings(chunk_size=plan.decode.frames.chunk_size, tile_pixels=TILES, maps_bytes=0)
-    in_pieces = replace(
+    tiles = TilingSettings(chunk_size=plan.decode.settings.tiling.chunk_size, tile_pixels=TILES, maps_bytes=0)
+    chunked = with_settings(
         plan,
-        encode=EncodeSettings(picture=replace(tiles, chunk_size=1), streamed=True),
-        sample=replace(plan.sample, batched_guidance=False, workspace_bytes=50_000, streamed=True, offload_skips=True),
-        decode=DecodeSettings(frames=tiles, streamed=True),
+        encode=EncodeSettings(tiling=replace(tiles, chunk_size=1), streamed=True),
+        sample=replace(
+            plan.sample.settings, batched_guidance=False, workspace_bytes=50_000, streamed=True, offload_skips=True
+        ),
+        decode=DecodeSettings(tiling=tiles, streamed=True),
     )
-    assert relative_rms(ours(model, in_pieces)[1], expected) <= 1e-5
+    assert relative_rms(ours(model, chunked)[1], expected) <= 1e-5

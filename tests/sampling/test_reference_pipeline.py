@@ -1,4 +1,4 @@
-"""The faults of diffusers' pipeline for I2VGen-XL that we do not share.
+"""Faults of diffusers' pipeline for I2VGen-XL that ours does not have.
 
 Shape legend: C latent channels, T latent frames, h/w latent size.
 """
@@ -19,7 +19,7 @@ from diffusers.pipelines.deprecated.i2vgen_xl import pipeline_i2vgen_xl
 from PIL import Image
 
 from i2v_core.chunking import LayerRunner
-from i2v_core.decoding import ONE_WHOLE_FRAME
+from i2v_core.decoding import ONE_FRAME_UNTILED
 from i2v_core.families import FAMILIES, I2VModel, Placed, Prompt, VideoSize, family_of, load_model
 from i2v_core.families.clip import encode_text, tokenize
 from i2v_core.families.folder import read_json
@@ -30,7 +30,7 @@ from i2v_core.sampling.noise import initial_noise
 from tests.subjects.i2vgen_xl import pipeline_of, reference
 
 SIZE = VideoSize(width_pixels=64, height_pixels=64, frames=5)
-theirs_of: Any = pipeline_i2vgen_xl
+diffusers_pipeline: Any = pipeline_i2vgen_xl
 CFG, TEXT = 7.0, "a red circle moves left"
 
 
@@ -64,11 +64,11 @@ def place(model: I2VModel) -> Any:
 def conditioning(model: I2VModel, picture: Image.Image, size: VideoSize = SIZE) -> Any:
     with torch.no_grad():
         return family_of(model.architecture).encode(
-            model, prompt_of(picture), size, True, ONE_WHOLE_FRAME, place(model), lambda: None
+            model, prompt_of(picture), size, True, ONE_FRAME_UNTILED, place(model), lambda: None
         )
 
 
-def test_the_picture_does_not_hang_on_the_global_generator(model: I2VModel, picture: Image.Image) -> None:
+def test_the_picture_does_not_depend_on_the_global_generator(model: I2VModel, picture: Image.Image) -> None:
     """The pipeline draws the picture's latents from the global generator: same seed, other video."""
     prompt = prompt_of(picture)
     latents, theirs = [], []
@@ -84,7 +84,7 @@ def test_no_border_row_is_left_empty() -> None:
     """The pipeline rounds the scaled picture down, and pads what is then missing with black."""
     white: Any = Image.new("RGB", (100, 75), "white")
     sizes = [(width, 64) for width in range(64, 257, 8)]
-    theirs = [min(theirs_of._center_crop_wide(white, size).getextrema()[0]) for size in sizes]
+    theirs = [min(diffusers_pipeline._center_crop_wide(white, size).getextrema()[0]) for size in sizes]
     fitted: list[Any] = [cover(white, *size) for size in sizes]
     ours = [min(picture.getextrema()[0]) for picture in fitted]
     assert min(theirs) == 0
@@ -93,7 +93,7 @@ def test_no_border_row_is_left_empty() -> None:
 
 def test_where_the_pipeline_leaves_no_border_ours_is_the_same(picture: Image.Image) -> None:
     assert list(cover(picture, 32, 32).get_flattened_data()) == list(
-        theirs_of._center_crop_wide(picture, (32, 32)).get_flattened_data()
+        diffusers_pipeline._center_crop_wide(picture, (32, 32)).get_flattened_data()
     )
 
 
@@ -115,8 +115,8 @@ def test_an_autoencoder_that_wants_full_precision_gets_it(tmp_path: Path, save_t
     """The pipeline runs every component in one precision."""
     save_tiny_model(tmp_path / "model")
     config_file = tmp_path / "model" / "vae" / "config.json"
-    for wish, expected in ((False, torch.float16), (True, torch.float32)):
-        config_file.write_text(json.dumps({**read_json(config_file), "force_upcast": wish}))
+    for force_upcast, expected in ((False, torch.float16), (True, torch.float32)):
+        config_file.write_text(json.dumps({**read_json(config_file), "force_upcast": force_upcast}))
         architecture = load_model(tmp_path / "model").architecture
         for stage in Stage:
             assert component_dtype(architecture, "vae", torch.float16, stage) == expected

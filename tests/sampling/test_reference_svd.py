@@ -1,4 +1,4 @@
-"""What Stable Video Diffusion has alone: guidance that rises, noise on the picture, a decoder that looks along time.
+"""Features of Stable Video Diffusion alone: rising guidance, noise on the picture, a temporal decoder.
 
 Shape legend: C latent channels, T latent frames, h/w latent size, F frames, H/W pixel size.
 """
@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> I2VModel:
 
 @pytest.fixture(scope="module")
 def picture() -> Image.Image:
-    """Of the video's size: the pipeline and we fit others in different ways."""
+    """Return a picture of the video's size: the pipeline fits other sizes differently."""
     pixels = torch.rand(SIZE.height_pixels, SIZE.width_pixels, 3, generator=torch.Generator().manual_seed(0))
     return Image.fromarray((pixels * 255).byte().numpy())
 
@@ -58,7 +58,7 @@ def plan(model: I2VModel) -> Plan:
 def test_chunks_of_frames_would_change_what_layers_along_time_see(
     model: I2VModel, plan: Plan, picture: Image.Image
 ) -> None:
-    """Why they are no way of ours."""
+    """Show why we do not decode in chunks of frames."""
     prompt = Prompt(image_FHWC=to_tensor(picture).permute(0, 2, 3, 1))
 
     def decoded(**options: int) -> Tensor:
@@ -77,7 +77,7 @@ def test_guidance_rises_from_the_first_frame_to_the_last(model: I2VModel) -> Non
 
 
 def test_the_same_picture_gives_the_same_conditioning(model: I2VModel, plan: Plan, picture: Image.Image) -> None:
-    """Though noise is added to it."""
+    """Check that the noise added to the picture is fixed."""
     prompt = Prompt(image_FHWC=to_tensor(picture).permute(0, 2, 3, 1))
     first, again, plain = (
         stages.encode(model, plan, replace(prompt, noise_augmentation=strength), RUNTIME)[0].positive["image_latents"]
@@ -87,10 +87,10 @@ def test_the_same_picture_gives_the_same_conditioning(model: I2VModel, plan: Pla
     assert not torch.allclose(first, plain, atol=1e-2)
 
 
-def test_what_it_takes_no_heed_of_is_said(model: I2VModel, plan: Plan, picture: Image.Image) -> None:
+def test_ignored_inputs_are_noted(model: I2VModel, plan: Plan, picture: Image.Image) -> None:
     prompt = Prompt(image_FHWC=to_tensor(picture).permute(0, 2, 3, 1), text="a red circle")
     _, report = stages.encode(model, plan, prompt, RUNTIME)
-    assert report.notes == ("Stable Video Diffusion takes no prompt: what was given has no effect",)
+    assert report.notes == ("Stable Video Diffusion takes no prompt: it is ignored",)
     assert not stages.encode(model, plan, replace(prompt, text=""), RUNTIME)[1].notes
 
 

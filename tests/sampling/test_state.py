@@ -1,4 +1,4 @@
-"""A loop that is interrupted and taken up again takes the same steps as one that is not."""
+"""A loop that is interrupted and resumed takes the same steps as one that is not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOISE = torch.randn(1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
 
 
 def scheduler_of(name: tuple[str, str]) -> Any:
-    """By model and name."""
+    """Make a scheduler by model and name."""
     model, of_family = name
     architecture = bundled_architecture(model)
     choice = family_of(architecture).facts.scheduler(of_family)
@@ -37,7 +37,7 @@ def loop_of(name: tuple[str, str]) -> SampleLoop:
 
 
 def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-    """Anything that depends on both."""
+    """Return some function of both arguments."""
     return torch.tanh(latents * 0.7 + float(timestep) / 1000)
 
 
@@ -69,7 +69,7 @@ def test_a_denoiser_that_fails_costs_its_step_alone(name: tuple[str, str], step:
 def test_a_scheduler_that_fails_half_way_has_not_stepped(
     name: tuple[str, str], step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The failure comes after everything that a step changes has been changed."""
+    """Fail after the step has changed everything that it changes."""
     scheduler = scheduler_of(name)
     whole_step, calls = scheduler.step, 0
 
@@ -92,7 +92,7 @@ def test_a_scheduler_that_fails_half_way_has_not_stepped(
 
 @pytest.mark.parametrize("step", range(STEPS + 1))
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_another_loop_goes_on_from_a_state(name: tuple[str, str], step: int) -> None:
+def test_another_loop_resumes_from_a_state(name: tuple[str, str], step: int) -> None:
     first, second = loop_of(name), loop_of(name)
     if step < STEPS:
         with pytest.raises(torch.OutOfMemoryError):

@@ -37,7 +37,7 @@ def test_factors_are_fitted_judged_and_then_used(
     arguments = ["--model", str(model_folder), "--pictures", str(pictures), "--size", "64"]
     assert script.main(arguments) == 0
     said = capsys.readouterr().out
-    assert "2 pictures, error in dB" in said
+    assert "2 images, PSNR in dB" in said
     content = json.loads((model_folder / FACTORS_FILE).read_text("utf-8"))
     assert content["pictures"] == 6
     # Of all factors, those fitted to a picture are the best for that picture.
@@ -61,5 +61,5 @@ def test_too_few_pictures_are_refused(
         file.unlink()
     out = tmp_path / "factors.json"
     assert script.main(["--model", str(model_folder), "--pictures", str(pictures), "--out", str(out)]) == 1
-    assert "2 pictures are too few. Remedy: give 8 or more" in capsys.readouterr().err
+    assert "2 images are too few. Remedy: use 8 or more" in capsys.readouterr().err
     assert not out.exists()

@@ -48,7 +48,7 @@ def test_an_interpreter_without_the_packages_is_refused(comfyui: Path, monkeypat
 
 def test_a_folder_that_is_no_comfyui_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
-    with pytest.raises(SetupError, match="is no ComfyUI"):
+    with pytest.raises(SetupError, match="is not a ComfyUI"):
         setup.prepare()
 
 
@@ -62,7 +62,7 @@ def test_an_interpreter_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--image", "no/such/picture.png"], "there is no file"),
+        (["--image", "no/such/picture.png"], "does not exist"),
         (["--seed", "-1"], "whole number"),
         (["--seed", "ten"], "whole number"),
         (["--colour", "red"], "unrecognized"),

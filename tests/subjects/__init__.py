@@ -1,4 +1,4 @@
-"""The models that the tests of all families run with. A family that is added to `SUBJECTS` runs through all of them."""
+"""Small models of all families. Tests of all families run for each of `SUBJECTS`, so a new family is added there."""
 
 from __future__ import annotations
 

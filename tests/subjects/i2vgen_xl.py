@@ -1,4 +1,4 @@
-"""I2VGen-XL."""
+"""The I2VGen-XL test subject."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXT_TOKENS = 7
 
 
 def save_tiny_i2vgen_xl(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **save: Any) -> None:
-    """An I2VGen-XL of random weights in diffusers layout; `save` goes to every `save_pretrained`."""
+    """Save an I2VGen-XL of random weights in diffusers layout; `save` is passed to every `save_pretrained`."""
     from diffusers import AutoencoderKL, DDIMScheduler, I2VGenXLUNet
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -104,7 +104,7 @@ def make_inputs(shape: LatentShape, config: Mapping[str, Any], noise: Noise) -> 
 
 
 def make_the_picture_certain(model: I2VModel) -> None:
-    """The pipeline samples the posterior of the picture's latents, of which we take the mode."""
+    """Make the variance of encoded pictures negligible, since the pipeline samples latents where we take the mode."""
     quant_conv: Any = model.modules["vae"].quant_conv
     quant_conv.weight.data[4:] = 0
     quant_conv.bias.data[4:] = -30
@@ -136,7 +136,7 @@ def reference(
     output_type: str,
     **options: Any,
 ) -> Tensor:
-    """The text comes embedded: the pipeline looks for an inner model that transformers 5 no longer has."""
+    """Run diffusers' pipeline, with text embedded here: it uses an inner model that transformers 5 no longer has."""
     facts = family_of(model.architecture).facts
 
     def embedded(text: str) -> Tensor:

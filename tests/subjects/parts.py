@@ -1,4 +1,4 @@
-"""Parts of small models that several have: tokenizers, and what is made of pictures."""
+"""Parts that several small models share: tokenizers, and processors of pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORDS = ("a", "red", "blue", "circle", "square", "moves", "left", "right", "up",
 
 
 def clip_tokenizer(folder: Path) -> None:
-    """A CLIP tokenizer that knows letters and a few words."""
+    """Save a CLIP tokenizer that knows letters and a few words."""
     letters = [chr(code) for code in range(33, 127)]
     merges: list[str] = []
     vocabulary = [*letters, *(letter + "</w>" for letter in letters)]
@@ -47,7 +47,7 @@ def clip_tokenizer(folder: Path) -> None:
 
 
 def umt5_tokenizer(folder: Path) -> int:
-    """A tokenizer of a few words; the size of its vocabulary."""
+    """Save a tokenizer of a few words; returns the size of its vocabulary."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -68,7 +68,7 @@ def umt5_tokenizer(folder: Path) -> int:
 
 
 def preprocessor(folder: Path, side_pixels: int) -> None:
-    """Of a CLIP vision encoder."""
+    """Save the preprocessor config of a CLIP vision encoder."""
     config = {
         "image_processor_type": "CLIPImageProcessor",
         "crop_size": {"height": side_pixels, "width": side_pixels},
@@ -81,12 +81,12 @@ def preprocessor(folder: Path, side_pixels: int) -> None:
 
 
 def clip_processor(config: Mapping[str, Any]) -> Any:
-    """The processor that a pipeline prepares pictures with for CLIP."""
+    """Return the processor with which a pipeline prepares pictures for CLIP."""
     from transformers import CLIPImageProcessor
 
     return CLIPImageProcessor(**{name: config[name] for name in ("crop_size", "image_mean", "image_std")})
 
 
 def as_picture(image_FHWC: Tensor) -> Image.Image:
-    """The first frame, for a pipeline."""
+    """Return the first frame as a picture for a pipeline."""
     return Image.fromarray((image_FHWC[0] * 255).round().to(torch.uint8).numpy())

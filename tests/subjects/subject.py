@@ -1,4 +1,4 @@
-"""What the tests that all families share need to know of one model.
+"""Models of tests that all families share.
 
 Legend: B guidance branches, T latent frames, h/w latent size, F frames, H/W pixel size.
 """
@@ -20,7 +20,7 @@ from i2v_core.families.base import Family
 
 Inputs = dict[str, Any]
 Noise = Callable[..., Tensor]
-"""A tensor of any values of this shape."""
+"""Returns a tensor of the given shape, with any values."""
 
 
 class LatentShape(NamedTuple):
@@ -32,31 +32,41 @@ class LatentShape(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenoiserSubject:
-    """One kind of denoiser.
-
-    `config` is that of a small one, `other_layout` what makes another of it, as deep as the published. `make_inputs`
-    gives the arguments of its forward, by its config. `latent_multiple` divides the sides of latents. `same_bits_from`
-    is the workspace from which on the plain forward's result is had to the bit; None: never. `fewer_layers` leaves
-    layers out of the published one that are as others. `more_arguments` are those that its forward takes beside the
-    inputs. `bounds_gib` are what the published one may take at most, with all weights in place and with those of two
-    layer calls, by width, height and frames.
-    """
+    """One kind of denoiser."""
 
     cls: Callable[[], Any]
     chunked: Callable[..., AbstractContextManager[None]]
+
     config: Mapping[str, Any]
+    """Config of a small denoiser."""
+
     other_layout: Mapping[str, Any]
+    """Changes to `config` that make a denoiser as deep as the published one."""
+
     make_inputs: Callable[[LatentShape, Mapping[str, Any], Noise], Inputs]
+    """Returns the arguments of the forward for a config."""
+
     more_arguments: Mapping[str, Any]
+    """Arguments that the forward takes beside the inputs."""
+
     bounds_gib: Mapping[tuple[int, int, int], tuple[float, float]]
+    """Bounds by width, height and frames: the most that the published denoiser may take: with all weights resident, and
+    with those of two layer calls."""
+
     latent_multiple: int = 1
+    """Number that the sides of latents must be divisible by."""
+
     same_bits_from: int | None = None
+    """Workspace from which on the result equals the plain forward's to the bit; None: never."""
+
     has_skips: bool = True
+
     fewer_layers: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Changes to the published config that leave out layers that repeat others."""
 
     @property
-    def ways_with_skips(self) -> tuple[bool, ...]:
-        """Whether to park them: both, where there are any."""
+    def offload_choices(self) -> tuple[bool, ...]:
+        """Values of `offload_skips` to test."""
         return (False, True) if self.has_skips else (False,)
 
     def make(self, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
@@ -73,7 +83,7 @@ class DenoiserSubject:
         latent_width: int = 8,
         dtype: torch.dtype = torch.float32,
     ) -> Inputs:
-        """For a small one; sides are rounded down to what it takes."""
+        """Return inputs for a small denoiser; sides are rounded down to the latent multiple."""
         generator = torch.Generator().manual_seed(1)
 
         def noise(*shape: int) -> Tensor:
@@ -84,8 +94,10 @@ class DenoiserSubject:
 
 
 class ReferencePipeline(Protocol):
-    """What diffusers' own pipeline makes of the same noise, picture and settings: with `output_type` "latent", what we
-    hand on as the host's LATENT, and with "pt" the frames (F, H, W, 3) in 0…1. `options` go to the pipeline.
+    """Returns the result of diffusers' own pipeline for the same noise, picture and settings.
+
+    That is the host's LATENT for `output_type` "latent", and the frames (F, H, W, 3) in 0…1 for "pt". `options` go to
+    the pipeline.
     """
 
     def __call__(
@@ -104,31 +116,33 @@ class ReferencePipeline(Protocol):
 
 
 def nothing(model: I2VModel) -> None:
-    """A `before_reference` that changes nothing."""
+    """Change nothing: the default `before_reference`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model of random weights, small, of the real classes; and the published one that it stands for.
-
-    `save` writes it into a folder in diffusers layout; keywords beside `seed` and `dtype` go to every
-    `save_pretrained`. `published` names the bundled architecture. `before_reference` takes out of a loaded model what
-    would make `reference` differ from us on purpose.
-    """
+    """A small model of random weights of the real classes, and the published model that it stands for."""
 
     name: str
+
     published: str
+    """Name of the bundled architecture."""
+
     save: Callable[..., None]
+    """Writes the model to a folder in diffusers layout; keywords beside `seed` and `dtype` go to `save_pretrained`."""
+
     denoiser: DenoiserSubject
     reference: ReferencePipeline
+
     before_reference: Callable[[I2VModel], None] = nothing
+    """Changes a loaded model so that intended differences from `reference` have no effect."""
 
     @cached_property
     def family(self) -> Family:
         return family_of(bundled_architecture(self.published))
 
     def size(self, width_pixels: int, height_pixels: int, frames: int) -> VideoSize:
-        """The smallest video that the family makes and that holds this one."""
+        """Return the smallest video of the family that is at least this large."""
         facts = self.family.facts
         width, height = (
             -(-side // facts.size_multiple) * facts.size_multiple for side in (width_pixels, height_pixels)
@@ -137,7 +151,7 @@ class Subject:
         return VideoSize(width_pixels=width, height_pixels=height, frames=1 + rest * facts.temporal_compression)
 
     def architecture(self, *, all_layers: bool = True) -> Architecture:
-        """The published one; without `all_layers`, less those that are as others."""
+        """Return the published architecture; without `all_layers`, less layers that repeat others."""
         published = bundled_architecture(self.published)
         if all_layers:
             return published
@@ -147,17 +161,17 @@ class Subject:
 
     @property
     def component(self) -> str:
-        """The denoiser's name, of several the first."""
+        """Component name of the denoiser, of several the first."""
         return self.family.denoisers(bundled_architecture(self.published))[0].component
 
     def published_denoiser(self, dtype: torch.dtype, *, all_layers: bool = True) -> Any:
-        """Without memory."""
+        """Return the published denoiser on the meta device."""
         with torch.device("meta"):
             denoiser = self.denoiser.cls().from_config(self.architecture(all_layers=all_layers).config(self.component))
         return nn.Module.to(denoiser, dtype).eval().requires_grad_(False)
 
     def published_inputs(self, batch: int, size: VideoSize, dtype: torch.dtype) -> Inputs:
-        """Meta inputs."""
+        """Return inputs of the published denoiser on the meta device."""
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, device="meta", dtype=dtype)
@@ -169,7 +183,7 @@ class Subject:
 
 
 def load_with_every_parameter(folder: Path) -> I2VModel:
-    """The model in the folder, with denoisers of which every parameter matters."""
+    """Load the model in a folder, with denoisers in which every parameter matters."""
     model = load_model(folder)
     for denoiser in family_of(model.architecture).denoisers(model.architecture):
         make_every_parameter_matter(model.modules[denoiser.component])
@@ -177,7 +191,7 @@ def load_with_every_parameter(folder: Path) -> I2VModel:
 
 
 def make_every_parameter_matter(module: nn.Module) -> None:
-    """diffusers starts some at zero, which would hide mistakes."""
+    """Randomise all parameters; diffusers initialises some to zero, which would hide mistakes."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():

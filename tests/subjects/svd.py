@@ -1,4 +1,4 @@
-"""Stable Video Diffusion."""
+"""The Stable Video Diffusion test subject."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .subject import DenoiserSubject, Inputs, LatentShape, Noise, Subject
 
 
 def save_tiny_svd(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **save: Any) -> None:
-    """A Stable Video Diffusion of random weights in diffusers layout; `save` goes to every `save_pretrained`."""
+    """Save a Stable Video Diffusion of random weights in diffusers layout; `save` goes to every `save_pretrained`."""
     from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 

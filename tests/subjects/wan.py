@@ -1,4 +1,4 @@
-"""Wan: 2.1 I2V, 2.2 A14B with its two experts, and 2.2 TI2V, which begins with the picture."""
+"""The Wan test subjects: 2.1 I2V, 2.2 A14B with two experts, and 2.2 TI2V, whose first frame is the picture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .parts import as_picture, preprocessor, umt5_tokenizer
 from .subject import DenoiserSubject, Inputs, LatentShape, Noise, Subject
 
 WAN_LAYOUTS = ("wan2.1-i2v", "wan2.2-a14b", "wan2.2-ti2v")
-"""The picture in the context as well; two experts; the picture as the first latent frame."""
+"""Wan with the picture in its context; with two experts; and with the picture as first latent frame."""
 
 
 def save_tiny_wan(
@@ -32,28 +32,28 @@ def save_tiny_wan(
     dtype: torch.dtype = torch.float32,
     **save: Any,
 ) -> None:
-    """A Wan of random weights in diffusers layout, every one of which matters; `save` goes to `save_pretrained`."""
+    """Save a Wan of random weights, all of which matter, in diffusers layout; `save` goes to `save_pretrained`."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
     from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(seed)
-    sees, two, begins = (layout == it for it in WAN_LAYOUTS)
-    width, channels = 32, 48 if begins else 16
+    has_vision, two_experts, is_ti2v = (layout == it for it in WAN_LAYOUTS)
+    width, channels = 32, 48 if is_ti2v else 16
     vocabulary_size = umt5_tokenizer(folder / "tokenizer")
 
     def transformer() -> Any:
         return WanTransformer3DModel(
             num_attention_heads=2,
             attention_head_dim=24,
-            in_channels=channels if begins else 36,
+            in_channels=channels if is_ti2v else 36,
             out_channels=channels,
             text_dim=width,
             freq_dim=16,
             ffn_dim=112,
             num_layers=2,
             rope_max_seq_len=64,
-            image_dim=width if sees else None,
-            added_kv_proj_dim=48 if sees else None,
+            image_dim=width if has_vision else None,
+            added_kv_proj_dim=48 if has_vision else None,
         )
 
     residual = {
@@ -71,15 +71,15 @@ def save_tiny_wan(
         num_res_blocks=1,
         latents_mean=torch.randn(channels).tolist(),
         latents_std=(0.5 + torch.rand(channels)).tolist(),
-        **(residual if begins else {}),
+        **(residual if is_ti2v else {}),
     )
     text = UMT5EncoderModel(
         UMT5Config(vocab_size=vocabulary_size, d_model=width, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     )
     modules: dict[str, Any] = {"transformer": transformer(), "vae": vae, "text_encoder": text}
-    if two:
+    if two_experts:
         modules["transformer_2"] = transformer()
-    if sees:
+    if has_vision:
         modules["image_encoder"] = CLIPVisionModel(
             CLIPVisionConfig(
                 hidden_size=width,
@@ -100,9 +100,9 @@ def save_tiny_wan(
     UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0).save_pretrained(
         folder / "scheduler"
     )
-    index: dict[str, Any] = {"_class_name": "WanPipeline" if begins else "WanImageToVideoPipeline"}
-    index |= {"expand_timesteps": True} if begins else {}
-    index |= {"boundary_ratio": 0.9} if two else {"boundary_ratio": None}
+    index: dict[str, Any] = {"_class_name": "WanPipeline" if is_ti2v else "WanImageToVideoPipeline"}
+    index |= {"expand_timesteps": True} if is_ti2v else {}
+    index |= {"boundary_ratio": 0.9} if two_experts else {"boundary_ratio": None}
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
@@ -148,14 +148,14 @@ def reference(
     facts = family_of(model.architecture).facts
     index: dict[str, Any] = json.loads((model.folder / "model_index.json").read_text())
     processor: Any = CLIPImageProcessor
-    sees = "image_encoder" in model.modules
+    has_vision = "image_encoder" in model.modules
     pipeline: Any = WanImageToVideoPipeline
     pipe = pipeline(
         tokenizer=model.tokenizer,
         text_encoder=model.modules["text_encoder"],
         vae=model.modules["vae"],
         scheduler=make_scheduler(facts.scheduler(scheduler), model.architecture.config("scheduler")),
-        image_processor=processor.from_pretrained(model.folder / "image_processor") if sees else None,
+        image_processor=processor.from_pretrained(model.folder / "image_processor") if has_vision else None,
         image_encoder=model.modules.get("image_encoder"),
         transformer=model.modules["transformer"],
         transformer_2=model.modules.get("transformer_2"),
@@ -163,7 +163,7 @@ def reference(
         expand_timesteps=bool(index.get("expand_timesteps")),
     )
     pipe.set_progress_bar_config(disable=True)
-    # The pipeline mends the prompt's letters with ftfy, without looking whether it is installed.
+    # The pipeline cleans the prompt with ftfy, without checking whether it is installed.
     setattr(pipeline_wan_i2v, "ftfy", SimpleNamespace(fix_text=lambda text: text))  # noqa: B010
     made = pipe(
         image=as_picture(prompt.image_FHWC),
@@ -234,7 +234,7 @@ SUBJECTS = (
         bounds_gib={(1280, 720, 81): (33.0, 3.0), (832, 480, 81): (32.0, 1.8)},
     ),
     _subject("wan2.2-a14b", "wan2.2-i2v-a14b", bounds_gib={(832, 480, 81): (28.5, 1.8)}),
-    # As two rows instead of many, time steps of tokens are summed in another order.
+    # Time steps of tokens are embedded as two rows instead of many, and so summed in another order.
     _subject(
         "wan2.2-ti2v",
         "wan2.2-ti2v-5b",

@@ -1,4 +1,4 @@
-"""What the demo model is taught and measured by: scenes, prompts and verdicts on clips that are drawn, not made."""
+"""Scenes, prompts and verdicts of the demo model, on drawn clips."""
 
 from __future__ import annotations
 

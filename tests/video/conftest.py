@@ -13,7 +13,7 @@ MakeFrames = Callable[..., Tensor]
 
 @pytest.fixture(scope="session")
 def make_frames() -> MakeFrames:
-    """A bright square that moves over a smooth ground: (F, H, W, 3) in 0…1."""
+    """Return a function that draws a bright square moving over a smooth ground: (F, H, W, 3) in 0…1."""
 
     def make(frames: int = 8, height: int = 64, width: int = 96) -> Tensor:
         result = torch.empty(frames, height, width, 3)

@@ -1,4 +1,4 @@
-"""The bundled demo model: a small I2VGen-XL, trained from nothing on clips drawn here.
+"""Training of the bundled demo model: a small I2VGen-XL, trained from scratch on synthetic clips.
 
-Run as ``python -m training.demo_model``; every stage is one module.
+Run as ``python -m training.demo_model``; every component has a module of its own.
 """

@@ -1,4 +1,4 @@
-"""Synthetic scenes: one or two coloured shapes on a plain or textured ground.
+"""Drawing of synthetic pictures: coloured shapes on a plain or textured ground.
 
 Lengths are fractions of the picture, x to the right and y down, so a scene can be drawn at any size.
 Shapes: ``picture_CHW`` and ``clip_FCHW`` are float32 in [-1, 1].
@@ -30,13 +30,13 @@ GROUNDS = ("plain", "gradient", "stripes", "checks", "blobs")
 # Never drawn in training, so that the benchmark can ask for combinations the model has not seen.
 UNSEEN = frozenset({("red", "triangle"), ("cyan", "circle"), ("purple", "square")})
 
-# Half a pixel of blur at 96 pixels: a hard edge costs a small VAE more than it shows.
+# Half a pixel of blur at 96 pixels: a small VAE spends too much on hard edges.
 EDGE = 0.75 / 96
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sprite:
-    """One shape: what it is called and how it is drawn at its start."""
+    """One shape at the start of the clip, with the names that prompts use for it."""
 
     shape: str
     colour: str
@@ -50,7 +50,7 @@ class Sprite:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ground:
-    """What lies behind the shapes: two near colours, mixed by a slow pattern."""
+    """Background behind the shapes: two similar colours, mixed by a coarse pattern."""
 
     kind: str
     first: Rgb
@@ -61,7 +61,7 @@ class Ground:
 
 
 def draw_ground(ground: Ground, size: int) -> torch.Tensor:
-    """Picture (3, size, size) in [0, 1]."""
+    """Draw a picture (3, size, size) in [0, 1]."""
     x, y = _grid(size)
     along = np.cos(ground.angle) * x + np.sin(ground.angle) * y
     across = np.cos(ground.angle) * y - np.sin(ground.angle) * x
@@ -84,7 +84,7 @@ def draw_ground(ground: Ground, size: int) -> torch.Tensor:
 
 
 def coverage(sprite: Sprite, size: int) -> torch.Tensor:
-    """How much of every pixel the shape covers: (size, size) in [0, 1]."""
+    """Return the fraction of every pixel that the shape covers: (size, size) in [0, 1]."""
     x, y = _grid(size)
     x, y, r = x - sprite.centre[0], y - sprite.centre[1], sprite.radius
     if sprite.shape == "circle":
@@ -99,7 +99,7 @@ def coverage(sprite: Sprite, size: int) -> torch.Tensor:
 
 
 def draw(ground: torch.Tensor, sprites: tuple[Sprite, ...]) -> torch.Tensor:
-    """Picture (3, H, W) in [-1, 1]: the shapes over a drawn ground, the last on top."""
+    """Draw the shapes over a drawn ground, the last on top: (3, H, W) in [-1, 1]."""
     picture = ground
     for sprite in sprites:
         cover = coverage(sprite, ground.shape[-1])
@@ -108,9 +108,9 @@ def draw(ground: torch.Tensor, sprites: tuple[Sprite, ...]) -> torch.Tensor:
 
 
 def random_ground(rng: np.random.Generator, kind: str | None = None) -> Ground:
-    """A muted ground: greyish, so that it is never the colour of a shape."""
+    """Draw a ground of greyish colours, so that none is the colour of a shape."""
     base = rng.uniform(0.22, 0.78) + rng.uniform(-0.07, 0.07, 3)
-    # The pattern's contrast is kept low: 8×8 pixels become four numbers.
+    # Low contrast, because the VAE stores each 8×8 pixels in four numbers.
     other = base + rng.choice([-1, 1]) * rng.uniform(0.06, 0.16) + rng.uniform(-0.03, 0.03, 3)
     return Ground(
         kind=kind or str(rng.choice(GROUNDS, p=(0.4, 0.2, 0.15, 0.1, 0.15))),

@@ -1,4 +1,4 @@
-"""The denoiser: an I2VGenXLUNet, taught on cached latents.
+"""The denoiser: an I2VGenXLUNet, trained on cached latents.
 
 Shapes: ``clip_BCFHW`` latents, ``states_BLD`` text, ``embeds_BE`` picture embedding.
 """
@@ -20,10 +20,10 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from training.demo_model.groups import CLIPS, Groups
-from training.demo_model.muon import Pair
+from training.demo_model.muon import MuonAdamW
 from training.demo_model.noise import build_scheduler, image_latents, random_timesteps
 from training.demo_model.schedule import warm_cosine, warm_hold
-from training.demo_model.settings import DenoiserSettings, Helping, Phase, Settings
+from training.demo_model.settings import BatchMakeup, DenoiserSettings, Phase, Settings
 from training.demo_model.text import text_states, tokenize
 from training.demo_model.threads import ThreadTuner
 
@@ -32,12 +32,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """Clips with what the denoiser is told of them; every ``ways`` in a row share a picture and their noise."""
+    """Clips with their conditioning."""
 
     clip_BCFHW: torch.Tensor
     states_BLD: torch.Tensor
     embeds_BE: torch.Tensor
+
     ways: int
+    """Number of successive clips that share a picture and their noise."""
 
 
 def build_denoiser(settings: DenoiserSettings, context_width: int, size: int) -> I2VGenXLUNet:
@@ -54,24 +56,24 @@ def build_denoiser(settings: DenoiserSettings, context_width: int, size: int) ->
 
 
 class DenoiserTraining:
-    """One run: the denoiser, its running average and its optimiser, through all phases."""
+    """Training state through all phases: the denoiser, its running average and its optimiser."""
 
     def __init__(self, settings: Settings, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
         torch.manual_seed(settings.seed)
-        self._chosen = settings.denoiser
+        self._settings = settings.denoiser
         self._tokenizer, self._text_encoder = tokenizer, text_encoder
         self._rng = np.random.default_rng(settings.seed)
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._alphas = build_scheduler().alphas_cumprod
         self.denoiser = build_denoiser(settings.denoiser, settings.text.width, settings.clip.size // 8)
-        # Fused attention is made for long sequences; six frames or 36 places are faster without it.
+        # Fused attention suits long sequences; six frames or 36 positions are faster without it.
         self.denoiser.set_attn_processor(AttnProcessor())
-        average = get_ema_multi_avg_fn(self._chosen.average)
+        average = get_ema_multi_avg_fn(self._settings.average)
         self.average = AveragedModel(self.denoiser, multi_avg_fn=average)
-        self._optimizer = Pair(self.denoiser, self._chosen.learning_rate)
+        self._optimizer = MuonAdamW(self.denoiser, self._settings.learning_rate)
 
     def run(self, phase: Phase, groups: Groups, place: Path, save_every: int = 100) -> None:
-        """One phase, from the state in the given file, if there is one; the state is written there as it goes."""
+        """Train one phase. Resumes from the state in the given file if there is one, and saves the state there."""
         start = 0
         if place.exists():
             state = torch.load(place)
@@ -81,11 +83,11 @@ class DenoiserTraining:
         threads = ThreadTuner()
         bar = tqdm(range(start, phase.steps), desc=phase.name, unit="step", initial=start, total=phase.steps)
         smooth = 0.0
-        # Training, but without the dropout that diffusers builds in: too much for a model this small.
+        # eval() turns off the dropout that diffusers builds in, which is too much for a model this small.
         self.denoiser.eval()
         for step in bar:
-            helping = phase.helpings[int(self._rng.integers(len(phase.helpings)))]
-            loss = self._loss(self._batch(groups, helping))
+            makeup = phase.makeups[int(self._rng.integers(len(phase.makeups)))]
+            loss = self._loss(self._batch(groups, makeup))
             loss.backward()
             nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
             self._optimizer.step(phase.share * rate(step))
@@ -98,13 +100,13 @@ class DenoiserTraining:
         self._save(place, phase.steps)
 
     def _save(self, place: Path, step: int) -> None:
-        """By way of a second file: a kill while writing leaves the last whole state."""
+        """Write a second file and rename it, so that a kill while writing leaves the last complete state."""
         fresh = place.with_suffix(".new")
         torch.save({**self.state(), "step": step}, fresh)
         fresh.replace(place)
 
     def state(self) -> dict[str, Any]:
-        """All that the next step depends on, the draws to come included."""
+        """Return everything that the next step depends on, the random generators included."""
         return {
             "denoiser": self.denoiser.state_dict(),
             "average": self.average.state_dict(),
@@ -123,18 +125,18 @@ class DenoiserTraining:
     def averaged(self) -> I2VGenXLUNet:
         return self.average.module
 
-    def _batch(self, groups: Groups, helping: Helping) -> Batch:
-        rows = self._rng.choice(len(groups), size=helping.groups, replace=False)
+    def _batch(self, groups: Groups, makeup: BatchMakeup) -> Batch:
+        rows = self._rng.choice(len(groups), size=makeup.groups, replace=False)
         clips, prompts = [], []
-        embeds = groups.embeds_NE[rows].repeat_interleave(helping.ways, dim=0)
+        embeds = groups.embeds_NE[rows].repeat_interleave(makeup.ways, dim=0)
         for place, row in enumerate(rows):
-            ways = self._rng.choice(CLIPS, size=helping.ways, replace=False)
-            cast, clip = groups.casts[row], groups.latents_NDFCHW[row, ways, :: helping.stride].float()
+            ways = self._rng.choice(CLIPS, size=makeup.ways, replace=False)
+            cast, clip = groups.casts[row], groups.latents_NDFCHW[row, ways, :: makeup.stride].float()
             actions = [cast.actions[way] for way in ways]
-            if self._rng.random() < self._chosen.stand:
+            if self._rng.random() < self._settings.stand:
                 actions[0] = ("stays",) * len(cast.names)
                 clip[0] = clip[0, :1]
-            if self._rng.random() < self._chosen.drop:
+            if self._rng.random() < self._settings.drop:
                 prompts += [""] * len(actions)
                 embeds[place * len(actions) : (place + 1) * len(actions)] = 0
             else:
@@ -143,7 +145,7 @@ class DenoiserTraining:
         with torch.no_grad():
             states = text_states(self._text_encoder, tokenize(self._tokenizer, prompts))
         clip_BCFHW = torch.cat(clips).transpose(1, 2)
-        return Batch(clip_BCFHW=clip_BCFHW, states_BLD=states, embeds_BE=embeds, ways=helping.ways)
+        return Batch(clip_BCFHW=clip_BCFHW, states_BLD=states, embeds_BE=embeds, ways=makeup.ways)
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         clip, ways = batch.clip_BCFHW, batch.ways
@@ -167,9 +169,9 @@ class DenoiserTraining:
 
 
 def change_weight(clip_BCFHW: torch.Tensor, extra: float = 3.0) -> torch.Tensor:
-    """Weights (B, 1, F, H, W): most places never change, and those that do are what the prompt is about."""
+    """Return loss weights (B, 1, F, H, W), higher at the few positions that change, which the prompt is about."""
     change = (clip_BCFHW - clip_BCFHW[:, :, :1]).abs().mean(1, keepdim=True)
     weight = 1 + extra * change.clamp(max=1)
-    # The first frame must be the picture itself, and it is only one of sixteen.
+    # The first frame must equal the picture, but is only one of sixteen in the mean.
     weight[:, :, 0] = extra
     return weight

@@ -1,4 +1,4 @@
-"""From the stages' folders to one folder in diffusers layout, in float16 safetensors."""
+"""Exports the trained components to one folder in diffusers layout, in float16 safetensors."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def export(
     text_encoder: CLIPTextModel,
     image_encoder: CLIPVisionModelWithProjection,
 ) -> int:
-    """Writes everything but the model card; returns the bytes of the weights. The tokenizer is a folder of its own."""
+    """Write everything but the model card; return the bytes of the weights. `tokenizer` is a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "image_encoder": image_encoder}
     for name, part in parts.items():
-        # From a copy: half() would round the module that may still be in training.
+        # half() changes the module in place, and training may still go on.
         deepcopy(part).half().save_pretrained(folder / name, safe_serialization=True)
     for name in ("unet", "vae"):
-        _forget_origin(folder / name / "config.json")
-    _name_as_before(folder / "text_encoder" / "model.safetensors")
+        _remove_origin(folder / name / "config.json")
+    _restore_prefix(folder / "text_encoder" / "model.safetensors")
     shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
     build_feature_extractor(settings.vision).save_pretrained(folder / "feature_extractor")
     build_scheduler().save_pretrained(folder / "scheduler")
@@ -60,16 +60,16 @@ def export(
     return size
 
 
-def _name_as_before(weights: Path) -> None:
-    """transformers 5 dropped the prefix of the text model's names; both versions read them with it."""
+def _restore_prefix(weights: Path) -> None:
+    """Add the prefix of the text model's names, which transformers 5 drops; both versions read names with it."""
     prefix = "text_model."
     tensors = load_file(weights)
     named = {name if name.startswith(prefix) else prefix + name: tensor for name, tensor in tensors.items()}
     save_file(named, weights, metadata={"format": "pt"})
 
 
-def _forget_origin(config: Path) -> None:
-    """diffusers notes the folder that a part was loaded from: a path of this machine."""
+def _remove_origin(config: Path) -> None:
+    """Remove the folder that a part was loaded from, a path of this machine that diffusers writes."""
     entries = json.loads(config.read_text(encoding="utf-8"))
     entries.pop("_name_or_path", None)
     config.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""What the denoiser is taught on: one picture, and four clips that differ only in what the prompt asks for.
+"""Training data of the denoiser: groups of one picture and four clips that differ only in the prompt's actions.
 
-The frames are encoded once. The clips of a group share a batch and their noise, so that nothing but the prompt
-tells them apart. With two shapes both actions differ, so the model must learn whose action is whose.
+The frames are encoded once. The clips of a group share a batch and their noise, so that only the prompt tells them
+apart. With two shapes both actions differ, so the model must learn which action belongs to which shape.
 
 Shapes: ``latents_NDFCHW`` (groups, clips of a group, frames, channels, height, width), ``embeds_NE``.
 """
@@ -21,21 +21,24 @@ from training.demo_model.scenes import Scene, combinations, motion_of, one_shape
 from training.demo_model.settings import ClipSettings, Drawing
 from training.demo_model.vision import embed_pictures
 
-# How many clips show the same picture: one shape has four ways to go.
+# Clips per picture: one shape can move in four directions.
 CLIPS = 4
-# Of two shapes, one often stays: then only the names in the prompt say which.
+# Share of shapes that stay: with two shapes, the names in the prompt must then say which one moves.
 STAY_SHARE = 0.35
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cast:
-    """Who is in the picture, as (colour, shape), and for each clip the action of every shape."""
+    """The shapes of a picture and their actions."""
 
     names: tuple[tuple[str, str], ...]
+    """Colour and shape of each."""
+
     actions: tuple[tuple[str, ...], ...]
+    """For each clip, the action of every shape."""
 
     def prompt(self, actions: tuple[str, ...], rng: np.random.Generator) -> str:
-        """One wording, in any order; one that stays while another moves may go unnamed."""
+        """Draw a wording with the shapes in any order; one that stays while another moves may be left out."""
         moving = set(actions) != {"stays"}
         texts = [
             Clause(colour=colour, shape=shape, action=action).varied(rng, self._name(colour, shape, rng))
@@ -45,7 +48,7 @@ class Cast:
         return join([texts[index] for index in rng.permutation(len(texts))])
 
     def _name(self, colour: str, shape: str, rng: np.random.Generator) -> str:
-        """Often less than colour and shape: what the prompt leaves out must be taken from the picture."""
+        """Draw a name that may leave out colour or shape, which the model must then take from the picture."""
         if not colour:
             return shape
         choice = rng.random()
@@ -56,6 +59,8 @@ class Cast:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Groups:
+    """Encoded groups of clips."""
+
     latents_NDFCHW: torch.Tensor
     embeds_NE: torch.Tensor
     casts: list[Cast]
@@ -72,7 +77,7 @@ def build_groups(
     drawing: Drawing,
     seed: int,
 ) -> Groups:
-    """Draws and encodes groups; no two drawings share a picture."""
+    """Draw and encode groups; different drawings have different pictures."""
     rng = np.random.default_rng((seed, *drawing.name.encode()))
     latents, embeds, casts = [], [], []
     for _ in tqdm(range(drawing.groups), desc="clips", unit="group"):
@@ -91,10 +96,10 @@ def build_groups(
 def _draw_scene(rng: np.random.Generator, travel: float, drawing: Drawing) -> tuple[Scene, Cast]:
     scene = two_shapes(rng, travel)[0] if rng.random() < drawing.pairs else one_shape(rng, travel)
     shapes = [sprite.shape for sprite in scene.sprites]
-    # Without a colour's name, two shapes must differ in shape.
+    # A recoloured shape may have no colour name, so two of them must differ in shape.
     if rng.random() < drawing.hues and len(set(shapes)) == len(shapes):
         scene = recoloured(rng, scene)
-    # At least the four ways of the first shape are open, whatever the second does.
+    # At least four combinations exist: the first shape's directions are free whatever the second does.
     choices = combinations(scene, travel)
     moving = (1 - STAY_SHARE) / 4
     odds = np.array([np.prod([STAY_SHARE if action == "stays" else moving for action in each]) for each in choices])
@@ -104,7 +109,7 @@ def _draw_scene(rng: np.random.Generator, travel: float, drawing: Drawing) -> tu
 
 
 def _pictures(scene: Scene, cast: Cast, clip: ClipSettings, frames: int) -> torch.Tensor:
-    """The picture, then the later frames of all clips: (1 + clips × (frames − 1), 3, H, W)."""
+    """Draw the picture, then the later frames of all clips: (1 + clips × (frames − 1), 3, H, W)."""
     motions = [tuple(motion_of(action, clip.travel) for action in actions) for actions in cast.actions]
     clips = [scene.clip(each, frames, clip.size) for each in motions]
     return torch.cat([clips[0][:1], *(frames_FCHW[1:] for frames_FCHW in clips)])

@@ -1,4 +1,4 @@
-"""What a benchmark reads off a clip: where a shape is, how much of it is left, and in what colour.
+"""Measurements of a shape in a clip: its position, its area and its colour.
 
 Shapes: ``frame_CHW`` in [-1, 1], ``clip_FCHW`` likewise; lengths are fractions of the picture.
 """
@@ -12,11 +12,11 @@ import torch
 from training.demo_model.clips import Point, Rgb, Sprite
 from training.demo_model.scenes import DIRECTIONS
 
-# A pixel belongs to the shape when it is this near to its colour (distance in RGB, each in [0, 1]).
+# A pixel belongs to the shape if its colour is at most this far away (distance in RGB, each in [0, 1]).
 NEAR = 0.30
-# Followed: at least half of the way asked for, and less than a quarter of it aside.
+# Followed: at least half of the requested travel along the direction, and less than a quarter across it.
 ALONG, ASIDE = 0.5, 0.25
-# Lost: less than this share of the shape's first area is left at the end.
+# Lost: less than this share of the shape's initial area is left at the end.
 LOST = 0.4
 # Kept: the colour at the end is within this distance (RGB) of the colour in the input picture.
 COLOUR_KEPT = 0.15
@@ -24,7 +24,7 @@ COLOUR_KEPT = 0.15
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Seen:
-    """A shape in one frame; without a single pixel of it, centre and colour mean nothing."""
+    """A shape found in one frame. Centre and colour are meaningless if its area is 0."""
 
     centre: Point
     area: float
@@ -33,7 +33,7 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """One clip against its prompt."""
+    """Comparison of one clip with its prompt."""
 
     moved: Point
     followed: bool
@@ -43,7 +43,7 @@ class Verdict:
 
 
 def see(frame_CHW: torch.Tensor, rgb: Rgb) -> Seen:
-    """The pixels near a colour, weighted by how near they are."""
+    """Locate the pixels near a colour, weighted by how near they are."""
     frame = frame_CHW / 2 + 0.5
     distance = (frame - torch.tensor(rgb).view(3, 1, 1)).norm(dim=0)
     weight = (1 - distance / NEAR).clamp(min=0)
@@ -56,7 +56,7 @@ def see(frame_CHW: torch.Tensor, rgb: Rgb) -> Seen:
 
 
 def judge(clip_FCHW: torch.Tensor, picture_CHW: torch.Tensor, sprite: Sprite, action: str, travel: float) -> Verdict:
-    """The shape that a prompt names, from the input picture to the clip's last frame."""
+    """Follow the shape that a prompt names from the input picture to the clip's last frame."""
     before, after = see(picture_CHW, sprite.rgb), see(clip_FCHW[-1], sprite.rgb)
     dx, dy = after.centre[0] - before.centre[0], after.centre[1] - before.centre[1]
     colour = sum((a - b) ** 2 for a, b in zip(after.rgb, before.rgb, strict=True)) ** 0.5
@@ -79,6 +79,6 @@ def follows(moved: Point, action: str, travel: float) -> bool:
 
 
 def psnr(one: torch.Tensor, other: torch.Tensor) -> float:
-    """In dB, for values in [-1, 1]."""
+    """Return the PSNR in dB, for values in [-1, 1]."""
     mse = (one - other).square().mean().clamp(min=1e-12)
     return float(10 * torch.log10(4 / mse))

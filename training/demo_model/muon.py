@@ -1,7 +1,7 @@
-"""Muon: momentum whose matrices are made orthogonal, which trains convolutions in about half the steps.
+"""The Muon optimiser (Jordan et al. 2024): momentum with orthogonalised matrices.
 
-Vectors (norms, biases) and embeddings are left to AdamW. See Jordan et al. 2024 for the method; the scale
-of the update is chosen so that the two optimisers share one learning rate (Liu et al. 2025).
+Trains convolutions in about half the steps of AdamW, which keeps the vectors (norms, biases). The scale of the update
+lets both optimisers share one learning rate (Liu et al. 2025).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 
 class Muon(torch.optim.Optimizer):
-    """For parameters of two or more dimensions; a convolution is a matrix of (out, in × taps)."""
+    """Optimises parameters of two or more dimensions; a convolution counts as a matrix of (out, in × taps)."""
 
     def __init__(
         self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 1e-2
@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
         weight.mul_(1 - lr * weight_decay).add_(matrix.view_as(weight), alpha=-lr * scale)
 
 
-class Pair:
+class MuonAdamW:
     """Muon for matrices and AdamW for the rest, stepped together."""
 
     def __init__(self, model: nn.Module, lr: float) -> None:
@@ -51,7 +51,7 @@ class Pair:
         self._optimizers = (Muon(matrices, lr), torch.optim.AdamW(vectors, lr, betas=(0.9, 0.98), weight_decay=0.0))
 
     def step(self, factor: float) -> None:
-        """One step at the given share of the learning rate; the gradients are cleared."""
+        """Take one step at the given factor of the learning rate, and clear the gradients."""
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = factor * self._lr
@@ -67,7 +67,8 @@ class Pair:
 
 
 def orthogonal(matrix: torch.Tensor, rounds: int = 5) -> torch.Tensor:
-    """The nearest matrix with equal singular values, by Newton and Schulz's quintic iteration."""
+    """Approximate the nearest matrix with equal singular values, by Newton and Schulz's quintic iteration."""
+    # Jordan et al.'s coefficients: in five rounds they bring every singular value near 1, without converging exactly.
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = (wide / (wide.norm() + 1e-7)).bfloat16()

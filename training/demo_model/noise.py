@@ -1,6 +1,6 @@
-"""The noise schedule: v-prediction on a squared cosine, which ends in pure noise by itself.
+"""The noise schedule: v-prediction on a squared cosine, which ends in pure noise without rescaling.
 
-So the first sampling step sees nothing but the picture and the prompt, and the direction is decided there.
+The first sampling step therefore sees only the picture and the prompt, and decides the direction.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 
 TRAIN_STEPS = 1000
-# Where the direction is decided: beyond this step the noisy clip does not show it.
+# From this timestep on the noisy clip does not show the direction, so the model must decide it.
 BLIND = 900
 
 
@@ -24,14 +24,14 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def random_timesteps(count: int, generator: torch.Generator, blind: float = 0.3) -> torch.Tensor:
-    """Timesteps (count,): the given share where the direction is decided, the rest anywhere."""
+    """Draw timesteps (count,): the share `blind` from `BLIND` on, the rest anywhere."""
     everywhere = torch.randint(0, TRAIN_STEPS, (count,), generator=generator)
     late = torch.randint(BLIND, TRAIN_STEPS, (count,), generator=generator)
     return torch.where(torch.rand(count, generator=generator) < blind, late, everywhere)
 
 
 def image_latents(picture_BCHW: torch.Tensor, frames: int) -> torch.Tensor:
-    """The denoiser's picture input (B, C, F, H, W): the latent first, then planes that tell the time."""
+    """Build the denoiser's picture input (B, C, F, H, W): the latent, then constant planes that encode time."""
     planes = [picture_BCHW]
     planes += [torch.full_like(picture_BCHW, i / (frames - 1)) for i in range(1, frames)]
     return torch.stack(planes, dim=2)

@@ -19,19 +19,21 @@ WORDS = (*ARTICLES, *COLOURS, *SHAPES, *VERBS, *ACTIONS, "to", "and", "stands", 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clause:
+    """One shape and its action."""
+
     colour: str
     shape: str
     action: str
 
     def plain(self) -> str:
-        """The wording that the model card and the benchmark use."""
+        """Return the wording that the model card and the benchmark use."""
         verb = "stays" if self.action == "stays" else f"moves {self.action}"
         return f"a {self.colour} {self.shape} {verb}"
 
     def varied(self, rng: np.random.Generator, name: str | None = None) -> str:
-        """One of the wordings that training draws; its last word is always the one that decides.
+        """Draw a wording for training. Its last word always decides the action.
 
-        The name may be other words than colour and shape.
+        `name` replaces colour and shape.
         """
         article = rng.choice(ARTICLES, p=(0.7, 0.3))
         verb = rng.choice(VERBS, p=(0.6, 0.2, 0.2))

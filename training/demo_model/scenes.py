@@ -1,6 +1,6 @@
-"""Random scenes: where the shapes stand, and where they may go without meeting.
+"""Scenes, mostly random: positions of the shapes, and motions in which they do not meet.
 
-A motion is a step (dx, dy) in fractions of the picture, gone evenly over the clip.
+A motion is a displacement (dx, dy) in fractions of the picture, spread evenly over the clip.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from training.demo_model.clips import (
 DIRECTIONS: dict[str, Point] = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 STAY: Point = (0.0, 0.0)
 ACTIONS = (*DIRECTIONS, "stays")
-# In RGB, each in [0, 1]: further apart, two colours are not taken for each other.
+# Distance in RGB, each in [0, 1], from which on two colours are not mistaken for each other.
 FAR = 0.38
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """The first sprite is the one that a prompt names first; all stand where the clip begins."""
+    """A ground and the shapes on it at the start of the clip; prompts name the first sprite first."""
 
     ground: Ground
     sprites: tuple[Sprite, ...]
@@ -43,7 +43,7 @@ class Scene:
         return draw(draw_ground(self.ground, size), self.sprites)
 
     def clip(self, motions: tuple[Point, ...], frames: int, size: int) -> torch.Tensor:
-        """Clip (frames, 3, size, size) in [-1, 1]; frame 0 is the picture."""
+        """Draw a clip (frames, 3, size, size) in [-1, 1]; frame 0 is the picture."""
         ground = draw_ground(self.ground, size)
         ramp = [i / (frames - 1) for i in range(frames)]
         return torch.stack([draw(ground, self._at(motions, part)) for part in ramp])
@@ -53,14 +53,29 @@ class Scene:
         return tuple(sprite.moved(dx * part, dy * part) for sprite, (dx, dy) in steps)
 
 
+def example_scene() -> Scene:
+    """Return the scene of the example picture: a red circle, and a blue square out of its way."""
+    ground = Ground(
+        kind="gradient",
+        first=(0.66, 0.64, 0.58),
+        second=(0.52, 0.54, 0.56),
+        angle=float(np.pi / 3),
+        period=0.5,
+        phase=0.0,
+    )
+    circle = Sprite(shape="circle", colour="red", rgb=COLOURS["red"], centre=(0.52, 0.44), radius=0.13)
+    square = Sprite(shape="square", colour="blue", rgb=COLOURS["blue"], centre=(0.2, 0.84), radius=0.11)
+    return Scene(ground=ground, sprites=(circle, square))
+
+
 def random_pair(rng: np.random.Generator, *, unseen: bool = False) -> tuple[str, str]:
-    """Colour and shape, from those that training draws or from those it never does."""
+    """Draw a colour and a shape, from those that training uses or from those it never does."""
     pairs = [(c, s) for c in COLOURS for s in SHAPES if ((c, s) in UNSEEN) == unseen]
     return pairs[int(rng.integers(len(pairs)))]
 
 
 def still_scene(rng: np.random.Generator) -> Scene:
-    """One to three shapes anywhere, cut by the edge or by each other: what the VAE must know."""
+    """Draw one to three shapes anywhere, cut by the edge or by each other, to train the VAE on."""
     sprites = []
     for _ in range(int(rng.integers(1, 4))):
         colour, shape = random_pair(rng)
@@ -70,7 +85,7 @@ def still_scene(rng: np.random.Generator) -> Scene:
 
 
 def one_shape(rng: np.random.Generator, travel: float, *, unseen: bool = False, inside: bool = False) -> Scene:
-    """One shape that can go in all four directions; with inside, it stays wholly in the picture."""
+    """Draw one shape that can move in all four directions; with `inside` it stays wholly in the picture."""
     colour, shape = random_pair(rng, unseen=unseen)
     radius = float(rng.uniform(0.10, 0.15))
     margin = travel + (1.05 * radius if inside else 0.06)
@@ -81,9 +96,9 @@ def one_shape(rng: np.random.Generator, travel: float, *, unseen: bool = False, 
 def two_shapes(
     rng: np.random.Generator, travel: float, *, unseen: bool = False, inside: bool = False
 ) -> tuple[Scene, Point]:
-    """Two shapes that differ in colour, and the second's motion.
+    """Draw two shapes that differ in colour, and the second's motion.
 
-    The first can go in all four directions and never meets the second.
+    The first can move in all four directions and never meets the second.
     """
     while True:
         first = one_shape(rng, travel, unseen=unseen, inside=inside)
@@ -98,7 +113,7 @@ def two_shapes(
 
 
 def random_motion(rng: np.random.Generator, travel: float) -> Point:
-    """Stays in half of all draws, else one of the four directions."""
+    """Draw a motion: none in half of all draws, else one of the four directions."""
     if rng.random() < 0.5:
         return STAY
     dx, dy = list(DIRECTIONS.values())[int(rng.integers(4))]
@@ -106,18 +121,20 @@ def random_motion(rng: np.random.Generator, travel: float) -> Point:
 
 
 def recoloured(rng: np.random.Generator, scene: Scene) -> Scene:
-    """The shapes in any colours that are far from the ground's and from each other's.
+    """Redraw the shapes in colours that are far from the ground's and from each other's.
 
-    A colour that is near a named one keeps that name, any other has none (""). Nothing comes near to a combination that
-    is kept for the benchmark.
+    A colour near a named one gets that name, any other none (""). No combination comes near one that is reserved for
+    the benchmark.
     """
     ground = (scene.ground.first, scene.ground.second)
     while True:
         sprites = tuple(_any_colour(rng, sprite) for sprite in scene.sprites)
         names = [nearest_colour(sprite.rgb) for sprite in sprites]
         apart = all(_distance(sprite.rgb, rgb) > FAR for sprite in sprites for rgb in ground)
-        kept = all(_distance(sprite.rgb, COLOURS[colour]) > FAR for sprite in sprites for colour in _kept(sprite.shape))
-        if apart and kept and len(set(names)) == len(names):
+        allowed = all(
+            _distance(sprite.rgb, COLOURS[colour]) > FAR for sprite in sprites for colour in _reserved(sprite.shape)
+        )
+        if apart and allowed and len(set(names)) == len(names):
             return replace(scene, sprites=sprites)
 
 
@@ -128,13 +145,13 @@ def nearest_colour(rgb: Rgb) -> str:
 def _any_colour(rng: np.random.Generator, sprite: Sprite) -> Sprite:
     r, g, b = (float(value) for value in rng.uniform(0.04, 0.96, 3))
     name = nearest_colour((r, g, b))
-    named = _distance((r, g, b), COLOURS[name]) < FAR and name not in _kept(sprite.shape)
+    named = _distance((r, g, b), COLOURS[name]) < FAR and name not in _reserved(sprite.shape)
     return replace(sprite, rgb=(r, g, b), colour=name if named else "")
 
 
-def _kept(shape: str) -> set[str]:
-    """The colours in which training never draws a shape."""
-    return {colour for colour, kept_shape in UNSEEN if kept_shape == shape}
+def _reserved(shape: str) -> set[str]:
+    """Return the colours in which training never draws a shape."""
+    return {colour for colour, reserved_shape in UNSEEN if reserved_shape == shape}
 
 
 def _distance(one: Rgb, other: Rgb) -> float:
@@ -142,9 +159,9 @@ def _distance(one: Rgb, other: Rgb) -> float:
 
 
 def combinations(scene: Scene, travel: float) -> list[tuple[str, ...]]:
-    """Every choice of one action for each shape that moves something and in which the shapes never meet."""
+    """List every choice of one action per shape that moves some shape and in which the shapes never meet."""
     choices = itertools.product(ACTIONS, repeat=len(scene.sprites))
-    return [chosen for chosen in choices if set(chosen) != {"stays"} and _allowed(scene.sprites, chosen, travel)]
+    return [actions for actions in choices if set(actions) != {"stays"} and _allowed(scene.sprites, actions, travel)]
 
 
 def motion_of(action: str, travel: float) -> Point:
@@ -164,7 +181,7 @@ def _allowed(sprites: tuple[Sprite, ...], actions: tuple[str, ...], travel: floa
 
 
 def _clear(first: Sprite, second: Sprite, motion: Point, travel: float) -> bool:
-    """Whether the second stays in the picture and off the first, whichever way the first goes."""
+    """Return whether the second stays in the picture and off the first, whichever direction the first takes."""
     ways = [motion_of(action, travel) for action in DIRECTIONS]
     return _inside(second, motion) and all(_apart(first, way, second, motion) for way in ways)
 

@@ -1,4 +1,4 @@
-"""The learning rate's course, the same few for every part of the model."""
+"""Learning-rate schedules, shared by all parts of the model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def warm_cosine(steps: int, warm: int = 100, floor: float = 0.02) -> Callable[[int], float]:
-    """Factor on the learning rate: a short rise, then half a cosine down to the floor."""
+    """Return the factor on the learning rate by step: a short rise, then half a cosine down to the floor."""
 
     def factor(step: int) -> float:
         if step < warm:
@@ -19,5 +19,5 @@ def warm_cosine(steps: int, warm: int = 100, floor: float = 0.02) -> Callable[[i
 
 
 def warm_hold(warm: int = 100) -> Callable[[int], float]:
-    """Factor on the learning rate: a short rise, then constant."""
+    """Return the factor on the learning rate by step: a short rise, then constant."""
     return lambda step: min(1.0, (step + 1) / warm)

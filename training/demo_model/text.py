@@ -1,9 +1,9 @@
-"""The text encoder, taught on its own before the denoiser sees it.
+"""The text encoder, trained on its own before the denoiser.
 
-Taught jointly, its gradient is a hundredth of the denoiser's and the prompt is ignored for thousands of
-steps. So it first learns to tell its words apart: the word that ends a clause must carry that clause's
-colour, shape and action, and every token after the text must carry all clauses. Probes that are thrown
-away afterwards read this off the states which the denoiser will be given.
+In joint training its gradient is a hundredth of the denoiser's, and the prompt is ignored for thousands of steps. So it
+first learns to tell its words apart: the state of the word that ends a clause must encode that clause's colour, shape
+and action, and the state of every token after the text must encode all clauses. Linear probes, discarded afterwards,
+read this from the states that become the denoiser's input.
 
 Shapes: ``ids_BL`` token ids, ``states_BLD`` text states.
 """
@@ -51,14 +51,14 @@ def build_text_encoder(settings: TextSettings, tokenizer: CLIPTokenizer) -> CLIP
 
 
 def text_states(encoder: CLIPTextModel, ids_BL: torch.Tensor) -> torch.Tensor:
-    """States (B, L, D) of the last layer but one, normalised: what I2VGen-XL's denoiser is given."""
+    """Return the states (B, L, D) of the last layer but one, normalised: the input of I2VGen-XL's denoiser."""
     hidden = encoder(ids_BL, output_hidden_states=True).hidden_states
     stack = getattr(encoder, "text_model", encoder)
     return stack.final_layer_norm(hidden[-2])
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
-    """Ids (B, L), padded to the tokenizer's length."""
+    """Return ids (B, L), padded to the tokenizer's length."""
     encoded = tokenizer(
         prompts,
         padding="max_length",
@@ -70,17 +70,17 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
 
 
 def train_text_encoder(settings: Settings, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    chosen = settings.text
+    text_settings = settings.text
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
-    encoder = build_text_encoder(chosen, tokenizer)
-    probes = nn.ModuleList(nn.Linear(chosen.width, sum(CLASSES)) for _ in range(1 + MAX_CLAUSES))
+    encoder = build_text_encoder(text_settings, tokenizer)
+    probes = nn.ModuleList(nn.Linear(text_settings.width, sum(CLASSES)) for _ in range(1 + MAX_CLAUSES))
     weights = [*encoder.parameters(), *probes.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=chosen.learning_rate, betas=(0.9, 0.98), weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(chosen.steps))
-    bar = tqdm(range(chosen.steps), desc="text", unit="step")
+    optimizer = torch.optim.AdamW(weights, lr=text_settings.learning_rate, betas=(0.9, 0.98), weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(text_settings.steps))
+    bar = tqdm(range(text_settings.steps), desc="text", unit="step")
     for step in bar:
-        ids, targets = _batch(rng, tokenizer, chosen)
+        ids, targets = _batch(rng, tokenizer, text_settings)
         states = text_states(encoder, ids)
         logits = torch.stack([probe(states) for probe in probes], dim=2)
         loss, right = _probe_loss(logits, targets)
@@ -97,7 +97,7 @@ def train_text_encoder(settings: Settings, tokenizer: CLIPTokenizer) -> CLIPText
 def _batch(
     rng: np.random.Generator, tokenizer: CLIPTokenizer, settings: TextSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids (B, L) and targets (B, L, probes, 3): probe 0 at the ends of clauses, the others after the text."""
+    """Draw ids (B, L) and targets (B, L, probes, 3): probe 0 reads the ends of clauses, the others the padding."""
     prompts = []
     targets = torch.full((settings.batch, settings.tokens, 1 + MAX_CLAUSES, len(CLASSES)), IGNORED)
     for row in range(settings.batch):
@@ -123,7 +123,7 @@ def _classes(clause: Clause) -> tuple[int, int, int]:
 
 
 def _probe_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Mean cross-entropy over all attributes asked for, and the share read right."""
+    """Return the mean cross-entropy over all targets, and the share predicted right."""
     losses, right = [], []
     for attribute, part in enumerate(logits.split(CLASSES, dim=-1)):
         wanted = targets[..., attribute]

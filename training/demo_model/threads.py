@@ -1,6 +1,6 @@
-"""One thread or all: on a machine that others use too, a second thread can make a step five times slower.
+"""Chooses between one thread and all: on a shared machine, a second thread can make a step five times slower.
 
-The threads of one operation wait for each other, so a step is as slow as the thread that the machine starves.
+The threads of one operation wait for each other, so a step is as slow as its slowest thread.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ _STAT = Path("/proc/stat")
 
 
 class ThreadTuner:
-    """Takes all cores while they are free and one thread while they are not.
+    """Uses all cores while they are free, and one thread while they are not.
 
-    Call ``tick`` once after every training step. Where the system does not say how idle it is, torch's own
-    choice stays.
+    Call ``tick`` once after every training step. On systems without /proc/stat, torch's own choice stays.
     """
 
     def __init__(self, seconds: float = 5.0) -> None:
@@ -46,14 +45,14 @@ class ThreadTuner:
 
 
 def _usable_cores() -> int:
-    """The cores that this process may run on: fewer than the machine has where it was pinned."""
+    """Return the number of cores that this process may run on: fewer than the machine has if it is pinned."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _idle_seconds() -> float:
-    """Idle time of all cores together since the system began."""
+    """Return the idle time of all cores together since the system started."""
     if not _STAT.exists():
         return 0.0
     fields = _STAT.read_text(encoding="ascii").split("\n", 1)[0].split()

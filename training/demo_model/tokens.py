@@ -1,4 +1,4 @@
-"""A CLIP tokenizer of its own: every word of the small language is one token, all else is spelt in bytes."""
+"""A CLIP tokenizer for the demo model: every word of its small language is one token, all else is spelt in bytes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ WORD_END = "</w>"
 
 
 def build_tokenizer(tokens: int) -> CLIPTokenizer:
-    """Pads to, and cuts at, the given number of tokens.
+    """Build a tokenizer that pads to, and cuts at, the given number of tokens.
 
-    Merges that are equally frequent come in an order that changes from call to call, and so do the tokens' numbers:
-    all parts of a model must use one and the same tokenizer.
+    Equally frequent merges come in an order that changes from call to call, and so do the tokens' numbers. All parts of
+    a model must therefore use one and the same tokenizer.
     """
     vocabulary, merges = _vocabulary()
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=tokens)
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Saves tokenizer.json, and the older pair of files, which transformers 4 reads."""
+    """Save tokenizer.json, and the older pair of files that transformers 4 reads."""
     tokenizer.save_pretrained(folder)
     saved = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     (folder / "vocab.json").write_text(json.dumps(saved["vocab"], ensure_ascii=False), encoding="utf-8")
@@ -34,7 +34,7 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's order: bytes, bytes that end a word, merges, then the two marks."""
+    """Build vocabulary and merges in CLIP's order: bytes, bytes that end a word, merges, then the two marks."""
     learnt = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
     learnt.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix=WORD_END, show_progress=False)

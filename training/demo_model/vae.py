@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from tqdm import tqdm
 
-from training.demo_model.muon import Pair
+from training.demo_model.muon import MuonAdamW
 from training.demo_model.scenes import still_scene
 from training.demo_model.schedule import warm_cosine
 from training.demo_model.settings import Settings, VaeSettings
@@ -37,19 +37,19 @@ def build_vae(settings: VaeSettings, size: int) -> AutoencoderKL:
 
 
 def train_vae(settings: Settings) -> AutoencoderKL:
-    """A trained codec whose latents have zero mean and unit deviation."""
-    chosen, size = settings.vae, settings.clip.size
+    """Train a codec whose latents have zero mean and unit deviation."""
+    vae_settings, size = settings.vae, settings.clip.size
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
-    pool = _draw_pool(rng, chosen.pool, size)
-    vae = build_vae(chosen, size)
-    optimizer = Pair(vae, chosen.learning_rate)
-    rate = warm_cosine(chosen.steps)
+    pool = _draw_pool(rng, vae_settings.pool, size)
+    vae = build_vae(vae_settings, size)
+    optimizer = MuonAdamW(vae, vae_settings.learning_rate)
+    rate = warm_cosine(vae_settings.steps)
     threads = ThreadTuner()
-    bar = tqdm(range(chosen.steps), desc="VAE", unit="step")
+    bar = tqdm(range(vae_settings.steps), desc="VAE", unit="step")
     for step in bar:
-        pictures = _unpack(pool[rng.integers(len(pool), size=chosen.batch)])
-        loss, mse = _loss(vae, pictures, chosen.kl_weight)
+        pictures = _unpack(pool[rng.integers(len(pool), size=vae_settings.batch)])
+        loss, mse = _loss(vae, pictures, vae_settings.kl_weight)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step(rate(step))
@@ -79,7 +79,7 @@ def normalise_latents(vae: AutoencoderKL, pictures_BCHW: torch.Tensor) -> None:
 
 @torch.no_grad()
 def reconstruction_psnr(vae: AutoencoderKL, pictures_BCHW: torch.Tensor) -> float:
-    """Mean over pictures, in dB, for values in [0, 1]."""
+    """Return the mean over pictures, in dB."""
     decoded = [vae.decode(vae.encode(part).latent_dist.mode()).sample for part in pictures_BCHW.split(32)]
     errors = (torch.cat(decoded).clamp(-1, 1) - pictures_BCHW).square().mean((1, 2, 3))
     return float(np.mean([_psnr(float(error)) for error in errors]))
@@ -97,7 +97,7 @@ def _loss(vae: AutoencoderKL, pictures_BCHW: torch.Tensor, kl_weight: float) -> 
 
 
 def _draw_pool(rng: np.random.Generator, count: int, size: int) -> torch.Tensor:
-    """Pictures as bytes (count, 3, size, size): drawing them again for each step would cost more."""
+    """Draw pictures as bytes (count, 3, size, size), kept because drawing them for each step would cost more."""
     pool = torch.empty(count, 3, size, size, dtype=torch.uint8)
     for index in tqdm(range(count), desc="pictures", unit="picture"):
         pool[index] = ((still_scene(rng).picture(size) + 1) * 127.5).round().byte()
@@ -109,5 +109,5 @@ def _unpack(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def _psnr(mse: float) -> float:
-    """For an error between values in [-1, 1], a range of 2."""
+    """Return the PSNR for an error between values in [-1, 1], a range of 2."""
     return 10 * float(np.log10(4 / max(mse, 1e-12)))

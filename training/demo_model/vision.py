@@ -1,4 +1,4 @@
-"""The vision encoder, taught on its own to name the colours and shapes in a picture.
+"""The vision encoder, trained on its own to name the colours and shapes in a picture.
 
 Shapes: ``pictures_BCHW`` in [-1, 1] at any size, ``embeds_BD`` projected embeddings.
 """
@@ -45,28 +45,28 @@ def build_feature_extractor(settings: VisionSettings) -> CLIPImageProcessor:
 
 @torch.no_grad()
 def embed_pictures(encoder: CLIPVisionModelWithProjection, pictures_BCHW: torch.Tensor) -> torch.Tensor:
-    """Embeddings (B, D); does to tensors what the feature extractor does to files."""
+    """Return embeddings (B, D), preparing tensors as the feature extractor prepares files."""
     # Resized in float32: half precision has no antialiasing on the CPU.
     ready = _normalised(pictures_BCHW.float(), encoder.config.image_size)
     return encoder(ready.to(encoder.dtype)).image_embeds
 
 
 def train_image_encoder(settings: Settings) -> CLIPVisionModelWithProjection:
-    chosen = settings.vision
+    vision_settings = settings.vision
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
-    scenes = [still_scene(rng) for _ in range(chosen.pool)]
+    scenes = [still_scene(rng) for _ in range(vision_settings.pool)]
     pictures = torch.stack([scene.picture(settings.clip.size) for scene in tqdm(scenes, desc="pictures")])
-    pictures = _normalised(pictures, chosen.size)
+    pictures = _normalised(pictures, vision_settings.size)
     present = torch.stack([_present(scene) for scene in scenes])
-    encoder = build_image_encoder(chosen, settings.text.width)
+    encoder = build_image_encoder(vision_settings, settings.text.width)
     probe = nn.Linear(settings.text.width, present.shape[1])
     weights = [*encoder.parameters(), *probe.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=chosen.learning_rate, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(chosen.steps))
-    bar = tqdm(range(chosen.steps), desc="vision", unit="step")
+    optimizer = torch.optim.AdamW(weights, lr=vision_settings.learning_rate, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(vision_settings.steps))
+    bar = tqdm(range(vision_settings.steps), desc="vision", unit="step")
     for step in bar:
-        rows = rng.integers(chosen.pool, size=chosen.batch)
+        rows = rng.integers(vision_settings.pool, size=vision_settings.batch)
         logits = probe(encoder(pictures[rows]).image_embeds)
         loss = F.binary_cross_entropy_with_logits(logits, present[rows])
         optimizer.zero_grad(set_to_none=True)
@@ -87,7 +87,7 @@ def _normalised(pictures_BCHW: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _present(scene: Scene) -> torch.Tensor:
-    """One flag for every colour, then one for every shape."""
+    """Return one flag per colour, then one per shape."""
     colours = {sprite.colour for sprite in scene.sprites}
     shapes = {sprite.shape for sprite in scene.sprites}
     return torch.tensor([float(name in colours) for name in COLOURS] + [float(name in shapes) for name in SHAPES])

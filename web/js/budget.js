@@ -1,7 +1,7 @@
-// VRAM Budget before it runs: as its widgets change, the verdict, a bar a stage, and buttons for what would fit instead.
+// Live plan on VRAM Budget: as widgets change, shows whether it fits, a bar per stage, and buttons for settings that fit.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { language, t, textsRead } from "./i18n.js";
+import { language, t, textsLoaded } from "./i18n.js";
 import { LivePlan } from "./live_plan.js";
 
 const NODE = "I2VVRAMBudget";
@@ -18,34 +18,34 @@ const WIDGETS = [
   "allow_approximate",
   "plan_for",
 ];
-// Of the loader: where a Wan's weights come from. A loader of an older page has none.
-const FILES = ["transformer_file", "low_noise_file"];
-// Values are looked at so often: of all ways to set one (typing, undo, a link, a loaded file) some tell nobody.
-const LOOK_EVERY_MS = 25;
-const SETTLED_AFTER_MS = 50;
-const SLOW_AFTER_MS = 300;
+// Widgets of I2V Loader with Wan's weight files; loaders in workflows from older versions lack them.
+const FILE_WIDGETS = ["transformer_file", "low_noise_file"];
+// Widgets are polled, since some ways to set a value (typing, undo, a link, a loaded file) trigger no event.
+const POLL_MS = 25;
+const DEBOUNCE_MS = 50;
+const SHOW_WAITING_AFTER_MS = 300;
 
 const watchers = new Set();
-const modelsRead = new Set();
+const knownModels = new Set();
 
 const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
 const isLinked = (node, name) => node.inputs?.some((input) => input.widget?.name === name && input.link != null);
 
-// The name of the model that will be loaded and the files of its weights, or why they are not known.
+// Returns the model and weight files of the connected loader, or a hint if they are not known before a run.
 function modelOf(node) {
   const slot = node.inputs?.findIndex((input) => input.name === "model") ?? -1;
   if (slot < 0 || node.inputs[slot].link == null) return { hint: t("connect") };
   let source = node.getInputNode(slot);
   while (source?.type === "Reroute") source = source.getInputNode(0);
-  if (source?.type !== LOADER || ["model", ...FILES].some((name) => isLinked(source, name))) {
+  if (source?.type !== LOADER || ["model", ...FILE_WIDGETS].some((name) => isLinked(source, name))) {
     return { hint: t("modelUnknown") };
   }
-  const files = FILES.map((name) => [name, widgetOf(source, name)?.value]);
+  const files = FILE_WIDGETS.map((name) => [name, widgetOf(source, name)?.value]);
   return { loader: { model: widgetOf(source, "model").value, ...Object.fromEntries(files) } };
 }
 
-// What to ask the server, or a hint where that cannot be known before a run.
-function questionOf(node) {
+// Returns the values to send to the server, or a hint if they are not known before a run.
+function planInputsOf(node) {
   const linked = WIDGETS.filter((name) => isLinked(node, name));
   if (linked.length) return { hint: t("linked", { names: linked.join(", ") }) };
   const { loader, hint } = modelOf(node);
@@ -63,12 +63,12 @@ async function fetchPlan(values, fixes, signal) {
   return response.json();
 }
 
-// Keeps one node's live plan in step with its widgets.
+// Keeps one node's live plan up to date with its widgets.
 class Watcher {
   #node;
   #view;
-  #seen;
-  #asked;
+  #lastSeen;
+  #lastSent;
   #changedAt = 0;
   #request = new AbortController();
 
@@ -77,40 +77,40 @@ class Watcher {
     this.#view = new LivePlan(node, (changes) => this.#apply(changes));
   }
 
-  look() {
+  poll() {
     if (!this.#node.graph) return;
-    const question = questionOf(this.#node);
-    const key = JSON.stringify([language(), question]);
-    if (key !== this.#seen) {
-      this.#seen = key;
+    const inputs = planInputsOf(this.#node);
+    const key = JSON.stringify([language(), inputs]);
+    if (key !== this.#lastSeen) {
+      this.#lastSeen = key;
       this.#changedAt = performance.now();
     }
-    if (key === this.#asked || performance.now() - this.#changedAt < SETTLED_AFTER_MS) return;
-    this.#asked = key;
+    if (key === this.#lastSent || performance.now() - this.#changedAt < DEBOUNCE_MS) return;
+    this.#lastSent = key;
     this.stop();
-    if (question.hint) this.#view.showHint(question.hint);
-    else this.#ask(question.values);
+    if (inputs.hint) this.#view.showHint(inputs.hint);
+    else this.#update(inputs.values);
   }
 
-  // Free memory is another after a run.
-  askAgain() {
-    this.#asked = undefined;
+  // Requests the plan again, since free memory changes with a run.
+  invalidate() {
+    this.#lastSent = undefined;
   }
 
   stop() {
     this.#request.abort();
   }
 
-  // The server gives up what it is asked no more, and an answer that comes all the same is not shown.
-  async #ask(values) {
+  // An aborted request makes the server stop planning; an answer that still arrives is ignored.
+  async #update(values) {
     const { signal } = (this.#request = new AbortController());
-    const reading = modelsRead.has(values.model) ? undefined : t("reading");
-    const slow = setTimeout(() => this.#view.showWaiting(reading), SLOW_AFTER_MS);
+    const reading = knownModels.has(values.model) ? undefined : t("reading");
+    const timer = setTimeout(() => this.#view.showWaiting(reading), SHOW_WAITING_AFTER_MS);
     try {
       const plan = await fetchPlan(values, false, signal);
       if (signal.aborted) return;
-      clearTimeout(slow);
-      modelsRead.add(values.model);
+      clearTimeout(timer);
+      knownModels.add(values.model);
       this.#view.showPlan(plan);
       if (plan.fits !== false) return;
       const { fixes } = await fetchPlan(values, true, signal);
@@ -118,7 +118,7 @@ class Watcher {
     } catch (error) {
       if (!signal.aborted) this.#view.showHint(t("noAnswer", { error: error.message }));
     } finally {
-      clearTimeout(slow);
+      clearTimeout(timer);
     }
   }
 
@@ -138,10 +138,10 @@ class Watcher {
 app.registerExtension({
   name: "i2v_budget.budget",
   async setup() {
-    await textsRead;
-    setInterval(() => document.hidden || watchers.forEach((watcher) => watcher.look()), LOOK_EVERY_MS);
+    await textsLoaded;
+    setInterval(() => document.hidden || watchers.forEach((watcher) => watcher.poll()), POLL_MS);
     for (const event of ["execution_success", "execution_error", "execution_interrupted"]) {
-      api.addEventListener(event, () => watchers.forEach((watcher) => watcher.askAgain()));
+      api.addEventListener(event, () => watchers.forEach((watcher) => watcher.invalidate()));
     }
   },
   nodeCreated(node) {

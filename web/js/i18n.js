@@ -1,22 +1,21 @@
-// The panel's texts in the page's language. They lie with the nodes' own, in locales/*/main.json, from where the host
-// gives them to the page; English stands in for what a language lacks.
+// The panels' texts in the page's language, from locales/*/main.json as served by the host; English is the fallback.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
 const SECTION = "i2vBudget";
 
-const fetched = api.fetchApi("/i18n").then((response) => response.json());
+const localesRequest = api.fetchApi("/i18n").then((response) => response.json());
 let texts = {};
-export const textsRead = fetched.then((locales) => (texts = locales), () => {});
+export const textsLoaded = localesRequest.then((locales) => (texts = locales), () => {});
 
-// The language that the page is in, such as "zh".
+// Returns the language of the page, such as "zh".
 export const language = () => app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
 
-// The text named `key`, with each $name in it filled in from `values`.
-export function t(key, values = {}, otherwise = key) {
-  const text = texts[language()]?.[SECTION]?.[key] ?? texts.en?.[SECTION]?.[key] ?? otherwise;
-  return text.replace(/\$(\w+)/g, (whole, name) => values[name] ?? whole);
+// Returns the text for `key`, with each $name replaced from `values`; `fallback` if no language has the key.
+export function t(key, values = {}, fallback = key) {
+  const text = texts[language()]?.[SECTION]?.[key] ?? texts.en?.[SECTION]?.[key] ?? fallback;
+  return text.replace(/\$(\w+)/g, (match, name) => values[name] ?? match);
 }
 
-// What the server says: its name and values, and the English for a page that has no text of that name.
-export const said = ({ key, values, text }) => t(key, values, text);
+// Returns the text for a message of the server: key and values, with its English text as the fallback.
+export const messageText = ({ key, values, text }) => t(key, values, text);

@@ -1,7 +1,7 @@
-// The live plan as it is drawn: an element below a node's widgets, the same on the canvas and in Nodes 2.0. Whatever it
-// shows is text or has a text beside it, and whatever can be pressed is a button.
+// View of the live plan: an element below a node's widgets, the same on the classic canvas and in Nodes 2.0. For screen
+// readers, everything shown is text or has a text label, and every action is a button.
 import { amount, element, useStyle } from "./elements.js";
-import { said, t } from "./i18n.js";
+import { messageText, t } from "./i18n.js";
 
 const WIDGET = "i2v_live_plan";
 const PARTS = ["weights", "activations", "margin"];
@@ -28,7 +28,7 @@ export class LivePlan {
     this.#root.setAttribute("role", "group");
     const widget = node.addDOMWidget(WIDGET, "i2v_live_plan", this.#root, { serialize: false, hideOnZoom: false });
     widget.serialize = false;
-    // As high as its content and no higher: room that is left over goes to others.
+    // As high as its content and no higher, so that spare height goes to other widgets.
     widget.computeSize = () => [0, this.#height];
     widget.computeLayoutSize = undefined;
     new ResizeObserver(() => this.#fitNode()).observe(this.#content);
@@ -38,19 +38,19 @@ export class LivePlan {
     this.#show({ state: "", verdict: text });
   }
 
-  // What was shown stays, paler; `text` is said in its place where it is of another model.
+  // Dims the current content; `text` replaces it if it belongs to another model.
   showWaiting(text) {
     if (text) this.#show({ state: "", verdict: text });
     this.#root.classList.add("waiting");
   }
 
   showPlan(plan) {
-    const { error, fits, ways, given_up, stages, usable_bytes } = plan;
+    const { error, fits, ways: modes, given_up: approximations, stages, usable_bytes } = plan;
     if (error) {
       this.#show({ state: "refused", verdict: `${error.problem}: ${error.remedy}.` });
       return;
     }
-    const details = [...ways.map((way) => t(way)), ...given_up.map(said)].join(t("comma"));
+    const details = [...modes.map((mode) => t(mode)), ...approximations.map(messageText)].join(t("comma"));
     this.#show({ state: fits ? "fits" : "refused", verdict: verdictOf(plan), details });
     const largest = Math.max(usable_bytes, ...stages.map((stage) => Math.max(stage.needed_bytes, stage.peak_bytes)));
     this.#bars.append(...stages.flatMap((stage) => bar(stage, usable_bytes, largest)));
@@ -68,7 +68,7 @@ export class LivePlan {
   #show({ state, verdict, details = "" }) {
     this.#root.className = `i2v-live ${state}`;
     this.#root.setAttribute("aria-label", t("plan"));
-    // Said once by screen readers, and only where it is new.
+    // Set only on a change, since screen readers announce every update.
     if (this.#verdict.textContent !== verdict) this.#verdict.textContent = verdict;
     this.#details.textContent = details;
     this.#bars.replaceChildren();
@@ -76,21 +76,21 @@ export class LivePlan {
     this.#fixes.replaceChildren();
   }
 
-  // The button goes with what it mended: its focus stays near.
+  // The pressed button disappears with the problem it fixes, so move the focus to the verdict.
   #press(changes) {
     this.#verdict.focus({ preventScroll: true });
     this.#apply(changes);
   }
 
-  // A node that was as high as it must be stays so; one that the user made higher keeps its height.
+  // Resizes a node that had its minimum height; a node that the user made higher keeps its height.
   #fitNode() {
     const height = this.#content.offsetHeight;
     if (!height || height === this.#height) return;
     const node = this.#node;
-    const wasTight = node.size[1] <= node.computeSize()[1] + 1;
+    const hadMinHeight = node.size[1] <= node.computeSize()[1] + 1;
     this.#height = height;
-    const least = node.computeSize()[1];
-    node.setSize([node.size[0], wasTight ? least : Math.max(node.size[1], least)]);
+    const minHeight = node.computeSize()[1];
+    node.setSize([node.size[0], hadMinHeight ? minHeight : Math.max(node.size[1], minHeight)]);
     node.graph?.setDirtyCanvas?.(true, true);
   }
 }
@@ -100,7 +100,7 @@ function verdictOf({ fits, binding_stage, stages, usable_bytes, device }) {
   return t(fits ? "fits" : "doesNotFit", { stage: t(binding_stage), needed, usable: amount(usable_bytes), device });
 }
 
-// What a button changes, by the widgets that it sets.
+// Labels of the buttons, by the first widget that a button sets.
 const LABELS = {
   frames: ({ frames }) => t(frames === 1 ? "oneFrame" : "frames", { frames }),
   width: ({ width, height }) => `${width}×${height}`,
@@ -110,7 +110,7 @@ const LABELS = {
 };
 const labelOf = (changes) => LABELS[Object.keys(changes)[0]](changes);
 
-// Name, bar and amount of one stage.
+// Builds name, bar and amount of one stage.
 function bar(stage, usableBytes, largestBytes) {
   const bytes = {
     weights: stage.weights_bytes,
@@ -118,16 +118,16 @@ function bar(stage, usableBytes, largestBytes) {
     margin: Math.max(0, stage.needed_bytes - stage.peak_bytes),
   };
   const share = (part) => `${(100 * part) / largestBytes}%`;
-  const drawn = element("span", { className: "bar" });
-  for (const part of PARTS) drawn.append(element("span", { className: part, style: `width: ${share(bytes[part])}` }));
-  drawn.append(element("span", { className: "limit", style: `left: ${share(usableBytes)}` }));
+  const track = element("span", { className: "bar" });
+  for (const part of PARTS) track.append(element("span", { className: part, style: `width: ${share(bytes[part])}` }));
+  track.append(element("span", { className: "limit", style: `left: ${share(usableBytes)}` }));
   const freeBytes = usableBytes - stage.needed_bytes;
-  const end = freeBytes < 0 ? t("tooMuch", { amount: amount(-freeBytes) }) : t("left", { amount: amount(freeBytes) });
-  drawn.setAttribute("role", "img");
-  drawn.setAttribute("aria-label", [...PARTS.map((part) => `${t(part)} ${amount(bytes[part])}`), end].join(t("comma")));
+  const rest = freeBytes < 0 ? t("tooMuch", { amount: amount(-freeBytes) }) : t("left", { amount: amount(freeBytes) });
+  track.setAttribute("role", "img");
+  track.setAttribute("aria-label", [...PARTS.map((part) => `${t(part)} ${amount(bytes[part])}`), rest].join(t("comma")));
   return [
     element("span", { textContent: t(stage.stage) }),
-    drawn,
+    track,
     element("span", { className: freeBytes < 0 ? "amount over" : "amount", textContent: amount(stage.needed_bytes) }),
   ];
 }

@@ -1,9 +1,9 @@
-// One job of the queue as it is drawn. Whatever it shows is text or has a text beside it.
+// View of one job in the queue. For screen readers, everything shown is text or has a text label.
 import { api } from "../../../scripts/api.js";
 import { amount, element } from "./elements.js";
-import { language, said, t } from "./i18n.js";
+import { language, messageText, t } from "./i18n.js";
 
-// What can be done with a job in each state.
+// Actions that are possible in each state of a job.
 const ALLOWED = {
   waiting: ["pause", "cancel"],
   paused: ["resume", "cancel"],
@@ -14,13 +14,13 @@ const ALLOWED = {
 };
 const ACTIONS = ["pause", "resume", "cancel", "retry"];
 
-// A duration in its two largest units, as in "3 hr 20 min".
+// Formats a duration in its largest units, such as "3 hr 20 min".
 export function duration(seconds) {
   const minutes = Math.round(seconds / 60);
   const hours = [[Math.floor(minutes / 60), "hour"], [minutes % 60, "minute"]];
   const parts = seconds < 60 ? [[Math.ceil(seconds), "second"]] : minutes < 60 ? [[minutes, "minute"]] : hours;
-  const words = ([value, unit]) => Intl.NumberFormat(language(), { style: "unit", unit, unitDisplay: "short" }).format(value);
-  return parts.map(words).join(" ");
+  const format = ([value, unit]) => Intl.NumberFormat(language(), { style: "unit", unit, unitDisplay: "short" }).format(value);
+  return parts.map(format).join(" ");
 }
 
 function viewUrl(file) {
@@ -35,8 +35,8 @@ export class JobCard {
   #state = element("span", { className: "state" });
   #prompt = element("p", { className: "prompt" });
   #progress = element("progress");
-  #words = element("p", { className: "words" });
-  #memory = element("p", { className: "words" });
+  #details = element("p", { className: "detail" });
+  #memory = element("p", { className: "detail" });
   #problem = element("p", { className: "problem" });
   #reason = element("p");
   #why = element("details");
@@ -44,7 +44,7 @@ export class JobCard {
   #buttons = {};
   element;
 
-  // `move` takes the job and by how many places.
+  // `act(request)` posts an action; `move(job, places)` moves a job by a number of places.
   constructor(job, act, move) {
     this.#act = act;
     for (const action of ACTIONS) {
@@ -59,14 +59,14 @@ export class JobCard {
     const controls = element("div", { className: "controls" }, priority, up, down, pause, resume, cancel, retry);
     const title = element("p", { className: "name" }, element("b", { textContent: job.name }), " ", this.#state);
     this.#why.append(element("summary", { textContent: t("queueWhy") }), this.#reason);
-    const words = [this.#prompt, this.#progress, this.#words, this.#memory, this.#why, this.#problem];
-    const body = element("div", {}, title, ...words);
+    const texts = [this.#prompt, this.#progress, this.#details, this.#memory, this.#why, this.#problem];
+    const body = element("div", {}, title, ...texts);
     this.element = element("li", {}, this.#link, body, controls);
     this.element.setAttribute("data-job", job.id);
     this.#progress.setAttribute("aria-label", job.name);
   }
 
-  // `first` and `last`: of those that wait.
+  // `first` and `last` say whether the job is the first or last waiting one.
   show(job, { first, last }) {
     this.#job = job;
     this.element.className = job.state;
@@ -81,15 +81,15 @@ export class JobCard {
     ].filter(Boolean).join(" · ");
     this.#problem.textContent = job.state === "done" ? "" : (job.problem ?? "");
     this.#why.hidden = !job.why;
-    this.#reason.textContent = job.why ? said(job.why) : "";
+    this.#reason.textContent = job.why ? messageText(job.why) : "";
     this.#showControls(job, first, last);
   }
 
   #button(textContent, onclick, label) {
-    const made = element("button", { type: "button", textContent, onclick });
-    made.setAttribute("aria-label", label);
-    made.title = label;
-    return made;
+    const button = element("button", { type: "button", textContent, onclick });
+    button.setAttribute("aria-label", label);
+    button.title = label;
+    return button;
   }
 
   #showPicture({ thumbnail, output, name }) {
@@ -104,30 +104,30 @@ export class JobCard {
   }
 
   #showProgress({ state, stage, done, total, seconds, seconds_left, attempts, pinned }) {
-    const runs = state === "running";
-    this.#progress.hidden = !runs;
+    const isRunning = state === "running";
+    this.#progress.hidden = !isRunning;
     this.#progress.max = total || 1;
     this.#progress.value = done;
     const parts = [];
-    if (runs && stage) parts.push(total ? t("queueProgress", { stage: t(stage), done, total }) : t(stage));
-    // What takes longer than predicted has no known end.
-    if (runs && seconds_left) parts.push(t("queueLeft", { time: duration(seconds_left) }));
+    if (isRunning && stage) parts.push(total ? t("queueProgress", { stage: t(stage), done, total }) : t(stage));
+    // There is no estimate for a job that takes longer than predicted.
+    if (isRunning && seconds_left) parts.push(t("queueLeft", { time: duration(seconds_left) }));
     if (state === "waiting" && seconds_left != null) parts.push(t("queueTakes", { time: duration(seconds_left) }));
     if (state === "done" && seconds != null) parts.push(t("queueTook", { time: duration(seconds) }));
     if (state === "waiting" && pinned) parts.push(t("queuePinned"));
     if (attempts) parts.push(t("queueAttempts", { count: attempts }));
-    this.#words.textContent = parts.join(" · ");
+    this.#details.textContent = parts.join(" · ");
   }
 
-  #showControls({ state, wish, priority }, first, last) {
-    const waits = state === "waiting";
+  #showControls({ state, wish: stopRequest, priority }, first, last) {
+    const isWaiting = state === "waiting";
     for (const [name, button] of Object.entries(this.#buttons)) {
-      const allowed = ["up", "down"].includes(name) ? waits : ALLOWED[state].includes(name) && !wish;
+      const allowed = ["up", "down"].includes(name) ? isWaiting : ALLOWED[state].includes(name) && !stopRequest;
       button.hidden = !allowed;
     }
     this.#buttons.up.disabled = first;
     this.#buttons.down.disabled = last;
-    this.#priority.parentElement.hidden = !waits && state !== "paused";
+    this.#priority.parentElement.hidden = !isWaiting && state !== "paused";
     if (document.activeElement !== this.#priority) this.#priority.value = priority;
   }
 

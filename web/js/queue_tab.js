@@ -1,19 +1,19 @@
-// The queue of I2V Batch in the page's sidebar: its jobs, and what can be done with them.
+// Sidebar tab with the queue of I2V Batch: its jobs and the actions on them.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { element, useStyle } from "./elements.js";
-import { said, t, textsRead } from "./i18n.js";
+import { messageText, t, textsLoaded } from "./i18n.js";
 import { JobCard, duration } from "./queue_job.js";
 
 const ROUTE = "/i2v_budget/queue";
-const ASK_EVERY_MS = 1000;
+const POLL_MS = 1000;
 const RULES = { weight: "weightRule", "first-come": "firstComeRule" };
 
 class QueueTab {
   #queue = null;
   #cards = new Map();
   #timer;
-  #asked = 0;
+  #requests = 0;
   #summary = element("p", { className: "summary" });
   #rule = element("p", { className: "rule" });
   #waits = element("ul", { className: "waits" });
@@ -32,34 +32,34 @@ class QueueTab {
     this.#root.append(head, this.#summary, this.#rule, this.#waits, this.#problem, this.#list, this.#more);
     this.#pause.hidden = true;
     container.replaceChildren(this.#root);
-    this.#keepAsking();
+    this.#poll();
   }
 
   close() {
     clearTimeout(this.#timer);
   }
 
-  async #keepAsking() {
-    if (!document.hidden) await this.#ask();
-    if (this.#root.isConnected) this.#timer = setTimeout(() => this.#keepAsking(), ASK_EVERY_MS);
+  async #poll() {
+    if (!document.hidden) await this.#request();
+    if (this.#root.isConnected) this.#timer = setTimeout(() => this.#poll(), POLL_MS);
   }
 
   act(values) {
-    return this.#ask({
+    return this.#request({
       method: "POST",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify(values),
     });
   }
 
-  // What was asked earlier is not shown after what was asked later.
-  async #ask(options) {
-    const number = (this.#asked += 1);
+  // Ignores an answer that arrives after a newer request was sent.
+  async #request(options) {
+    const number = (this.#requests += 1);
     try {
       const response = await api.fetchApi(ROUTE, options);
       const answer = await response.json();
       if (answer.error) this.#problem.textContent = `${answer.error.problem}: ${answer.error.remedy}.`;
-      else if (number === this.#asked) this.#show(answer, options !== undefined);
+      else if (number === this.#requests) this.#show(answer, options !== undefined);
     } catch (error) {
       setText(this.#summary, t("noAnswer", { error: error.message }));
     }
@@ -69,28 +69,28 @@ class QueueTab {
     this.act({ action: this.#queue.paused ? "resume" : "pause" });
   }
 
-  // By so many places; all that are before its new place keep theirs by hand.
+  // Moves a job by a number of places, and pins it and all jobs before it at their positions.
   #move(job, places) {
     const order = this.#queue.jobs.filter(({ state }) => state === "waiting");
     const from = order.findIndex(({ id }) => id === job.id);
     const to = from + places;
     if (from < 0 || to < 0 || to >= order.length) return;
-    const byHand = order.filter(({ pinned }) => pinned).length;
+    const pinnedCount = order.filter(({ pinned }) => pinned).length;
     order.splice(to, 0, ...order.splice(from, 1));
-    const jobs = order.slice(0, Math.max(byHand, to + 1)).map(({ id }) => id);
+    const jobs = order.slice(0, Math.max(pinnedCount, to + 1)).map(({ id }) => id);
     this.act({ action: "pin", jobs });
   }
 
-  #show(queue, acted) {
+  #show(queue, afterAction) {
     this.#queue = queue;
-    // A refusal is to be read, also when the next answer comes a moment later.
-    if (acted) this.#problem.textContent = "";
+    // Only an action that succeeded clears the last error, so that polling does not hide it.
+    if (afterAction) this.#problem.textContent = "";
     this.#pause.hidden = false;
     this.#pause.textContent = queue.paused ? t("queueResume") : t("queuePause");
     setText(this.#summary, this.#summaryOf(queue));
-    const waits = queue.jobs.some(({ state }) => state === "waiting");
-    setText(this.#rule, waits ? t(RULES[queue.rule]) : "");
-    const lines = [...queue.waits, ...queue.remarks.map(said)];
+    const someWait = queue.jobs.some(({ state }) => state === "waiting");
+    setText(this.#rule, someWait ? t(RULES[queue.rule]) : "");
+    const lines = [...queue.waits, ...queue.remarks.map(messageText)];
     this.#waits.replaceChildren(...lines.map((textContent) => element("li", { textContent })));
     this.#showJobs(queue.jobs);
     const all = Object.values(queue.counts).reduce((sum, count) => sum + count, 0);
@@ -116,7 +116,7 @@ class QueueTab {
     });
     this.#cards = new Map(jobs.map((job, index) => [job.id, cards[index]]));
     const elements = cards.map((card) => card.element);
-    // An element that is put in anew loses the focus.
+    // Elements are replaced only on a change, since an element that is inserted again loses the focus.
     if (elements.some((it, index) => it !== this.#list.children[index]) || elements.length !== this.#list.children.length) {
       this.#list.replaceChildren(...elements);
     }
@@ -124,12 +124,12 @@ class QueueTab {
   }
 }
 
-// Said once by screen readers, and only where it is new.
+// Sets the text only on a change, since screen readers announce every update.
 function setText(target, text) {
   if (target.textContent !== text) target.textContent = text;
 }
 
-// A button that has gone with what it did leaves the focus to another of its job.
+// Keeps the focus; if its button has disappeared, another button of the same job gets it.
 function keepFocus(focused) {
   const usable = focused.disabled || focused.hidden ? focused.closest("li").querySelector("button:enabled:not([hidden])") : focused;
   if (document.activeElement !== usable) usable?.focus({ preventScroll: true });
@@ -141,15 +141,15 @@ app.registerExtension({
   name: "i2v_budget.queue",
   async setup() {
     let tab;
-    await textsRead;
-    // Pages without a sidebar have no such function; there the queue is steered by its routes.
+    await textsLoaded;
+    // Pages without a sidebar lack this function; the HTTP routes still work there.
     app.extensionManager?.registerSidebarTab?.({
       id: "i2v_budget.queue",
       icon: "pi pi-video",
       title: t("queueTitle"),
       tooltip: t("queueTooltip"),
       type: "custom",
-      // The page calls this again for what is open already.
+      // The page calls this again for a tab that is already open.
       render(container) {
         if (container.querySelector(".i2v-queue")) return;
         tab?.close();

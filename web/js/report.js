@@ -1,4 +1,4 @@
-// Shows on each node of the pack the text that its last run sent: the plan, or a stage's prediction and measurement.
+// Shows on each node the text of its last run: the plan, or a stage's prediction and measurement.
 import { app } from "../../../scripts/app.js";
 import { ComfyWidgets } from "../../../scripts/widgets.js";
 
@@ -14,7 +14,7 @@ const NODES = [
 ];
 const WIDGET = "i2v_report";
 const LINE_PIXELS = 15;
-const MOST_PIXELS = 260;
+const MAX_HEIGHT_PIXELS = 260;
 
 function reportWidget(node) {
   const existing = node.widgets?.find((widget) => widget.name === WIDGET);
@@ -22,12 +22,12 @@ function reportWidget(node) {
   const { widget } = ComfyWidgets.STRING(node, WIDGET, ["STRING", { multiline: true }], app);
   if (widget.inputEl) widget.inputEl.readOnly = true;
   widget.options.read_only = true;
-  // What a run said is no setting: it is neither saved with the workflow nor sent with a prompt.
+  // The text is output, not a setting: it is neither saved with the workflow nor sent with a prompt.
   widget.label = "last run";
   widget.serialize = false;
   widget.options.serialize = false;
-  // As high as its text, where that is not long.
-  widget.options.getMinHeight = () => Math.min(MOST_PIXELS, LINE_PIXELS * (1 + widget.value.split("\n").length));
+  // As high as its text, up to a limit.
+  widget.options.getMinHeight = () => Math.min(MAX_HEIGHT_PIXELS, LINE_PIXELS * (1 + widget.value.split("\n").length));
   return widget;
 }
 

@@ -1,10 +1,10 @@
-// I2V Save Video shows a film, a GIF or pictures, whichever its last run wrote. The page keeps a node to what it showed
-// first, and takes a GIF for a still: both are put right here, for nodes drawn on the canvas.
+// Shows what the last run of I2V Save Video wrote: a video, a GIF or images. The page itself keeps a node's first kind of
+// preview, and treats a GIF as a still image; this fixes both, for nodes on the classic canvas.
 import { app } from "../../../scripts/app.js";
 
 const PREVIEWS = ["video-preview", "$$comfy_animation_preview", "$$canvas-image-preview"];
 
-function forgetPreview(node) {
+function removePreview(node) {
   for (const widget of node.widgets?.filter(({ name }) => PREVIEWS.includes(name)) ?? []) {
     widget.onRemove?.();
     node.widgets.splice(node.widgets.indexOf(widget), 1);
@@ -18,9 +18,9 @@ app.registerExtension({
     if (nodeData.name !== "I2VSaveVideo") return;
     const onExecuted = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (message) {
-      const moves = (message?.images ?? []).some(({ filename }) => filename.endsWith(".gif"));
-      forgetPreview(this);
-      Object.defineProperty(this, "animatedImages", { get: () => moves, set: () => {}, configurable: true });
+      const animated = (message?.images ?? []).some(({ filename }) => filename.endsWith(".gif"));
+      removePreview(this);
+      Object.defineProperty(this, "animatedImages", { get: () => animated, set: () => {}, configurable: true });
       onExecuted?.apply(this, arguments);
     };
   },

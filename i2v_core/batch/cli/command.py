@@ -1,4 +1,4 @@
-"""`python -m i2v_core batch`: a list of jobs, run to its end without a host.
+"""`python -m i2v_core batch`: runs a list of jobs to its end, without a host.
 
 Exit codes: 0 every row is a video, 1 some are not, 2 bad arguments or a list of which nothing can run, 130 interrupted.
 """
@@ -19,7 +19,8 @@ from ...placement.precision import AUTO
 from ...sampling.checkpoint import CheckpointWhen, weights_identity
 from ...units import parse_bytes
 from ..devices.device import LocalDevice, local_devices
-from ..engines.local import Engine
+from ..engines.engine import BatchEngine
+from ..engines.local import LocalEngine
 from ..engines.ray_driver import RayEngine
 from ..engines.settings import MOST_CLIPS, EngineSettings
 from ..jobs.job import JobSpec, JobState
@@ -31,18 +32,18 @@ from .console import Console, say
 
 ALL_DONE, SOME_FAILED, INTERRUPTED = 0, 1, 130
 _PICTURE = "batch.png"
-_LOOK_EVERY_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 
 
 def run_batch(options: argparse.Namespace) -> int:
-    """The exit code. Raises `I2VError` for arguments and lists that cannot be."""
+    """Runs the command; returns the exit code. Raises `I2VError` for invalid arguments and lists."""
     found = _read_list(options)
     for row in found.bad:
         say(f"{options.list}, {row}")
     if not found.jobs:
-        raise BadInputError(f"no row of {options.list} can run", "mend the rows that are named above")
+        raise BadInputError(f"no row of {options.list} can run", "fix the rows listed above")
     if options.attempts < 1:
-        raise BadInputError(f"{options.attempts} attempts are not possible", "use 1 or more")
+        raise BadInputError(f"--attempts {options.attempts} is not possible", "use 1 or more")
     store = JobStore(options.queue or options.out / DEFAULT_QUEUE)
     console = Console(len(found.jobs), store)
     try:
@@ -68,7 +69,7 @@ def _read_list(options: argparse.Namespace) -> JobList:
         try:
             width, height = (int(side) for side in options.size.lower().replace("×", "x").split("x"))
         except ValueError:
-            raise BadInputError(f"'{options.size}' is no size", "write for example 512x320") from None
+            raise BadInputError(f"'{options.size}' is not a valid size", "write for example 512x320") from None
     frames = facts.default_size.frames if options.frames is None else options.frames
     size = VideoSize(width_pixels=width, height_pixels=height, frames=frames)
     facts.check(size)
@@ -91,19 +92,19 @@ def _read_list(options: argparse.Namespace) -> JobList:
 
 
 def _run(options: argparse.Namespace, store: JobStore, ids: Sequence[int], console: Console) -> bool:
-    """Whether it was interrupted."""
+    """Runs the queue to its end; whether it was interrupted."""
     engine = _engine(options, store, console)
     engine.start()
     interrupted = False
     try:
         while True:
             try:
-                if engine.join(_LOOK_EVERY_SECONDS):
+                if engine.join(_POLL_SECONDS):
                     return interrupted
                 console.show(engine, ids)
             except KeyboardInterrupt:
                 if not interrupted:
-                    say("stopping; what is in hand is kept, run it again to go on")
+                    say("stopping; unfinished jobs keep their checkpoints, run the command again to continue")
                 interrupted = True
                 engine.stop()
     except BaseException:
@@ -113,7 +114,7 @@ def _run(options: argparse.Namespace, store: JobStore, ids: Sequence[int], conso
         raise
 
 
-def _engine(options: argparse.Namespace, store: JobStore, console: Console) -> Engine | RayEngine:
+def _engine(options: argparse.Namespace, store: JobStore, console: Console) -> BatchEngine:
     settings = EngineSettings(
         output=options.out.resolve(),
         policy=Policy(options.rule),
@@ -126,7 +127,7 @@ def _engine(options: argparse.Namespace, store: JobStore, console: Console) -> E
     reserve_bytes = 0 if options.reserve is None else parse_bytes(options.reserve)
     if options.ray is None:
         devices = _devices(options, store, limit_bytes, reserve_bytes)
-        return Engine(store, devices, settings, on_event=console.on_event, on_span=console.on_span)
+        return LocalEngine(store, devices, settings, on_event=console.on_event, on_span=console.on_span)
     if options.device is not None:
         raise BadInputError("--device does not go with --ray", "leave it out: every card of the cluster is used")
     return RayEngine(
@@ -141,7 +142,7 @@ def _engine(options: argparse.Namespace, store: JobStore, console: Console) -> E
 
 
 def _clips(text: str) -> int | None:
-    """Raises `BadInputError` for what is neither `auto` nor a number that can be."""
+    """The number, None for `auto`. Raises `BadInputError` for anything else."""
     if text == AUTO:
         return None
     if not text.isdecimal() or not 1 <= int(text) <= MOST_CLIPS:
@@ -164,7 +165,7 @@ def _devices(
 
 
 def _device(name: str) -> torch.device:
-    """Raises `BadInputError` for a device that is not there."""
+    """The device of that name. Raises `BadInputError` where there is none."""
     try:
         device = torch.device("cuda:0" if name == "cuda" else name)
         torch.empty(1, device=device)

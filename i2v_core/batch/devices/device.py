@@ -1,4 +1,4 @@
-"""A device as the engine sees it, and this machine's own. A host that shares its device gives an adapter of its own."""
+"""A device as the engine sees it, and this machine's own devices. A host that shares its device supplies an adapter."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ import torch
 from ...families import Architecture
 from ...memory.calibration import CalibrationStore, calibration_key
 from ...memory.device import DeviceFacts, device_facts, is_out_of_memory
+from ...memory.device_memory import DeviceMemory
 from ...placement.attention import AttentionBackend
 from ...planning.plan import Plan, Stage
 from ...planning.request import Budget
 from ...planning.trace import loaded_bytes
 from ...stages import StageReport
-from .admission import DeviceMemory
+from .admission import BlockingReason
 
 
 class DeviceLostError(Exception):
-    """The device itself has failed, whatever it was doing."""
+    """The device itself has failed, whatever it ran."""
 
 
 class PlannedDevice(Protocol):
-    """What must be known of a device to choose its jobs."""
+    """A device as the scheduler sees it."""
 
     @property
     def name(self) -> str:
@@ -35,18 +36,18 @@ class PlannedDevice(Protocol):
         ...
 
     def budget(self, architecture: Architecture) -> Budget:
-        """What plans of a model are made for."""
+        """Memory that plans of a model may use."""
         ...
 
     def facts(self, architecture: Architecture) -> DeviceFacts: ...
 
     def room(self) -> DeviceMemory:
-        """Memory as it is now; what the engine's own stages hold is not counted as others'."""
+        """Memory as it is now; bytes that the engine's own stages hold do not count as others'."""
         ...
 
 
 class BatchDevice(PlannedDevice, Protocol):
-    """What the engine asks of a device. Its methods are called from several threads."""
+    """A device that runs stages. Its methods are called from several threads."""
 
     @property
     def torch_device(self) -> torch.device: ...
@@ -55,33 +56,36 @@ class BatchDevice(PlannedDevice, Protocol):
     def attention(self) -> AttentionBackend: ...
 
     def stage(self, stage: Stage, plan: Plan) -> AbstractContextManager[None]:
-        """Around a stage, in its thread."""
+        """Context of a stage, entered in its thread."""
         ...
 
     def make_room(self) -> None:
-        """Free what others hold and can be had. Called when memory has run out."""
+        """Free memory that others can give up. Called when memory has run out."""
         ...
 
     def free_bytes(self) -> int | None: ...
 
     def concluded(self, report: StageReport, *, alone: bool) -> None:
-        """A stage has ended; `alone` unless another ran on the device at the same time."""
+        """Note that a stage has ended; `alone` unless another ran on the device at the same time."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceStatus:
-    """What a page shows of a device. `waits` says what each stage that is not let in is waiting for."""
+    """A device, its memory, and what runs and waits on it."""
 
     name: str
     room: DeviceMemory
     reserved_bytes: int
     jobs: tuple[int, ...]
-    waits: tuple[str, ...]
+    waits: tuple[BlockingReason, ...]
+    """Why each waiting stage waits."""
+    too_large_now: int = 0
+    """Waiting jobs that do not fit beside other programs."""
 
 
 def _used_host_bytes() -> int:
-    """What others than this process take of the machine's memory."""
+    """Bytes of the machine's memory that other processes take."""
     memory = psutil.virtual_memory()
     own_bytes = psutil.Process(os.getpid()).memory_info().rss
     return max(0, int(memory.total - memory.available - own_bytes))
@@ -89,17 +93,16 @@ def _used_host_bytes() -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalDevice:
-    """A device of this machine that the engine has to itself, but for other programs.
-
-    `limit_bytes` is what may be used of it (None: all), `reserve_bytes` what stays free.
-    """
+    """A device of this machine that the engine shares with no other user but other programs."""
 
     torch_device: torch.device
     limit_bytes: int | None = None
+    """Bytes that may be used of it; None for all."""
     reserve_bytes: int = 0
+    """Bytes that stay free."""
     attention: AttentionBackend = AttentionBackend.SDPA
     calibration: CalibrationStore | None = None
-    # Of the CPU's memory, since what a process of ours takes of it cannot be told from the rest later.
+    # For the CPU: read before any stage runs, since later our own memory cannot be told from that of others.
     _others_at_first_bytes: int = field(default_factory=_used_host_bytes)
 
     @property
@@ -110,14 +113,9 @@ class LocalDevice:
         return with_model_loaded(self.empty_budget(), architecture)
 
     def empty_budget(self) -> Budget:
-        """As long as no model is loaded."""
-        room = self.room()
+        """Budget as long as no model is loaded."""
         on_host = self.torch_device.type == "cpu"
-        return Budget(
-            free_bytes=room.usable_bytes + room.reserve_bytes,
-            reserve_bytes=self.reserve_bytes,
-            host_free_bytes=None if on_host else int(psutil.virtual_memory().available),
-        )
+        return Budget.of(self.room(), host_free_bytes=None if on_host else int(psutil.virtual_memory().available))
 
     def facts(self, architecture: Architecture) -> DeviceFacts:
         facts = device_facts(self.torch_device)
@@ -132,10 +130,12 @@ class LocalDevice:
             others_bytes = max(0, total_bytes - free_bytes - torch.cuda.memory_reserved(self.torch_device))
         else:
             total_bytes, others_bytes = int(psutil.virtual_memory().total), self._others_at_first_bytes
-        if self.limit_bytes is not None:
-            # A limit is on what we take, so others come on top of it.
-            total_bytes = min(total_bytes, others_bytes + self.limit_bytes)
-        return DeviceMemory(total_bytes=total_bytes, others_bytes=others_bytes, reserve_bytes=self.reserve_bytes)
+        return DeviceMemory(
+            free_bytes=total_bytes - others_bytes,
+            limit_bytes=self.limit_bytes,
+            reserve_bytes=self.reserve_bytes,
+            others_bytes=others_bytes,
+        )
 
     @contextmanager
     def stage(self, stage: Stage, plan: Plan) -> Generator[None]:  # noqa: ARG002
@@ -143,12 +143,12 @@ class LocalDevice:
             with nullcontext():
                 yield
             return
-        # A stream of its own, else what runs in two threads would queue up in one.
+        # Each stage has its own stream, else two threads would queue their work in one.
         with torch.cuda.device(self.torch_device), torch.cuda.stream(torch.cuda.Stream(self.torch_device)):
             try:
                 yield
             finally:
-                # Another stage's stream cannot use the blocks that this one's has left in the allocator.
+                # The allocator keeps freed blocks for their stream, where no other stage can use them.
                 torch.cuda.empty_cache()
 
     def make_room(self) -> None:
@@ -161,7 +161,7 @@ class LocalDevice:
         return torch.cuda.mem_get_info(self.torch_device)[0]
 
     def concluded(self, report: StageReport, *, alone: bool) -> None:
-        # The allocator's peak is of all that runs on the device; on the CPU each stage counts its own.
+        # The allocator's peak is that of all stages on the device; on the CPU each stage counts its own.
         if self.calibration is None or not (alone or self.torch_device.type == "cpu"):
             return
         plan = report.plan
@@ -174,14 +174,14 @@ class LocalDevice:
 
 
 def with_model_loaded(budget: Budget, architecture: Architecture) -> Budget:
-    """What is left of a budget when the model lies in host memory, in 16 bits as published models do."""
+    """The budget less a model in host memory, in 16 bits as published models are."""
     if budget.host_free_bytes is None:
         return budget
     return replace(budget, host_free_bytes=max(0, budget.host_free_bytes - loaded_bytes(architecture, torch.float16)))
 
 
 def local_devices(limit_bytes: int | None, reserve_bytes: int, calibration: CalibrationStore) -> list[LocalDevice]:
-    """Every card of this machine, or its CPU where there is none."""
+    """All cards of this machine, or its CPU if there is none."""
     names = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
     return [
         LocalDevice(

@@ -1,34 +1,38 @@
-"""The same queue on a Ray cluster: a worker for each card, which Ray places, starts and starts again.
+"""The engine of a Ray cluster: a worker for each card, which Ray places, starts, and restarts when it ends.
 
-The driver alone touches the queue's file; workers are handed jobs and give back how they ended. Models, pictures and
-the output folder must be at the same paths on every machine.
+Only the driver touches the queue's file; workers are handed jobs and return how they ended. Models, pictures and the
+output folder must be at the same paths on every machine.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ...errors import I2VError
 from ..devices.admission import AdmissionController
 from ..devices.device import DeviceStatus
-from ..jobs.job import JobRecord, JobState, StopRequest
-from ..jobs.leases import LeaseManager
+from ..execution.ready_queue import max_jobs
+from ..execution.running_job import HeldJob, StopReason
+from ..jobs.job import JobState
 from ..jobs.store import JobStore
-from ..monitoring.events import Event, EventKind
-from ..scheduling.scheduler import Assignment, RejectedJob, Scheduler
+from ..monitoring.events import Event
+from ..scheduling.scheduler import Assignment, Scheduler
+from .engine import BatchEngine
 from .lifecycle import found_report
-from .ray_cluster import connect, import_ray, placements
-from .ray_worker import BatchWorker, JobResult, RemoteDevice
+from .ray_cluster import connect, import_ray, worker_resources
+from .ray_worker import BatchWorker, JobResult, RemoteDevice, WorkerDescription
 from .settings import EngineSettings
 
 logger = logging.getLogger(__name__)
 
 _START_SECONDS, _RESTARTS = 120.0, 3
+_RESTART_POLL_SECONDS = 0.5
+_SPARE_THREADS = 4
+"""Threads of a worker beyond those that run jobs: to describe itself, report progress, and stop jobs."""
 
 
 @dataclass(slots=True, eq=False)
@@ -36,17 +40,28 @@ class _Worker:
     name: str
     handle: Any
     device: RemoteDevice
-    jobs: dict[int, JobRecord] = field(default_factory=dict[int, JobRecord])
-    coming_back: Any = None
-    """A question to a worker that was lost, which Ray answers when it has started it again."""
+    restarting: Any = None
+    """Reference to the answer of a worker that was lost, which comes when Ray has restarted it."""
 
 
-class RayEngine:
-    """As `Engine`, with the devices of a cluster.
+@dataclass(slots=True, kw_only=True, eq=False)
+class _RemoteJob(HeldJob):
+    worker: _Worker
+
+    def stop(self, reason: StopReason) -> None:
+        HeldJob.stop(self, reason)  # super() does not work in a class with slots that a decorator has made anew
+        self.worker.handle.stop.remote(self.spec.key)
+
+
+class RayEngine(BatchEngine):
+    """Runs jobs on the devices of a cluster.
 
     Args:
         address: of the cluster, `auto` for the one that this machine is part of, or `LOCAL`.
-        cpu_workers: where the cluster has no cards, so many workers are started on its processors.
+        limit_bytes: memory to use of each device; None: all.
+        reserve_bytes: memory to leave free on each device.
+        cpu_workers: number of workers where the cluster has no cards.
+        on_event: called for everything that happens, from the engine's threads; it must not wait for the engine.
 
     Raises:
         MissingPackageError: Ray is not installed.
@@ -62,70 +77,54 @@ class RayEngine:
         cpu_workers: int = 1,
         on_event: Callable[[Event], None] = lambda _: None,
     ) -> None:
+        super().__init__(store, settings, on_event)
         self._ray = import_ray()
-        self.store, self.settings = store, settings
-        self.claims = LeaseManager(store, lease_seconds=settings.lease_seconds)
-        self.work = settings.work or store.database.path.with_name(store.database.path.name + ".work")
         self._address, self._cpu_workers = address, cpu_workers
         self._limit_bytes, self._reserve_bytes = limit_bytes, reserve_bytes
-        self._on_event = on_event
+        # So many for each worker, that a batch of the size that was asked for can be made there.
+        one_by_one = settings.max_in_flight == 1
+        self._max_jobs = max_jobs(settings.max_in_flight, 1 if one_by_one else settings.clips_at_once or 1)
         self._workers: dict[str, _Worker] = {}
-        self._flying: dict[Any, tuple[_Worker, int]] = {}
-        self._stopping = threading.Event()
-        self._over = threading.Event()
-        self._problem: Exception | None = None
-
-    def start(self) -> None:
-        threading.Thread(target=self._run, name="driver of the cluster", daemon=True).start()
-
-    def join(self, timeout_seconds: float | None = None) -> bool:
-        """As `Engine.join`."""
-        over = self._over.wait(timeout_seconds)
-        if over and self._problem is not None:
-            raise self._problem
-        return over
-
-    def stop(self) -> None:
-        self._stopping.set()
+        self._by_ref: dict[Any, _RemoteJob] = {}
 
     def status(self) -> tuple[DeviceStatus, ...]:
         return tuple(
             DeviceStatus(
-                name=worker.name, room=worker.device.room(), reserved_bytes=0, jobs=tuple(worker.jobs), waits=()
+                name=worker.name,
+                room=worker.device.room(),
+                reserved_bytes=0,
+                jobs=tuple(job.id for job in self._jobs_of(worker)),
+                waits=(),
             )
-            for worker in list(self._workers.values())
+            for worker in self._all_workers()
         )
 
     def worker_pids(self) -> dict[str, int]:
-        return {name: worker.device.description.pid for name, worker in self._workers.items()}
+        return {worker.name: worker.device.description.pid for worker in self._all_workers()}
 
-    def _run(self) -> None:
-        try:
-            self._connect()
-            try:
-                self._drive()
-            finally:
-                self._ray.shutdown()
-        except Exception as error:
-            self._problem = error
-        self._over.set()
-
-    def _connect(self) -> None:
+    def _run_jobs(self) -> None:
         connect(self._ray, self._address, self._cpu_workers)
-        settings = EngineSettings(
-            output=self.settings.output,
-            work=self.work,
-            max_in_flight=self.settings.max_in_flight,
-            memory_wait_seconds=self.settings.memory_wait_seconds,
-            checkpoints=self.settings.checkpoints,
-            renew_seconds=self.settings.renew_seconds,
-        )
+        try:
+            self._start_workers()
+            self.leases.reclaim_expired()
+            with self._lease_keeper.running():
+                self._drive()
+        finally:
+            # Ray would start a new cluster for a call that comes after its shutdown.
+            with self._changed:
+                self._jobs.clear()
+                self._by_ref.clear()
+            self._ray.shutdown()
+
+    def _start_workers(self) -> None:
+        settings = replace(self.settings, work=self.work)
         actor = self._ray.remote(BatchWorker)
+        threads = self._max_jobs + _SPARE_THREADS
         handles = [
-            actor.options(max_restarts=_RESTARTS, max_concurrency=self.settings.max_in_flight + 4, **needs).remote(
+            actor.options(max_restarts=_RESTARTS, max_concurrency=threads, **resources).remote(
                 settings, self._limit_bytes, self._reserve_bytes
             )
-            for needs in placements(self._ray, self._cpu_workers)
+            for resources in worker_resources(self._ray, self._cpu_workers)
         ]
         asked = {handle.describe.remote(): handle for handle in handles}
         ready, late = self._ray.wait(list(asked), num_returns=len(asked), timeout=_START_SECONDS)
@@ -133,146 +132,144 @@ class RayEngine:
             logger.warning("a worker has not started within %.0f s and is left out", _START_SECONDS)
             self._ray.kill(asked[ref])
         for index, ref in enumerate(ready):
-            device = RemoteDevice(name=f"worker {index}", description=self._ray.get(ref))
+            try:
+                description: WorkerDescription = self._ray.get(ref)
+            except self._ray.exceptions.RayError as error:
+                logger.warning("a worker has not started and is left out: %s", error)
+                continue
+            device = RemoteDevice(name=f"worker {index}", description=description)
             self._workers[device.name] = _Worker(device.name, asked[ref], device)
         if not self._workers:
             raise I2VError("no worker could be started on the cluster", "look at `ray status` and the workers' logs")
         devices = {name: worker.device for name, worker in self._workers.items()}
-        desks = {name: AdmissionController(device.room) for name, device in devices.items()}
-        self._picker = Scheduler(self.claims, devices, desks, self.settings.policy)
+        admissions = {name: AdmissionController(device.room) for name, device in devices.items()}
+        self._scheduler = Scheduler(self.leases, devices, admissions, self.settings.policy)
+        self._lifecycle = self._lifecycle_with(self._scheduler)
 
     def _drive(self) -> None:
-        self.claims.reclaim_expired()
-        renewed = told_to_stop = 0.0
         while True:
-            if self._stopping.is_set() and not told_to_stop:
-                told_to_stop = time.monotonic()
-                self._end_all(StopRequest.PAUSE)
-            if not self._stopping.is_set():
-                self._fill()
-            waiting_for = [*self._flying, *(it.coming_back for it in self._workers.values() if it.coming_back)]
-            if not self._flying and (self._stopping.is_set() or self._is_drained()):
+            if not self._stopping:
+                self._hand_out_jobs()
+            if not self._by_ref and (self._stopping or self._is_drained()):
                 return
-            if waiting_for:
-                ready, _ = self._ray.wait(waiting_for, num_returns=1, timeout=self.settings.renew_seconds)
+            workers = self._all_workers()
+            if not workers:
+                raise I2VError(
+                    "every worker of the cluster is lost", "look at the workers' logs, and run again to go on"
+                )
+            refs = [*self._by_ref, *(worker.restarting for worker in workers if worker.restarting is not None)]
+            if refs:
+                ready, _ = self._ray.wait(refs, num_returns=1, timeout=self.settings.renew_seconds)
                 for ref in ready:
                     self._settle(ref)
-            else:
-                self._stopping.wait(self.settings.renew_seconds)
-            if time.monotonic() - renewed >= self.settings.renew_seconds:
-                renewed = time.monotonic()
-                self._renew()
+                continue
+            with self._changed:
+                if not self._stopping:
+                    self._changed.wait(self.settings.renew_seconds)
 
-    def _is_drained(self) -> bool:
-        if not self._workers:
-            raise I2VError("every worker of the cluster is lost", "look at the workers' logs, and run again to go on")
-        counts = self.store.counts()
-        return not counts[JobState.WAITING] and not counts[JobState.RUNNING]
+    def _hand_out_jobs(self) -> None:
+        """Hands out jobs, one to each worker in turn, as long as any takes one."""
+        workers = self._all_workers()
+        while workers:
+            workers = [worker for worker in workers if self._has_room(worker) and self._hand_out_to(worker)]
 
-    def _fill(self) -> None:
-        """Hands out jobs, one to each worker in turn, as long as they take any."""
-        given = True
-        while given:
-            given = False
-            for worker in list(self._workers.values()):
-                if worker.coming_back is None and len(worker.jobs) < self.settings.max_in_flight:
-                    pick = self._picker.next(worker.name)
-                    given = given or pick is not None
-                    if isinstance(pick, Assignment):
-                        self._hand_out(worker, pick)
-                    elif isinstance(pick, RejectedJob) and self.claims.claim(pick.job, worker.name):
-                        self._set_aside(pick.job, worker.name, str(pick.error))
+    def _has_room(self, worker: _Worker) -> bool:
+        return worker.restarting is None and len(self._jobs_of(worker)) < self._max_jobs
 
-    def _hand_out(self, worker: _Worker, pick: Assignment) -> None:
-        record = pick.record
-        ref = worker.handle.run.remote(record.spec.as_dict())
-        worker.jobs[record.id] = record
-        self._flying[ref] = worker, record.id
-        self._tell(EventKind.STARTED, record.id, worker.name, str(pick.explanation))
+    def _hand_out_to(self, worker: _Worker) -> bool:
+        def prepare(assignment: Assignment, output: Path) -> _RemoteJob:
+            return _RemoteJob(record=assignment.record, output=output, worker=worker)
+
+        job = self._lifecycle.take_up(worker.name, prepare)
+        if job is None:
+            return False
+        ref = worker.handle.run.remote(job.spec.as_dict())
+        with self._changed:
+            self._by_ref[ref] = job
+        self._hold(job)
+        return True
 
     def _settle(self, ref: Any) -> None:
-        if ref not in self._flying:
-            self._came_back(next(worker for worker in self._workers.values() if worker.coming_back == ref))
+        """Handles an answer of a worker: a job that has ended, or its restart."""
+        if ref not in self._by_ref:
+            self._on_restarted(next(worker for worker in self._all_workers() if worker.restarting == ref))
             return
-        worker, job_id = self._flying.pop(ref)
-        record = worker.jobs.pop(job_id)
+        with self._changed:
+            job = self._by_ref.pop(ref)
         try:
-            outcome: JobResult = self._ray.get(ref)
+            result: JobResult = self._ray.get(ref)
         except self._ray.exceptions.RayError as error:
-            self._lost(worker, job_id, str(error))
-            return
-        self._conclude(worker, record, outcome)
-
-    def _conclude(self, worker: _Worker, record: JobRecord, outcome: JobResult) -> None:
-        if outcome.state is JobState.DONE:
-            output = self.settings.output / record.spec.output_name
-            thumbnail = self.work / f"{record.spec.key}.jpg"
-            if thumbnail.exists():
-                self.claims.show(record.id, thumbnail=thumbnail)
-            report = outcome.report or found_report(output)
-            self.claims.finish(record.id, output, report, outcome.measured_bytes)
-            self._tell(EventKind.DONE, record.id, worker.name, str(output))
-        elif outcome.state is JobState.FAILED:
-            attempts = 1 if outcome.is_permanent else self.settings.attempts
-            self._failed(worker, record.id, outcome.problem or "", outcome.report or {}, attempts)
+            self._on_lost(job, error)
         else:
-            # What was asked to pause since the batch is to stop waits for the next.
-            is_stop = self._stopping.is_set() and outcome.state is JobState.PAUSED
-            self.claims.release(record.id, JobState.WAITING if is_stop else outcome.state)
-            self._tell(EventKind.GIVEN_BACK, record.id, worker.name, outcome.state.value)
+            self._conclude(job, result)
+        finally:
+            self._let_go(job)
 
-    def _failed(self, worker: _Worker, job_id: int, problem: str, report: dict[str, Any], attempts: int) -> None:
-        self._picker.has_failed(job_id, worker.name, self.settings.retry_seconds)
-        state = self.claims.fail(job_id, problem, report, attempts=attempts)
-        self._tell(EventKind.FAILED if state is JobState.FAILED else EventKind.RETRY, job_id, worker.name, problem)
+    def _conclude(self, job: _RemoteJob, result: JobResult) -> None:
+        if result.worker_lost:
+            self._replace(job.worker, is_alive=True)
+        if result.state is JobState.DONE:
+            thumbnail = self.work / f"{job.spec.key}.jpg"
+            if thumbnail.exists():
+                self.leases.show(job.id, thumbnail=thumbnail)
+            self._lifecycle.finish(job, result.report or found_report(job.output), result.measured_bytes)
+        elif result.state is JobState.FAILED:
+            self._lifecycle.fail(job, result.problem or "", result.report or {})
+        else:
+            self._lifecycle.release(job)
 
-    def _set_aside(self, job_id: int, worker: str, problem: str) -> None:
-        self.claims.fail(job_id, problem, {}, attempts=1)
-        self._tell(EventKind.FAILED, job_id, worker, problem)
+    def _on_lost(self, job: _RemoteJob, error: Exception) -> None:
+        """Fails the job of a lost worker, so that it continues elsewhere, and has the worker replaced."""
+        words = str(getattr(error, "cause", None) or error) or repr(error)
+        self._replace(job.worker, is_alive=isinstance(error, self._ray.exceptions.RayTaskError))
+        self._lifecycle.fail(job, f"the worker was lost ({words.splitlines()[0]})", {})
 
-    def _lost(self, worker: _Worker, job_id: int, problem: str) -> None:
-        """The job goes to another worker, and on from its checkpoint; Ray starts this one again."""
-        if worker.coming_back is None:
-            worker.coming_back = worker.handle.describe.remote()
-            self._tell(EventKind.DEVICE_LOST, None, worker.name, "its process has ended; Ray starts it again")
-        self._failed(worker, job_id, f"the worker was lost ({problem.splitlines()[0]})", {}, self.settings.attempts)
+    def _replace(self, worker: _Worker, *, is_alive: bool) -> None:
+        """Has Ray restart a worker whose process has ended, or is alive but can run nothing more."""
+        if worker.restarting is not None:
+            return
+        if is_alive:
+            self._ray.kill(worker.handle, no_restart=False)
+        worker.restarting = worker.handle.describe.remote()
+        self._announce_lost_device(worker.name, "the worker was lost; Ray restarts it")
 
-    def _came_back(self, worker: _Worker) -> None:
+    def _on_restarted(self, worker: _Worker) -> None:
         try:
-            description = self._ray.get(worker.coming_back)
+            description = self._ray.get(worker.restarting)
+        except self._ray.exceptions.ActorUnavailableError:
+            # It is being restarted still, and Ray does not wait for that.
+            with self._changed:
+                self._changed.wait(min(self.settings.renew_seconds, _RESTART_POLL_SECONDS))
+            worker.restarting = worker.handle.describe.remote()
+            return
         except self._ray.exceptions.RayError as error:
             logger.warning("%s is lost for good: %s", worker.name, error)
-            del self._workers[worker.name]
+            with self._changed:
+                del self._workers[worker.name]
             if self._workers:
-                self._picker.lose(worker.name)
+                self._scheduler.lose(worker.name)
             return
-        worker.device, worker.coming_back = RemoteDevice(name=worker.name, description=description), None
+        worker.device, worker.restarting = RemoteDevice(name=worker.name, description=description), None
 
-    def _renew(self) -> None:
-        progress: dict[int, tuple[str, int, int]] = {}
-        for worker in self._workers.values():
-            if worker.jobs and worker.coming_back is None:
-                progress |= self._progress_of(worker)
-        wishes = self.claims.renew(progress)
-        for worker in self._workers.values():
-            for job_id, record in worker.jobs.items():
-                wish = wishes.get(job_id)
-                if wish is not None:
-                    worker.handle.end.remote(record.spec.key, wish)
-        self.claims.reclaim_expired()
+    def _refresh_progress(self) -> None:
+        """Asks every worker at once; one that does not answer in time keeps its last progress."""
+        busy = [worker for worker in self._all_workers() if worker.restarting is None and self._jobs_of(worker)]
+        if not busy:
+            return
+        asked = {worker.handle.progress.remote(): worker for worker in busy}
+        ready, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=self.settings.renew_seconds)
+        for ref in ready:
+            try:
+                by_key: dict[str, tuple[str, int, int]] = self._ray.get(ref)
+            except self._ray.exceptions.RayError:  # the answer to its jobs tells the same
+                continue
+            for job in self._jobs_of(asked[ref]):
+                job.progress = by_key.get(job.spec.key, job.progress)
 
-    def _progress_of(self, worker: _Worker) -> dict[int, tuple[str, int, int]]:
-        try:
-            by_key = self._ray.get(worker.handle.progress.remote(), timeout=self.settings.renew_seconds)
-        except self._ray.exceptions.RayError:
-            return {}
-        keys = {record.spec.key: job_id for job_id, record in worker.jobs.items()}
-        return {keys[key]: at for key, at in by_key.items() if key in keys and at[0]}
+    def _all_workers(self) -> list[_Worker]:
+        with self._changed:
+            return list(self._workers.values())
 
-    def _end_all(self, wish: StopRequest) -> None:
-        for worker in self._workers.values():
-            for record in worker.jobs.values():
-                worker.handle.end.remote(record.spec.key, wish)
-
-    def _tell(self, kind: EventKind, job: int | None, device: str, words: str) -> None:
-        self._on_event(Event(kind=kind, job=job, device=device, words=words))
+    def _jobs_of(self, worker: _Worker) -> list[_RemoteJob]:
+        with self._changed:
+            return [job for job in self._by_ref.values() if job.worker is worker]

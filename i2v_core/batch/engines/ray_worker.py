@@ -1,4 +1,4 @@
-"""One device of a Ray cluster: an engine of its own, which is handed one job after another."""
+"""One device of a Ray cluster: a local engine that is handed one job after another by the driver."""
 
 from __future__ import annotations
 
@@ -6,44 +6,46 @@ import os
 import socket
 import tempfile
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...errors import BadInputError
 from ...families import Architecture
 from ...memory.device import DeviceFacts, device_facts
+from ...memory.device_memory import DeviceMemory
 from ...placement.attention import AttentionBackend
 from ...planning.request import Budget
-from ..devices.admission import DeviceMemory
 from ..devices.device import LocalDevice, with_model_loaded
-from ..jobs.job import JobSpec, JobState, StopRequest
+from ..jobs.job import JobSpec, JobState
 from ..jobs.store import JobStore
 from ..monitoring.events import Event, EventKind
-from .local import Engine
+from .local import LocalEngine
 from .settings import EngineSettings
 
-_OVER = (EventKind.DONE, EventKind.FOUND, EventKind.FAILED, EventKind.GIVEN_BACK)
+_ENDED = (EventKind.DONE, EventKind.FOUND, EventKind.FAILED, EventKind.GIVEN_BACK)
+_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Description:
-    """What the driver must know of a worker's device to plan for it."""
+class WorkerDescription:
+    """Facts about a worker's device that the driver needs to plan for it."""
 
     host: str
     pid: int
     device_facts: DeviceFacts
     device_budget: Budget
-    device_room: DeviceMemory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteDevice:
-    """A worker's device, as the driver plans for it. It runs nothing here."""
+    """A worker's device, as the driver plans for it. It runs nothing in the driver's process."""
 
     name: str
-    description: Description
+    description: WorkerDescription
 
     def budget(self, architecture: Architecture) -> Budget:
         return with_model_loaded(self.description.device_budget, architecture)
@@ -52,28 +54,27 @@ class RemoteDevice:
         return self.description.device_facts
 
     def room(self) -> DeviceMemory:
-        return self.description.device_room
+        return self.description.device_budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobResult:
-    """How a job has ended on a worker. `report` is of the stages, or of the failure."""
+    """How a job has ended on a worker."""
 
     state: JobState
     problem: str | None
     report: dict[str, Any] | None
+    """Reports of the stages, or of the failure."""
     measured_bytes: int | None
-
-    @property
-    def is_permanent(self) -> bool:
-        return bool(self.report and self.report.get("permanent"))
+    worker_lost: bool
+    """The worker can run nothing more in this process."""
 
 
 class BatchWorker:
-    """Made an actor by `ray_engine`. Its methods are called from several threads at once.
+    """The actor that the driver starts for each device. Ray calls its methods from several threads at once.
 
-    The queue that it keeps for itself is in its own temporary folder; videos, checkpoints and kept latents are where
-    `settings` say, which every worker must be able to reach.
+    Its own queue is in a temporary folder. Videos, checkpoints and kept latents are where `settings` say, which every
+    worker must be able to reach.
     """
 
     def __init__(self, settings: EngineSettings, limit_bytes: int | None, reserve_bytes: int) -> None:
@@ -85,56 +86,68 @@ class BatchWorker:
         )
         self._folder = tempfile.TemporaryDirectory(prefix="i2v_worker_")
         self._store = JobStore(Path(self._folder.name) / "jobs.queue")
-        self._over = threading.Condition()
+        self._changed = threading.Condition()
         self._ended: set[int] = set()
-        settings = replace(settings, waits_for_more=True, attempts=1)
-        self._engine = Engine(self._store, [self._device], settings, on_event=self._hear)
+        # The driver alone decides about retries and when there are no more jobs.
+        settings = replace(settings, waits_for_more=True, attempts=1, retry_seconds=0.0)
+        self._engine = LocalEngine(self._store, [self._device], settings, on_event=self._on_event)
         self._engine.start()
 
-    def describe(self) -> Description:
-        return Description(
+    def describe(self) -> WorkerDescription:
+        return WorkerDescription(
             host=socket.gethostname(),
             pid=os.getpid(),
             device_facts=device_facts(self._device.torch_device),
             device_budget=self._device.empty_budget(),
-            device_room=self._device.room(),
         )
 
     def run(self, spec: dict[str, Any]) -> JobResult:
-        """Returns when the job has ended here, in whatever way."""
+        """Runs a job until it has ended here. One that had not begun when the device is lost stays waiting."""
         (job_id,) = self._store.add([JobSpec.from_dict(spec)])
-        with self._over:
+        with self._changed:
             self._ended.discard(job_id)
-        state = self._store.job(job_id).state
-        if state in (JobState.FAILED, JobState.CANCELLED):
-            self._store.retry(job_id)
-        elif state is JobState.PAUSED:
-            self._store.resume(job_id)
-        self._engine.wake()
-        if state is not JobState.DONE:
-            with self._over:
-                self._over.wait_for(lambda: job_id in self._ended)
         job = self._store.job(job_id)
-        return JobResult(state=job.state, problem=job.problem, report=job.report, measured_bytes=job.measured_bytes)
+        is_done = job.state is JobState.DONE and job.output is not None and job.output.exists()
+        if job.state is JobState.PAUSED:
+            self._store.resume(job_id)
+        elif job.state.is_final and not is_done:
+            self._store.retry(job_id)
+        if not is_done:
+            self._engine.wake()
+            self._wait_for_end(job_id)
+            job = self._store.job(job_id)
+        return JobResult(
+            state=job.state,
+            problem=job.problem,
+            report=job.report,
+            measured_bytes=job.measured_bytes,
+            worker_lost=self._engine.is_over or not self._engine.status(),
+        )
 
-    def end(self, key: str, wish: StopRequest) -> None:
-        """Stops a job that runs here, or is about to."""
+    def stop(self, key: str) -> None:
+        """Stops a job that runs here or is about to. Its checkpoint is kept; the driver decides what becomes of it."""
         for job in self._store.jobs(JobState.WAITING, JobState.RUNNING):
             if job.spec.key == key:
-                (self._engine.cancel if wish is StopRequest.CANCEL else self._engine.pause_job)(job.id)
-                if self._store.job(job.id).state is not JobState.RUNNING:
+                with suppress(BadInputError):  # it has ended in the meantime
+                    self._engine.pause_job(job.id)
+                if self._store.job(job.id).state is JobState.PAUSED:
                     self._note_end(job.id)
 
     def progress(self) -> dict[str, tuple[str, int, int]]:
-        """By key, the stage and how far it is, of every job that runs here."""
+        """Stage, and how many of how many steps or frames of it are done, of each running job by its key."""
         jobs = self._store.jobs(JobState.RUNNING)
         return {job.spec.key: (job.stage or "", job.done, job.total) for job in jobs}
 
-    def _hear(self, event: Event) -> None:
-        if event.kind in _OVER and event.job is not None:
+    def _wait_for_end(self, job_id: int) -> None:
+        with self._changed:
+            while job_id not in self._ended and not self._engine.is_over:
+                self._changed.wait(_POLL_SECONDS)
+
+    def _on_event(self, event: Event) -> None:
+        if event.kind in _ENDED and event.job is not None:
             self._note_end(event.job)
 
     def _note_end(self, job_id: int) -> None:
-        with self._over:
+        with self._changed:
             self._ended.add(job_id)
-            self._over.notify_all()
+            self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""Jobs in hand that are sampled together: admitted as one, each with its own progress, checkpoint, end and result."""
+"""Sampling several jobs in the same denoiser calls, each with its own progress, checkpoint, end and result."""
 
 from __future__ import annotations
 
@@ -22,79 +22,82 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchedSampling:
-    """Several flights of one shape, `kind`. `left` is told of each that ends before the others."""
+    """One batch of jobs that share a `batch_key`. It is admitted to the device as one stage."""
 
     runner: StageRunner
-    grouping: BatchingPolicy
-    flights: Sequence[RunningJob]
-    kind: Hashable
+    batching: BatchingPolicy
+    jobs: Sequence[RunningJob]
+    key: Hashable
     plan: Plan
-    left: Callable[[RunningJob, Exception], None]
+    on_left: Callable[[RunningJob, Exception], None]
+    """Called for each job that ends before the others."""
 
     def sample(self, model: I2VModel) -> None:
-        """Sets the samples of those that get done together; others are to go on alone, from the state that they have
-        then. Whatever fails here will show whose fault it is there.
+        """Sets the samples of the jobs that complete in the batch.
+
+        The others continue alone, from the state that they have reached. An error is not raised here: if it is one
+        job's fault, that shows when it runs alone.
         """
         try:
-            found = self._sampled(model)
-        except Exception as error:  # before the first step, or as all were told to stop
-            logger.info("%d jobs are not sampled together: %r", len(self.flights), error)
+            result = self._run(model)
+        except Exception as error:  # before the first step, or all were told to stop
+            logger.info("%d jobs are not sampled together: %r", len(self.jobs), error)
             return
-        for index, samples in found.samples.items():
-            flight = self.flights[index]
-            flight.reports.append(found.report)
-            flight.notes.append(f"sampled together with {_others(len(self.flights) - 1)}")
-            self.runner.keep(flight, samples)
-        for index, state in found.states.items():
-            self.flights[index].state = state
-            self.flights[index].notes.append(f"went on alone from step {state.steps_done}: {found.problem}")
-        if found.problem is not None:
-            logger.info("%d jobs go on alone: %r", len(found.states), found.problem)
-            if is_out_of_memory(found.problem):
-                self.grouping.does_not_fit(self.kind, len(self.flights))
+        for index, samples in result.samples.items():
+            job = self.jobs[index]
+            job.reports.append(result.report)
+            job.notes.append(f"sampled together with {_others(len(self.jobs) - 1)}")
+            self.runner.set_samples(job, samples)
+        for index, state in result.states.items():
+            self.jobs[index].state = state
+            self.jobs[index].notes.append(f"went on alone from step {state.steps_done}: {result.problem}")
+        if result.problem is not None:
+            logger.info("%d jobs go on alone: %r", len(result.states), result.problem)
+            if is_out_of_memory(result.problem):
+                self.batching.record_out_of_memory(self.key, len(self.jobs))
 
-    def _sampled(self, model: I2VModel) -> stages.BatchedResult:
-        runner, leader, plan = self.runner, self.flights[0], self.plan
+    def _run(self, model: I2VModel) -> stages.BatchedResult:
+        runner, first, plan = self.runner, self.jobs[0], self.plan
         asked = time.monotonic()
         needed = needed_bytes(plan.prediction(Stage.SAMPLE), plan.device)
-        admission = runner.desk.admit(leader.id, Stage.SAMPLE, needed, self._check, runner.memory_wait_seconds)
+        ticket = runner.admission.admit(first.id, Stage.SAMPLE, needed, self._check, runner.memory_wait_seconds)
         begun = time.monotonic()
         try:
             with runner.device.stage(Stage.SAMPLE, plan):
-                found = stages.sample_batched(
+                result = stages.sample_batched(
                     model,
                     plan,
-                    [self._clip(flight) for flight in self.flights],
+                    [self._request(job) for job in self.jobs],
                     runner.runtime(self._check),
                     runner.checkpointing,
-                    pays=lambda seconds: self.grouping.pays(self.kind, len(self.flights), seconds),
-                    left=lambda index, error: self.left(self.flights[index], error),
+                    is_worthwhile=lambda seconds: self.batching.pays(self.key, len(self.jobs), seconds),
+                    on_left=lambda index, error: self.on_left(self.jobs[index], error),
                 )
         finally:
-            alone = runner.desk.leave(admission)
+            alone = runner.admission.leave(ticket)
             ended = time.monotonic()
-            for flight in self.flights:
-                runner.span(flight, Stage.SAMPLE.value, asked=asked, begun=begun, ended=ended)
-        if found.problem is None:
-            runner.device.concluded(found.report, alone=alone)
-        return found
+            for job in self.jobs:
+                runner.report_span(job, Stage.SAMPLE.value, asked=asked, begun=begun, ended=ended)
+        if result.problem is None:
+            runner.device.concluded(result.report, alone=alone)
+        return result
 
     def _check(self) -> None:
-        """Raises when all are to stop: one by itself leaves after a step."""
-        if all(flight.stop_reason is not None for flight in self.flights):
-            self.flights[0].check()
+        """Raises when all jobs are to stop. A single one leaves the batch after a step."""
+        if all(job.stop_reason is not None for job in self.jobs):
+            self.jobs[0].check()
 
-    def _clip(self, flight: RunningJob) -> stages.SampleRequest:
-        def progressed(done: int, total: int, _: Any) -> None:
-            flight.progress = (Stage.SAMPLE.value, done, total)
+    def _request(self, job: RunningJob) -> stages.SampleRequest:
+        def on_progress(done: int, total: int, _: Any) -> None:
+            job.progress = (Stage.SAMPLE.value, done, total)
 
-        assert flight.conditioning is not None
-        flight.progress = (Stage.SAMPLE.value, 0, 0)
+        assert job.conditioning is not None
+        job.progress = (Stage.SAMPLE.value, 0, 0)
         return stages.SampleRequest(
-            conditioning=flight.conditioning,
-            settings=flight.spec.sampler,
-            check_cancelled=flight.check,
-            on_progress=progressed,
+            conditioning=job.conditioning,
+            settings=job.spec.sampler,
+            check_cancelled=job.check,
+            on_progress=on_progress,
         )
 
 

@@ -4,7 +4,7 @@
  queue ──► encode n+1 ──► sample n ──► decode n−1 ──► write n−2
 ```
 
-Whether they do is the desk's to say: each stage waits until it fits beside the others.
+Admission decides whether they do overlap: each stage waits until it fits beside the others.
 """
 
 from __future__ import annotations
@@ -21,48 +21,53 @@ from ...errors import I2VError
 from ...planning.plan import Plan, Stage
 from .batched_sampling import BatchedSampling
 from .batching import BatchingPolicy, batch_key
+from .model_cache import ModelReplicas
 from .ready_queue import ReadyQueue
 from .running_job import RunningJob, StopJobError
-from .stage_runner import ModelReplicas, StageRunner
+from .stage_runner import StageRunner
 from .video_writer import AsyncVideoWriter
 
 logger = logging.getLogger(__name__)
 
 
 class JobSource(Protocol):
-    """Who gives lanes their jobs, and is told how they end."""
+    """Supplies jobs to the pipeline and receives completion callbacks."""
 
     def next_job(self, device: str, *, at_once: bool = False) -> RunningJob | None:
-        """The device's next job; waits for one, None when there will be none; or `at_once`, None when there is none."""
+        """The device's next job. Waits for one, and returns None when there will be none; with `at_once` it returns
+        None when there is none now.
+        """
         ...
 
-    def on_stage(self, flight: RunningJob, stage: Stage) -> None: ...
+    def on_stage(self, job: RunningJob, stage: Stage) -> None: ...
 
-    def on_batched(self, flights: Sequence[RunningJob], plan: Plan) -> None:
-        """These are about to be sampled together, by this plan."""
+    def on_batched(self, jobs: Sequence[RunningJob], plan: Plan) -> None:
+        """Called before these are sampled together, by this plan."""
         ...
 
-    def on_finished(self, flight: RunningJob, error: Exception | None) -> None:
-        """The flight is over, well or not; called once for each."""
+    def on_finished(self, job: RunningJob, error: Exception | None) -> None:
+        """Called once for each job, when its video is written or with the error that ended it."""
         ...
 
-    def on_thumbnail(self, flight: RunningJob, thumbnail: Image.Image) -> None: ...
+    def on_thumbnail(self, job: RunningJob, thumbnail: Image.Image) -> None: ...
 
 
 class StagePipeline:
-    """The threads of one device. `max_in_flight` jobs at most are between the queue and their file, one of them encoded
-    ahead; with 1, jobs run one after another.
+    """The threads of one device.
+
+    At most `max_in_flight` jobs are between the queue and their file, one of them encoded ahead; with 1, jobs run one
+    after another.
     """
 
     def __init__(
-        self, device: str, runner: StageRunner, tower: JobSource, max_in_flight: int, grouping: BatchingPolicy
+        self, device: str, runner: StageRunner, source: JobSource, max_in_flight: int, batching: BatchingPolicy
     ) -> None:
-        self._device, self._runner, self._tower, self._grouping = device, runner, tower, grouping
-        self._line = ReadyQueue(max_in_flight)
+        self._device, self._runner, self._source, self._batching = device, runner, source, batching
+        self._ready = ReadyQueue(max_in_flight)
         self._sampled: queue.Queue[RunningJob | None] = queue.Queue()
-        lanes = {"encode": self._encode_lane, "sample": self._sample_lane, "decode": self._decode_lane}
+        loops = {"encode": self._encode_jobs, "sample": self._sample_jobs, "decode": self._decode_jobs}
         self._threads = [
-            threading.Thread(target=lane, name=f"{name} on {device}", daemon=True) for name, lane in lanes.items()
+            threading.Thread(target=loop, name=f"{name} on {device}", daemon=True) for name, loop in loops.items()
         ]
 
     def start(self) -> None:
@@ -73,103 +78,104 @@ class StagePipeline:
         for thread in self._threads:
             thread.join()
 
-    def finish(self, flight: RunningJob, error: Exception | None) -> None:
-        """A flight is over: there is room for another."""
+    def finish(self, job: RunningJob, error: Exception | None) -> None:
+        """Ends a job, and makes room for another."""
         if error is None:
-            self._runner.written(flight)
-        self._tower.on_finished(flight, error)
-        flight.finished.set()
-        self._line.on_finished()
+            self._runner.on_written(job)
+        self._source.on_finished(job, error)
+        job.finished.set()
+        self._ready.on_finished()
 
-    def _encode_lane(self) -> None:
-        twins = ModelReplicas()
+    def _encode_jobs(self) -> None:
+        replicas = ModelReplicas()
         while True:
-            self._line.wait_for_room()
-            flight = self._tower.next_job(self._device, at_once=True)
-            if flight is None:
-                self._line.set_idle(True)
-                flight = self._tower.next_job(self._device)
-                self._line.set_idle(False)
-            if flight is None:
-                self._line.end()
+            self._ready.wait_for_room()
+            job = self._source.next_job(self._device, at_once=True)
+            if job is None:
+                self._ready.set_idle(True)
+                job = self._source.next_job(self._device)
+                self._ready.set_idle(False)
+            if job is None:
+                self._ready.end()
                 return
-            encoded = self._flies(flight, Stage.ENCODE, lambda it: self._runner.encode(it, twins.of(it.model)))
-            self._line.push(flight if encoded else None)
+            encoded = self._run_stage(job, Stage.ENCODE, lambda it: self._runner.encode(it, replicas.of(it.model)))
+            self._ready.push(job if encoded else None)
 
-    def _sample_lane(self) -> None:
-        twins = ModelReplicas()
+    def _sample_jobs(self) -> None:
+        replicas = ModelReplicas()
 
-        def alone(flight: RunningJob) -> None:
-            kind = batch_key(flight)
-            self._runner.sample(flight, twins.of(flight.model))
-            self._grouping.sampled_alone(kind, flight.stepped_at)
+        def sample_alone(job: RunningJob) -> None:
+            key = batch_key(job)
+            self._runner.sample(job, replicas.of(job.model))
+            self._batching.record_single(key, job.stepped_at)
 
-        while (leader := self._line.pop()) is not None:
-            for flight in self._together(leader, twins):
-                if flight.samples is not None or self._flies(flight, Stage.SAMPLE, alone):
-                    self._sampled.put(flight)
+        while (first := self._ready.pop()) is not None:
+            for job in self._sample_batch(first, replicas):
+                if job.samples is not None or self._run_stage(job, Stage.SAMPLE, sample_alone):
+                    self._sampled.put(job)
         self._sampled.put(None)
 
-    def _together(self, leader: RunningJob, twins: ModelReplicas) -> list[RunningJob]:
-        """The job that is next, sampled together with others that wait and are alike, where that is to be; those that
-        are to be sampled alone, or to go on so, are not done yet.
+    def _sample_batch(self, first: RunningJob, replicas: ModelReplicas) -> list[RunningJob]:
+        """Samples the next job together with matching ones that are ready, if a batch is to be made.
+
+        Returns the jobs that go on. Those without samples are to be sampled alone.
         """
-        if leader.samples is not None:
-            return [leader]
-        kind = batch_key(leader)
+        if first.samples is not None:
+            return [first]
+        key = batch_key(first)
 
-        def is_alike(flight: RunningJob) -> bool:
-            return flight.samples is None and flight.model is leader.model and batch_key(flight) == kind
+        def matches(job: RunningJob) -> bool:
+            return job.samples is None and job.model is first.model and batch_key(job) == key
 
-        most = self._grouping.expected(leader)
-        self._line.set_batch_hint(most)
-        if self._grouping.plan(leader, most) is None:
-            return [leader]
-        plan = self._grouping.plan(leader, 1 + self._line.wait_for_matching(is_alike, most - 1))
+        expected = self._batching.expected_clips(first)
+        self._ready.set_batch_hint(expected)
+        if self._batching.plan(first, expected) is None:
+            return [first]
+        plan = self._batching.plan(first, 1 + self._ready.wait_for_matching(matches, expected - 1))
         if plan is None:
-            return [leader]
-        flights = [leader, *self._line.take_matching(is_alike, plan.request.clips - 1)]
-        flights = [it for it in flights if self._flies(it, Stage.SAMPLE, lambda _: None)]
-        if len(flights) > 1:
-            self._tower.on_batched(flights, plan)
-            group = BatchedSampling(
-                runner=self._runner, grouping=self._grouping, flights=flights, kind=kind, plan=plan, left=self.finish
-            )
-            group.sample(twins.of(leader.model))
-        return [it for it in flights if not it.finished.is_set()]
+            return [first]
+        jobs = [first, *self._ready.take_matching(matches, plan.request.clips - 1)]
+        jobs = [job for job in jobs if self._run_stage(job, Stage.SAMPLE, lambda _: None)]
+        if len(jobs) > 1:
+            self._source.on_batched(jobs, plan)
+            BatchedSampling(
+                runner=self._runner, batching=self._batching, jobs=jobs, key=key, plan=plan, on_left=self.finish
+            ).sample(replicas.of(first.model))
+        return [job for job in jobs if not job.finished.is_set()]
 
-    def _decode_lane(self) -> None:
-        twins = ModelReplicas()
-        while (flight := self._sampled.get()) is not None:
-            writing = AsyncVideoWriter(flight, _landing(self, flight), self._tower.on_thumbnail)
-            self._flies(flight, Stage.DECODE, _decoding(self._runner, twins, writing), writing)
+    def _decode_jobs(self) -> None:
+        replicas = ModelReplicas()
+        while (job := self._sampled.get()) is not None:
+            writer = AsyncVideoWriter(job, _finishing(self, job), self._source.on_thumbnail)
+            self._run_stage(job, Stage.DECODE, _decoding(self._runner, replicas, writer), writer)
 
-    def _flies(
+    def _run_stage(
         self,
-        flight: RunningJob,
+        job: RunningJob,
         stage: Stage,
         run: Callable[[RunningJob], None],
-        writing: AsyncVideoWriter | None = None,
+        writer: AsyncVideoWriter | None = None,
     ) -> bool:
-        """Whether the stage went well; if not, the flight is over."""
+        """Whether the stage went well; if not, the job has been ended with the error."""
         try:
-            self._tower.on_stage(flight, stage)
-            run(flight)
+            self._source.on_stage(job, stage)
+            run(job)
             return True
         except Exception as error:
             if not isinstance(error, (I2VError, StopJobError)):
-                logger.exception("%s of job %d failed", stage.value, flight.id)
-            # What the failed stage had made is in its frames, which the traceback holds.
+                logger.exception("%s of job %d failed", stage.value, job.id)
+            # The traceback holds the stage's frames, and with them its tensors.
             failure = error.with_traceback(None)
-        if writing is not None:
-            writing.abandon()
-        self.finish(flight, failure)
+        if writer is not None:
+            writer.abandon()
+        self.finish(job, failure)
         return False
 
 
-def _landing(lanes: StagePipeline, flight: RunningJob) -> Callable[[Exception | None], None]:
-    return lambda error: lanes.finish(flight, error)
+# Functions, not lambdas in the loop: a lambda would see the loop's next job.
+def _finishing(pipeline: StagePipeline, job: RunningJob) -> Callable[[Exception | None], None]:
+    return lambda error: pipeline.finish(job, error)
 
 
-def _decoding(runner: StageRunner, twins: ModelReplicas, writing: AsyncVideoWriter) -> Callable[[RunningJob], None]:
-    return lambda flight: runner.decode(flight, twins.of(flight.model), writing)
+def _decoding(runner: StageRunner, replicas: ModelReplicas, writer: AsyncVideoWriter) -> Callable[[RunningJob], None]:
+    return lambda job: runner.decode(job, replicas.of(job.model), writer)

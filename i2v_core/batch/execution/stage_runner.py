@@ -1,9 +1,9 @@
-"""The stages of a job in hand, each admitted by its device's desk, run by the pack's own stages, and timed."""
+"""Running the stages of a job on one device: admitted when they fit, timed, and planned again when memory is short."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,115 +23,116 @@ from ...sampling.checkpoint import Checkpointing
 from ..devices.admission import AdmissionController, NoRoomError
 from ..devices.device import BatchDevice
 from ..monitoring.events import Span
-from .model_cache import replicate
+from ..monitoring.messages import blocking_text
 from .running_job import RunningJob
 from .video_writer import AsyncVideoWriter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageRunner:
-    """Runs stages on one device. `spanned` is told of each that has ended; nothing of it stays on the device."""
+    """Runs stages on one device, and leaves nothing of them on it."""
 
     device: BatchDevice
-    desk: AdmissionController
+    admission: AdmissionController
     checkpointing: Checkpointing
     memory_wait_seconds: float
-    spanned: Callable[[Span], None]
+    """How long a stage waits for other programs before it is planned again for less memory."""
+    on_span: Callable[[Span], None]
+    """Called with the times of each stage that has ended."""
 
-    def encode(self, flight: RunningJob, model: I2VModel) -> None:
-        """Sets the flight's conditioning; or its samples, where they were kept from a run that was cut short."""
-        flight.samples = _kept_samples(flight)
-        if flight.samples is not None:
-            flight.notes.append("sampled by an earlier run")
+    def encode(self, job: RunningJob, model: I2VModel) -> None:
+        """Sets the job's conditioning, or its samples where an earlier run has kept them."""
+        job.samples = _kept_samples(job)
+        if job.samples is not None:
+            job.notes.append("sampled by an earlier run")
             return
-        prompt = _prompt(flight)
-        with self._running(flight, Stage.ENCODE) as runtime:
-            flight.conditioning, report = stages.encode(model, flight.plan, prompt, runtime)
-            flight.reports.append(report)
+        prompt = _prompt(job)
+        with self._admitted(job, Stage.ENCODE) as runtime:
+            job.conditioning, report = stages.encode(model, job.plan, prompt, runtime)
+            job.reports.append(report)
 
-    def sample(self, flight: RunningJob, model: I2VModel) -> None:
-        """Sets the flight's samples, and keeps them on disk until the video is there."""
-        if flight.samples is not None:
+    def sample(self, job: RunningJob, model: I2VModel) -> None:
+        """Sets the job's samples, and keeps them on disk until the video is written."""
+        if job.samples is not None:
             return
-        assert flight.conditioning is not None
-        with self._running(flight, Stage.SAMPLE) as runtime:
+        assert job.conditioning is not None
+        with self._admitted(job, Stage.SAMPLE) as runtime:
             samples, report = stages.sample(
-                model, flight.plan, flight.conditioning, flight.spec.sampler, runtime, self.checkpointing, flight.state
+                model, job.plan, job.conditioning, job.spec.sampler, runtime, self.checkpointing, job.state
             )
-            flight.reports.append(report)
-        self.keep(flight, samples)
+            job.reports.append(report)
+        self.set_samples(job, samples)
 
-    def keep(self, flight: RunningJob, samples: torch.Tensor) -> None:
-        """The flight has been sampled; where its samples cannot be kept on disk, it is noted."""
-        flight.samples, flight.conditioning, flight.state = samples, None, None
+    def set_samples(self, job: RunningJob, samples: torch.Tensor) -> None:
+        """Ends the job's sampling. Samples that cannot be kept on disk only leave a note: the video can do without."""
+        job.samples, job.conditioning, job.state = samples, None, None
         try:
-            save_latent(flight.latents_file, samples, flight.plan)
+            save_latent(job.latents_file, samples, job.plan)
         except FileError as error:
-            flight.notes.append(f"the latents could not be kept: {error.problem}")
+            job.notes.append(f"the latents could not be kept: {error.problem}")
 
-    def decode(self, flight: RunningJob, model: I2VModel, writing: AsyncVideoWriter) -> None:
-        """Every frame to the file; what is still to be written then goes on by itself."""
-        assert flight.samples is not None
-        with self._running(flight, Stage.DECODE) as runtime:
-            with stages.decode_stream(model, flight.plan, flight.samples, runtime) as stream:
+    def decode(self, job: RunningJob, model: I2VModel, writer: AsyncVideoWriter) -> None:
+        """Hands every frame to the writer, which may still be writing when this returns."""
+        assert job.samples is not None
+        with self._admitted(job, Stage.DECODE) as runtime:
+            with stages.decode_stream(model, job.plan, job.samples, runtime) as stream:
                 for frames_FHWC in stream:
-                    writing.put(frames_FHWC)
-            flight.reports.append(stream.report())
-        flight.samples = None
-        writing.finish()
+                    writer.put(frames_FHWC)
+            job.reports.append(stream.report())
+        job.samples = None
+        writer.finish()
 
-    def written(self, flight: RunningJob) -> None:
-        """The file is whole: what it took since the last frame was decoded."""
-        began = flight.handed_over
-        self.span(flight, "write", asked=began, begun=began, ended=time.monotonic())
+    def on_written(self, job: RunningJob) -> None:
+        """Reports how long writing took after the last frame was decoded."""
+        self.report_span(job, "write", asked=job.decoded_at, begun=job.decoded_at, ended=time.monotonic())
 
-    def span(self, flight: RunningJob, stage: str, *, asked: float, begun: float, ended: float) -> None:
-        self.spanned(Span(job=flight.id, device=self.device.name, stage=stage, asked=asked, begun=begun, ended=ended))
+    def report_span(self, job: RunningJob, stage: str, *, asked: float, begun: float, ended: float) -> None:
+        self.on_span(Span(job=job.id, device=self.device.name, stage=stage, asked=asked, begun=begun, ended=ended))
 
     @contextmanager
-    def _running(self, flight: RunningJob, stage: Stage) -> Generator[stages.Runtime]:
-        """The device is let to the stage, whose plan fits what is free."""
+    def _admitted(self, job: RunningJob, stage: Stage) -> Generator[stages.Runtime]:
+        """Holds the memory that the stage needs while the context lasts."""
         asked = time.monotonic()
-        admission = self._admitted(flight, stage)
-        begun, reports = time.monotonic(), len(flight.reports)
+        ticket = self._admit(job, stage)
+        begun, reports = time.monotonic(), len(job.reports)
         try:
-            with self.device.stage(stage, flight.plan):
-                yield self._runtime(flight, stage)
+            with self.device.stage(stage, job.plan):
+                yield self._runtime(job, stage)
         finally:
-            alone = self.desk.leave(admission)
-            self.span(flight, stage.value, asked=asked, begun=begun, ended=time.monotonic())
-        for report in flight.reports[reports:]:
+            alone = self.admission.leave(ticket)
+            self.report_span(job, stage.value, asked=asked, begun=begun, ended=time.monotonic())
+        for report in job.reports[reports:]:
             self.device.concluded(report, alone=alone)
 
-    def _admitted(self, flight: RunningJob, stage: Stage) -> int:
-        """The desk's number. Where other programs hold what the stage needs for too long, its plan is made again.
+    def _admit(self, job: RunningJob, stage: Stage) -> int:
+        """The number of the admission. Plans the stage again when other programs hold what it needs for too long.
 
         Raises:
-            RanOutError: what they leave is too little for any plan; they may leave more another time.
+            RanOutError: no plan fits what they leave. They may leave more another time.
         """
         while True:
             try:
-                needed = needed_bytes(flight.plan.prediction(stage), flight.plan.device)
-                return self.desk.admit(flight.id, stage, needed, flight.check, self.memory_wait_seconds)
+                needed = needed_bytes(job.plan.prediction(stage), job.plan.device)
+                return self.admission.admit(job.id, stage, needed, job.check, self.memory_wait_seconds)
             except NoRoomError as error:
-                words, room = str(error), error.room
+                words, room = blocking_text(error.reason), error.room
             try:
-                flight.plan = refit(flight.plan, stage, room.usable_bytes + room.reserve_bytes)
+                job.plan = refit(job.plan, stage, room)
             except (DoesNotFitError, BadInputError) as error:
                 raise RanOutError(f"{words}, which no plan fits", "close what holds device memory") from error
-            flight.notes.append(f"planned again for {stage.value}: {words}")
+            job.notes.append(f"planned again for {stage.value}: {words}")
 
-    def _runtime(self, flight: RunningJob, stage: Stage) -> stages.Runtime:
-        def progressed(done: int, total: int, _: object) -> None:
-            flight.progress = (stage.value, done, total)
+    def _runtime(self, job: RunningJob, stage: Stage) -> stages.Runtime:
+        def on_progress(done: int, total: int, _: object) -> None:
+            job.progress = (stage.value, done, total)
             if stage is Stage.SAMPLE:
-                flight.stepped_at.append(time.monotonic())
+                job.stepped_at.append(time.monotonic())
 
-        flight.progress = (stage.value, 0, 0)
-        return replace(self.runtime(flight.check), on_progress=progressed)
+        job.progress = (stage.value, 0, 0)
+        return replace(self.runtime(job.check), on_progress=on_progress)
 
     def runtime(self, check_cancelled: Callable[[], None]) -> stages.Runtime:
-        """The device, lent to a stage."""
+        """The device's services for a stage."""
         return stages.Runtime(
             device=self.device.torch_device,
             attention=self.device.attention,
@@ -141,26 +142,14 @@ class StageRunner:
         )
 
 
-class ModelReplicas:
-    """A lane's own hand on each model that it meets; of those, the last is kept."""
-
-    def __init__(self) -> None:
-        self._of: Mapping[int, tuple[I2VModel, I2VModel]] = {}
-
-    def of(self, model: I2VModel) -> I2VModel:
-        if id(model) not in self._of:
-            self._of = {id(model): (model, replicate(model))}
-        return self._of[id(model)][1]
-
-
-def _prompt(flight: RunningJob) -> Prompt:
-    spec = flight.spec
+def _prompt(job: RunningJob) -> Prompt:
+    spec = job.spec
     try:
         opened: Any = Image.open(spec.image)
         with opened as picture:
-            upright: Any = ImageOps.exif_transpose(picture)  # as cameras say that it is
+            upright: Any = ImageOps.exif_transpose(picture)  # cameras store the rotation beside the pixels
             image_13HW = to_tensor(upright.convert("RGB"))
-    # Pillow's, of files that were whole when the list was read.
+    # Pillow raises all of these, for files that were whole when the list was read.
     except (OSError, SyntaxError, ValueError) as error:
         raise BadInputError(f"the picture {spec.image} cannot be read any more: {error}", "put it back") from error
     return Prompt(
@@ -173,15 +162,15 @@ def _prompt(flight: RunningJob) -> Prompt:
     )
 
 
-def _kept_samples(flight: RunningJob) -> torch.Tensor | None:
-    """Of the same job, whose process ended between sampling and the end of the video; None where there are none."""
-    if not flight.latents_file.is_file():
+def _kept_samples(job: RunningJob) -> torch.Tensor | None:
+    """Samples of a run of the same job that ended between sampling and the video; None where there are none."""
+    if not job.latents_file.is_file():
         return None
     try:
-        samples, facts = load_latent(flight.latents_file)
+        samples, facts = load_latent(job.latents_file)
     except FileError as error:
-        flight.notes.append(f"kept latents are of no use: {error.problem}")
+        job.notes.append(f"kept latents are of no use: {error.problem}")
         return None
-    request = flight.plan.request
+    request = job.plan.request
     same = facts.size == request.size and facts.fingerprint == request.architecture.fingerprint
     return samples if same and bool(torch.isfinite(samples).all()) else None

@@ -1,4 +1,4 @@
-"""A video that is written in a thread of its own, while the device goes on with something else."""
+"""Writing a video in its own thread, while the device goes on with the next job."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ...video import VideoSink, open_video
 from ...video.frames import each_frame
 from .running_job import RunningJob
 
-_CHUNKS_AHEAD = 8
-"""Of frames that are decoded and not yet written: more would be host memory for nothing."""
+_MAX_QUEUED_CHUNKS = 8
+"""Decoded chunks that wait to be written; more would only take host memory."""
 _THUMBNAIL_PIXELS = 256
-_LOOK_AGAIN_SECONDS = 0.1
+_POLL_SECONDS = 0.1
 
 
 class _AbandonedError(Exception):
@@ -28,37 +28,42 @@ class _AbandonedError(Exception):
 
 
 class AsyncVideoWriter:
-    """Takes a flight's frames. After `finish`, `landed` is called from the writing thread, with what went wrong."""
+    """Writes a job's frames as they are decoded.
+
+    Args:
+        on_written: called once after `finish`, from the writing thread or from `finish`, with the error or None.
+        on_thumbnail: called with a small copy of the first frame.
+    """
 
     def __init__(
         self,
-        flight: RunningJob,
-        landed: Callable[[Exception | None], None],
-        show: Callable[[RunningJob, Image.Image], None],
+        job: RunningJob,
+        on_written: Callable[[Exception | None], None],
+        on_thumbnail: Callable[[RunningJob, Image.Image], None],
     ) -> None:
-        self._flight, self._landed, self._show = flight, landed, show
-        self._chunks: queue.Queue[Tensor | Exception | None] = queue.Queue(_CHUNKS_AHEAD)
+        self._job, self._on_written, self._on_thumbnail = job, on_written, on_thumbnail
+        self._chunks: queue.Queue[Tensor | Exception | None] = queue.Queue(_MAX_QUEUED_CHUNKS)
         self._error: Exception | None = None
-        self._turn = threading.Lock()
-        self._handed_over = self._over = False
-        self._thread = threading.Thread(target=self._write, name=f"write {flight.id}", daemon=True)
+        self._lock = threading.Lock()
+        self._all_queued = self._ended = False
+        self._thread = threading.Thread(target=self._write, name=f"write {job.id}", daemon=True)
         self._thread.start()
 
     def put(self, frames_FHWC: Tensor) -> None:
-        """Waits while too many are under way. Raises what the writing raised, or the flight's `StopJobError`."""
-        self._put(frames_FHWC, self._flight.check)
+        """Queues frames; waits while the queue is full. Raises the writing thread's error, or `StopJobError`."""
+        self._put(frames_FHWC, self._job.check)
 
     def finish(self) -> None:
-        """All frames are there; the rest goes on by itself."""
-        self._flight.handed_over = time.monotonic()
-        self._put(None, self._flight.check)
-        with self._turn:
-            self._handed_over, over = True, self._over
-        if over:
-            self._landed(self._error)
+        """Ends the video after the frames that are queued. Does not wait for it to be written."""
+        self._job.decoded_at = time.monotonic()
+        self._put(None, self._job.check)
+        with self._lock:
+            self._all_queued, ended = True, self._ended
+        if ended:
+            self._on_written(self._error)
 
     def abandon(self) -> None:
-        """Leaves nothing behind. To be called in place of `finish`."""
+        """Leaves no file behind. To be called in place of `finish`."""
         with suppress(Exception):
             self._put(_AbandonedError(), lambda: None)
         self._thread.join()
@@ -69,25 +74,25 @@ class AsyncVideoWriter:
             if self._error is not None:
                 raise self._error
             with suppress(queue.Full):
-                self._chunks.put(item, timeout=_LOOK_AGAIN_SECONDS)
+                self._chunks.put(item, timeout=_POLL_SECONDS)
                 return
 
     def _write(self) -> None:
-        flight = self._flight
+        job = self._job
         try:
-            with open_video(flight.output, flight.spec.video, {"i2v_job": flight.spec.key}) as sink:
-                self._take_all(sink)
-                # Beside the video before that has its name: a video that is there has its report.
-                stages = tuple(report.as_dict() for report in flight.reports)
-                write_run_report(flight.output, RunReport(plan=flight.plan, stages=stages))
+            with open_video(job.output, job.spec.video, {"i2v_job": job.spec.key}) as sink:
+                self._write_chunks(sink)
+                # Written before the video gets its final name: a video that is there has its report.
+                stages = tuple(report.as_dict() for report in job.reports)
+                write_run_report(job.output, RunReport(plan=job.plan, stages=stages))
         except Exception as error:
             self._error = error
-        with self._turn:
-            self._over, handed_over = True, self._handed_over
-        if handed_over:
-            self._landed(self._error)
+        with self._lock:
+            self._ended, all_queued = True, self._all_queued
+        if all_queued:
+            self._on_written(self._error)
 
-    def _take_all(self, sink: VideoSink) -> None:
+    def _write_chunks(self, sink: VideoSink) -> None:
         while (item := self._chunks.get()) is not None:
             if isinstance(item, Exception):
                 raise item
@@ -95,5 +100,5 @@ class AsyncVideoWriter:
                 pixels: Any = next(each_frame(item))
                 first = Image.fromarray(pixels)
                 first.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
-                self._show(self._flight, first)
+                self._on_thumbnail(self._job, first)
             sink.write(item)

@@ -1,1 +1,1 @@
-"""Jobs: what one asks for, the files that list them, and the queue on disk with its leases."""
+"""Jobs: their specifications, the list files that name them, and the queue on disk with its leases."""

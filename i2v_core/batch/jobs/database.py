@@ -1,4 +1,4 @@
-"""The queue's file: SQLite that processes may share, with its schema; set aside where it is damaged."""
+"""The queue's SQLite file, which processes may share: its schema, transactions, and recovery from damage."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from ...files import file_errors, set_aside
 
 logger = logging.getLogger(__name__)
 
-_APPLICATION_ID = 0x49325642  # "I2VB", which SQLite keeps in the file's header
+_APPLICATION_ID = 0x49325642  # "I2VB", in the file's header
 _VERSION = 1
 _BUSY_SECONDS = 30.0
+# Files of users have these names: `wish` is a stop request, a `pairing` a model on a device, a `shape` a plan's key.
 _SCHEMA = """
 CREATE TABLE jobs (
     id INTEGER PRIMARY KEY,
@@ -56,15 +57,15 @@ CREATE INDEX timings_by_pairing ON timings (pairing, stage);
 
 
 class Database:
-    """One connection, which threads take turns with; other processes are kept out only while a transaction writes.
+    """One connection for all threads; other processes are locked out only while a transaction writes.
 
     Raises:
-        FileError: the file cannot be made or opened, is another program's, or of a later version.
+        FileError: the file cannot be created or opened, belongs to another program, or has a later version.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._turn = threading.RLock()
+        self._lock = threading.RLock()
         with file_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -78,12 +79,12 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Generator[sqlite3.Connection]:
-        """All of the body's writes, or none; on the disk when the context has ended.
+        """Commit all of the body's writes or none; they are on the disk when the context has ended.
 
         Raises:
             FileError: the disk is full, or the file has been damaged.
         """
-        with self._turn:
+        with self._lock:
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
                 try:
@@ -98,14 +99,15 @@ class Database:
 
     @contextmanager
     def reading(self) -> Generator[sqlite3.Connection]:
-        with self._turn:
+        """Lend the connection for queries."""
+        with self._lock:
             try:
                 yield self._connection
             except sqlite3.Error as error:
                 raise _file_error(self.path, error) from error
 
     def close(self) -> None:
-        with self._turn:
+        with self._lock:
             self._connection.close()
 
 
@@ -121,11 +123,11 @@ def _open(path: Path) -> sqlite3.Connection:
 
 
 def _prepare(path: Path, connection: sqlite3.Connection) -> None:
-    with closing(connection.execute("PRAGMA quick_check(1)")) as found:
-        verdict = found.fetchone()[0]
+    with closing(connection.execute("PRAGMA quick_check(1)")) as cursor:
+        verdict = cursor.fetchone()[0]
     if verdict != "ok":
         raise sqlite3.DatabaseError(verdict)
-    with suppress(sqlite3.OperationalError):  # another process is just doing it, or the file system cannot
+    with suppress(sqlite3.OperationalError):  # another process is switching it now, or the file system cannot
         connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("BEGIN IMMEDIATE")
@@ -148,24 +150,24 @@ def _check_kind(path: Path, connection: sqlite3.Connection) -> None:
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version != _VERSION:
         raise FileError(
-            f"the queue in {path} is of format version {version}, and this is made for {_VERSION}",
-            "use the pack's version that made it, or choose another file",
+            f"the queue in {path} has format version {version}, but this release reads version {_VERSION}",
+            "use the release that created it, or choose another file",
         )
 
 
 def _is_damage(error: sqlite3.DatabaseError) -> bool:
-    """Whether the file's content is at fault; an `OperationalError` is of its surroundings: locks, rights, the disk."""
+    """Whether the file's content is at fault; an `OperationalError` comes from locks, permissions or the disk."""
     return not isinstance(error, sqlite3.OperationalError)
 
 
 def _set_all_aside(path: Path) -> None:
-    """The file, and what SQLite keeps beside it, which would spoil a new one of that name."""
+    """Rename the file and its journals, which would corrupt a new file of that name."""
     set_aside(path)
-    for end in ("-wal", "-shm"):
-        beside = path.with_name(path.name + end)
-        if beside.exists():
-            with file_errors(beside):
-                beside.replace(path.with_suffix(f".broken{end}"))
+    for suffix in ("-wal", "-shm"):
+        journal = path.with_name(path.name + suffix)
+        if journal.exists():
+            with file_errors(journal):
+                journal.replace(path.with_suffix(f".broken{suffix}"))
 
 
 def _file_error(path: Path, error: sqlite3.Error) -> FileError:

@@ -1,4 +1,4 @@
-"""One video of a batch: what is asked for, and where it stands."""
+"""One video of a batch: its specification and its state in the queue."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import re
-import sqlite3
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -28,7 +27,7 @@ _NOT_IN_NAMES = re.compile(r"[^\w.-]+")
 
 
 class JobState(str, Enum):
-    """Where a job stands. `WAITING` and `PAUSED` ones have not been taken up, or were given back."""
+    """State of a job in the queue. `WAITING` and `PAUSED` jobs have not been started, or were released."""
 
     WAITING = "waiting"
     PAUSED = "paused"
@@ -44,9 +43,10 @@ class JobState(str, Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSpec:
-    """A video to be made. Raises `BadInputError` for values that cannot be.
+    """A video to be made.
 
-    `image_digest` tells the picture from others by its content, `model_identity` the model's weights.
+    Raises:
+        BadInputError: a value is outside of its range.
     """
 
     model: Path
@@ -59,15 +59,20 @@ class JobSpec:
     negative: str = ""
     seed: int = 0
     motion_bucket: int = 127
+    """Amount of motion, 0 to 1023; for SVD alone."""
     noise_augmentation: float = 0.02
+    """Share of noise added to the picture, 0 to 1; for SVD alone."""
     scheduler: str = AUTO_SCHEDULER
     precision: str = AUTO
     allow_approximate: bool = False
+    """Whether plans may use weights or windows whose result differs from the exact one."""
     format: str = "mp4"
     quality: int = 19
     priority: float = 1.0
     image_digest: str = ""
+    """Hash of the picture's content, which tells it from others wherever its file is."""
     model_identity: str = ""
+    """Hash of the model's weights."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= MAX_SEED:
@@ -80,10 +85,10 @@ class JobSpec:
         if not 0 <= self.noise_augmentation <= 1:
             raise BadInputError(f"a noise augmentation of {self.noise_augmentation:g} is not possible", "use 0 to 1")
         if self.scheduler not in SCHEDULERS:
-            raise BadInputError(f"'{self.scheduler}' is no scheduler", f"choose one of {', '.join(SCHEDULERS)}")
+            raise BadInputError(f"'{self.scheduler}' is not a scheduler", f"choose one of {', '.join(SCHEDULERS)}")
         if self.precision != AUTO and self.precision not in PRECISIONS:
             raise BadInputError(
-                f"'{self.precision}' is no precision", f"choose one of {', '.join((AUTO, *PRECISIONS))}"
+                f"'{self.precision}' is not a precision", f"choose one of {', '.join((AUTO, *PRECISIONS))}"
             )
         _ = (self.sampler, self.video)  # which check their own values
 
@@ -101,19 +106,19 @@ class JobSpec:
 
     @property
     def key(self) -> str:
-        """The same for the same video, whatever its priority and wherever its picture lies."""
+        """Hash that is the same for the same video, whatever its priority and wherever its picture is."""
         parts = {name: value for name, value in self.as_dict().items() if name not in ("priority", "image", "model")}
         parts |= {"image": self.image_digest or str(self.image), "model": self.model_identity or str(self.model)}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     @property
     def output_name(self) -> str:
-        """Name of the video's file or folder: after the picture, with enough of the key to be no other video's."""
+        """Name of the video's file or folder: the picture's, with enough of the key to be unique."""
         stem = _NOT_IN_NAMES.sub("_", self.image.stem)[:_STEM_CHARACTERS].strip("._") or "video"
         return f"{stem}-{self.key[:_KEY_CHARACTERS]}{self.video.facts.suffix}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; `from_dict` reads it."""
+        """JSON values, which `from_dict` reads."""
         return {**asdict(self), "size": asdict(self.size), "model": str(self.model), "image": str(self.image)}
 
     @classmethod
@@ -130,7 +135,7 @@ def check_priority(priority: float) -> None:
 
 
 class StopRequest(str, Enum):
-    """What is asked of a job that runs; whoever runs it grants it."""
+    """Request to stop a running job, which its owner applies."""
 
     PAUSE = "pause"
     CANCEL = "cancel"
@@ -138,27 +143,27 @@ class StopRequest(str, Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRecord:
-    """A job, where it stands, and what is known of it. Times are seconds since the epoch.
-
-    `position` is the place that a user has given it, before all that have none. `attempts` have failed so far;
-    `crashes` are runs whose process ended in the middle. `done` of `total` steps or frames of `stage` are made.
-    `report` holds what the stages took, `problem` why the job failed last.
-    """
+    """A job with its state, as the queue had it when it was read. Times are seconds since the epoch."""
 
     id: int
     spec: JobSpec
     state: JobState
     position: int | None
+    """Place that a user has given it, before all jobs without one."""
     stop_request: StopRequest | None
     added_at: float
     started_at: float | None
     finished_at: float | None
     attempts: int
+    """Runs that have failed so far."""
     crashes: int
+    """Runs whose process died."""
     owner: str | None
+    """Process that runs it."""
     device: str | None
     stage: str | None
     done: int
+    """Steps or frames of `stage` that are made, of `total`."""
     total: int
     predicted_seconds: float | None
     predicted_bytes: int | None
@@ -166,47 +171,15 @@ class JobRecord:
     output: Path | None
     thumbnail: Path | None
     problem: str | None
+    """Why its last run failed."""
     report: dict[str, Any] | None
+    """Seconds and bytes that its stages took."""
 
     def seconds_left(self, now: float) -> float | None:
-        """As predicted, less what has run; None where nothing is predicted, 0 when it is over."""
+        """Predicted seconds less those that it has run; None without a prediction, 0 in a final state."""
         if self.state.is_final:
             return 0.0
         if self.predicted_seconds is None:
             return None
         run = 0.0 if self.state is not JobState.RUNNING or self.started_at is None else now - self.started_at
         return max(0.0, self.predicted_seconds - run)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON: what a page shows."""
-        values = {**asdict(self), "spec": self.spec.as_dict(), "state": self.state.value}
-        values |= {name: str(values[name]) for name in ("output", "thumbnail") if values[name] is not None}
-        return values | {"wish": self.stop_request.value if self.stop_request else None}
-
-
-def record_of(row: sqlite3.Row) -> JobRecord:
-    spec = JobSpec.from_dict({**json.loads(row["spec"]), "priority": row["priority"]})
-    return JobRecord(
-        id=row["id"],
-        spec=spec,
-        state=JobState(row["state"]),
-        position=row["position"],
-        stop_request=StopRequest(row["wish"]) if row["wish"] else None,
-        added_at=row["added_at"],
-        started_at=row["started_at"],
-        finished_at=row["finished_at"],
-        attempts=row["attempts"],
-        crashes=row["crashes"],
-        owner=row["owner"],
-        device=row["device"],
-        stage=row["stage"],
-        done=row["done"],
-        total=row["total"],
-        predicted_seconds=row["predicted_seconds"],
-        predicted_bytes=row["predicted_bytes"],
-        measured_bytes=row["measured_bytes"],
-        output=Path(row["output"]) if row["output"] else None,
-        thumbnail=Path(row["thumbnail"]) if row["thumbnail"] else None,
-        problem=row["problem"],
-        report=json.loads(row["report"]) if row["report"] else None,
-    )

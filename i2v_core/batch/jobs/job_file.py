@@ -1,11 +1,13 @@
-"""Reading a list of jobs: CSV or JSON Lines, checked whole before anything starts.
+"""Reads a list of jobs, CSV or JSON Lines, and checks all of it before anything starts.
 
-A row that cannot run is named with its line, what is wrong and what to do; the others can run without it.
+A row that cannot run is reported with its line, the problem and a remedy; the others can run without it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,9 +17,9 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from ...errors import BadInputError, I2VError
-from ...families import FamilyFacts
+from ...families import FamilyFacts, VideoSize
 from .job import JobSpec
-from .job_rows import Row, RowError, Value, flag, number, read_csv, read_json_lines, size, text, whole_number
+from .job_rows import Row, RowError, Value, read_csv, read_json_lines
 
 COLUMNS = (
     "image",
@@ -43,11 +45,14 @@ _READERS: dict[str, Callable[[bytes, tuple[str, ...]], Iterator[Row | RowError]]
     ".jsonl": read_json_lines,
     ".ndjson": read_json_lines,
 }
+_WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,20}")
+_SIZE = re.compile(r"\s*([0-9]{1,6})\s*[x×*]\s*([0-9]{1,6})(?:\s*[x×*]\s*([0-9]{1,6}))?\s*", re.IGNORECASE)
+_FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListedJob:
-    """A job that can run, and the line of the list that asks for it."""
+    """A job that can run, and its line in the list."""
 
     line: int
     spec: JobSpec
@@ -67,39 +72,39 @@ class BadRow:
 
 @dataclass(frozen=True, slots=True)
 class JobList:
-    """Every row of a list, either as a job or as what is wrong with it; in the list's order."""
+    """All rows of a list in its order, each either a job or an error."""
 
     jobs: tuple[ListedJob, ...]
     bad: tuple[BadRow, ...]
 
 
 def read_job_list(path: Path, defaults: JobSpec, facts: FamilyFacts) -> JobList:
-    """All rows of a list; paths in it are relative to its folder.
+    """Read all rows of a list; paths in it are relative to its folder.
 
     Args:
         path: a `.csv`, or a `.jsonl` with one object a line.
-        defaults: the values of columns that are left out or empty, the model included.
-        facts: of the model's family, which says what sizes there are.
+        defaults: values of columns that are left out or empty, and the model.
+        facts: facts of the model's family, which limit the sizes.
 
     Raises:
-        BadInputError: the list itself cannot be read: missing, empty, in another encoding, or with columns that are
-            unknown, doubled or missing.
+        BadInputError: the list itself cannot be read: missing, empty, in another encoding, or with unknown, repeated or
+            missing columns.
     """
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise BadInputError(f"{path} is no list of jobs", "give a .csv or a .jsonl file")
+        raise BadInputError(f"{path} is not a list of jobs", "give a .csv or a .jsonl file")
     jobs: list[ListedJob] = []
     bad: list[BadRow] = []
-    lines: dict[str, int] = {}
-    for row in reader(_read(path), COLUMNS):
+    first_lines: dict[str, int] = {}
+    for row in reader(_content(path), COLUMNS):
         try:
             if isinstance(row, RowError):
                 raise BadInputError(row.problem, row.remedy)
             spec = _spec(row, path.parent, defaults, facts)
-            first_line = lines.setdefault(spec.key, row.line)
+            first_line = first_lines.setdefault(spec.key, row.line)
             if first_line != row.line:
                 raise BadInputError(
-                    f"it asks for the same video as line {first_line}", "remove it, or give it another seed"
+                    f"the row asks for the same video as line {first_line}", "remove it, or give it another seed"
                 )
         except I2VError as error:
             bad.append(BadRow(line=row.line, problem=error.problem, remedy=error.remedy))
@@ -110,7 +115,35 @@ def read_job_list(path: Path, defaults: JobSpec, facts: FamilyFacts) -> JobList:
     return JobList(tuple(jobs), tuple(bad))
 
 
-def _read(path: Path) -> bytes:
+def picture_digest(image: Path) -> str:
+    """Hash of a picture's content, which has been decoded to its end.
+
+    Raises:
+        BadInputError: the file is missing, not a picture, damaged, or too large.
+    """
+    remedy = "give the path of a picture, relative to the list's folder"
+    try:
+        status = image.stat()
+        return _digest(image, status.st_size, status.st_mtime_ns)
+    except UnidentifiedImageError as error:
+        raise BadInputError(f"{image} is not a picture", remedy) from error
+    except Image.DecompressionBombError as error:
+        raise BadInputError(f"{image} is too large ({error})", "make it smaller") from error
+    # Pillow raises OSError, SyntaxError or ValueError for damaged files; a path with a NUL character is a ValueError.
+    except (OSError, SyntaxError, ValueError) as error:
+        cause = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
+        raise BadInputError(f"the picture {image} cannot be read: {cause}", remedy) from error
+
+
+@lru_cache(maxsize=4096)
+def _digest(image: Path, size_bytes: int, changed_ns: int) -> str:  # noqa: ARG001
+    opened: Any = Image.open(image)
+    with opened as picture:
+        picture.load()
+    return hashlib.sha256(image.read_bytes()).hexdigest()[:32]
+
+
+def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
@@ -125,57 +158,72 @@ def _spec(row: Row, folder: Path, defaults: JobSpec, facts: FamilyFacts) -> JobS
     missing = [name for name in required if name not in values]
     if missing:
         raise BadInputError(f"there is no {' and no '.join(missing)}", f"give {' and '.join(required)} in every row")
-    wanted = size(values["size"], defaults.size.frames) if "size" in values else defaults.size
+    size = _size(values["size"], defaults.size.frames) if "size" in values else defaults.size
     if "frames" in values:
-        wanted = replace(wanted, frames=whole_number("frames", values["frames"]))
-    facts.check(wanted)
-    image = folder / text("image", values["image"])
-    others: dict[str, Any] = {name: read(name, values[name]) for name, read in _OTHERS.items() if name in values}
-    facts.scheduler(others.get("scheduler", defaults.scheduler))
-    return replace(defaults, image=image, size=wanted, image_digest=picture_digest(image), **others)
+        size = replace(size, frames=_whole_number("frames", values["frames"]))
+    facts.check(size)
+    image = folder / _text("image", values["image"])
+    options: dict[str, Any] = {name: parse(name, values[name]) for name, parse in _OPTIONS.items() if name in values}
+    facts.scheduler(options.get("scheduler", defaults.scheduler))
+    return replace(defaults, image=image, size=size, image_digest=picture_digest(image), **options)
 
 
-_OTHERS: dict[str, Callable[[str, Value], Value]] = {
-    "prompt": text,
-    "negative": text,
-    "seed": whole_number,
-    "steps": whole_number,
-    "cfg": number,
-    "fps": number,
-    "motion_bucket": whole_number,
-    "noise_augmentation": number,
-    "priority": number,
-    "scheduler": text,
-    "precision": text,
-    "allow_approximate": flag,
-    "format": text,
-    "quality": whole_number,
-}
+def _text(name: str, value: Value) -> str:
+    if not isinstance(value, str):
+        raise BadInputError(f"the {name} is {value}, which is not a text", "write it in quotation marks")
+    return value
 
 
-@lru_cache(maxsize=4096)
-def _digest(image: Path, size_bytes: int, changed_ns: int) -> str:  # noqa: ARG001
-    opened: Any = Image.open(image)
-    with opened as picture:
-        picture.load()
-    return hashlib.sha256(image.read_bytes()).hexdigest()[:32]
+def _whole_number(name: str, value: Value) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and _WHOLE_NUMBER.fullmatch(value.strip()):
+        return int(value)
+    raise BadInputError(f"the {name} is '{value}', which is not a whole number", "write for example 16")
 
 
-def picture_digest(image: Path) -> str:
-    """A name for a picture's content, which has been read to its end.
-
-    Raises:
-        BadInputError: there is no such file, or it is no picture, damaged, or too large to be one.
-    """
-    remedy = "give the path of a picture, relative to the list's folder"
+def _number(name: str, value: Value) -> float:
     try:
-        found = image.stat()
-        return _digest(image, found.st_size, found.st_mtime_ns)
-    except UnidentifiedImageError as error:
-        raise BadInputError(f"{image} is no picture", remedy) from error
-    except Image.DecompressionBombError as error:
-        raise BadInputError(f"{image} is too large ({error})", "make it smaller") from error
-    # Of damaged files Pillow raises OSError, SyntaxError or ValueError; a path of NUL characters is a ValueError too.
-    except (OSError, SyntaxError, ValueError) as error:
-        cause = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
-        raise BadInputError(f"the picture {image} cannot be read: {cause}", remedy) from error
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadInputError(f"the {name} is '{value}', which is not a finite number", "write for example 7.5")
+    return number
+
+
+def _flag(name: str, value: Value) -> bool:
+    flag = _FLAGS.get(str(value).strip().lower())
+    if flag is None:
+        raise BadInputError(f"the {name} is '{value}'", "write true or false")
+    return flag
+
+
+def _size(value: Value, default_frames: int) -> VideoSize:
+    """Size written as `512x320` or, with frames, `512x320x16`."""
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise BadInputError(f"'{value}' is not a valid size", "write width x height, such as 512x320")
+    width, height, frames = match.groups()
+    return VideoSize(
+        width_pixels=int(width), height_pixels=int(height), frames=default_frames if frames is None else int(frames)
+    )
+
+
+_OPTIONS: dict[str, Callable[[str, Value], Value]] = {
+    "prompt": _text,
+    "negative": _text,
+    "seed": _whole_number,
+    "steps": _whole_number,
+    "cfg": _number,
+    "fps": _number,
+    "motion_bucket": _whole_number,
+    "noise_augmentation": _number,
+    "priority": _number,
+    "scheduler": _text,
+    "precision": _text,
+    "allow_approximate": _flag,
+    "format": _text,
+    "quality": _whole_number,
+}
+"""Parsers of the columns that a row may leave out."""

@@ -1,4 +1,4 @@
-"""Holding jobs: leases that a process renews while it lives, so that no job runs twice and none is lost with it."""
+"""Leases on jobs, which a process renews while it lives: no job runs twice, and none is lost with its process."""
 
 from __future__ import annotations
 
@@ -7,34 +7,36 @@ import os
 import secrets
 import socket
 import sqlite3
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from .job import JobRecord, JobState, StopRequest, record_of
+from .job import JobRecord, JobState, StopRequest
+from .records import job_record, stop_request
 from .store import JobStore
 
 LEASE_SECONDS = 60.0
 """How long a process may be silent before its jobs go to others."""
-MOST_CRASHES = 5
-"""After so many processes have ended while they ran a job, it counts as failed: it may be what ends them."""
-_WISHED = {StopRequest.PAUSE.value: JobState.PAUSED.value, StopRequest.CANCEL.value: JobState.CANCELLED.value}
+MAX_CRASHES = 5
+"""After so many processes have died while they ran a job, it counts as failed: it may be what kills them."""
+_STATES = {None: JobState.WAITING, StopRequest.PAUSE: JobState.PAUSED, StopRequest.CANCEL: JobState.CANCELLED}
+"""State of a job whose run has ended, by the stop request that it had."""
 
 
 def owner_name() -> str:
-    """A name for this process that no other has: its machine, number, start, and a random part."""
-    return f"{socket.gethostname()}|{os.getpid()}|{_started(os.getpid())}|{secrets.token_hex(4)}"
+    """A name that no other process has: machine, process id, start time, and a random part."""
+    return f"{socket.gethostname()}|{os.getpid()}|{_start_time(os.getpid())}|{secrets.token_hex(4)}"
 
 
 def is_gone(owner: str) -> bool:
-    """Whether an owner is known to have ended: a process of this machine that is there no more."""
-    machine, pid, started, *_ = owner.split("|")
-    return machine == socket.gethostname() and _started(int(pid)) != started
+    """Whether an owner is known to have ended: a process of this machine that no longer exists."""
+    machine, pid, start_time, *_ = owner.split("|")
+    return machine == socket.gethostname() and _start_time(int(pid)) != start_time
 
 
-def _started(pid: int) -> str:
+def _start_time(pid: int) -> str:
     try:
         return f"{psutil.Process(pid).create_time():.2f}"
     except psutil.Error:
@@ -42,7 +44,7 @@ def _started(pid: int) -> str:
 
 
 class LeaseManager:
-    """The jobs that one owner holds in a queue. Every method may be called from any thread."""
+    """Claims, renews and releases jobs of a queue for one owner. Every method may be called from any thread."""
 
     def __init__(self, store: JobStore, owner: str | None = None, lease_seconds: float = LEASE_SECONDS) -> None:
         self.store = store
@@ -50,12 +52,12 @@ class LeaseManager:
         self.lease_seconds = lease_seconds
 
     def claim(self, job_id: int, device: str) -> JobRecord | None:
-        """The job, now this owner's; None where it waits no more, or the queue is paused."""
+        """Lease a waiting job to this owner; None if it no longer waits, or the queue is paused."""
         if self.store.paused:
             return None
         now = self.store.clock()
         with self.store.database.transaction() as connection:
-            taken = connection.execute(
+            is_claimed = connection.execute(
                 "UPDATE jobs SET state = ?, owner = ?, device = ?, lease_until = ?, started_at = ?, "
                 "finished_at = NULL, wish = NULL, stage = NULL, done = 0, total = 0 WHERE id = ? AND state = ?",
                 (
@@ -69,35 +71,36 @@ class LeaseManager:
                 ),
             ).rowcount
             row = connection.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
-        return record_of(row) if taken else None
+        return job_record(row) if is_claimed else None
 
     def renew(self, progress: Mapping[int, tuple[str, int, int]] | None = None) -> dict[int, StopRequest | None]:
-        """Every job that is still this owner's, with what is wished of it. To be called well within the lease.
+        """Renew all leases of this owner, and return its jobs with their stop requests. Call it well within the lease.
 
         Args:
-            progress: by job, the stage it is in, and how much of it is done of how much.
+            progress: by job, the stage it is in, and how many of its steps or frames are done of how many.
         """
         until = self.store.clock() + self.lease_seconds
         with self.store.database.transaction() as connection:
             connection.execute("UPDATE jobs SET lease_until = ? WHERE owner = ?", (until, self.owner))
             connection.executemany(
                 "UPDATE jobs SET stage = ?, done = ?, total = ? WHERE id = ? AND owner = ?",
-                [(*at, job_id, self.owner) for job_id, at in (progress or {}).items()],
+                [(*stage_done_total, job_id, self.owner) for job_id, stage_done_total in (progress or {}).items()],
             )
             rows = connection.execute("SELECT id, wish FROM jobs WHERE owner = ?", (self.owner,)).fetchall()
-        return {row["id"]: StopRequest(row["wish"]) if row["wish"] else None for row in rows}
+        return {row["id"]: stop_request(row) for row in rows}
 
     def finish(self, job_id: int, output: Path, report: Mapping[str, Any] | None, measured_bytes: int | None) -> bool:
-        """Done: the output is whole under its name. False where the job is another's by now."""
-        return self._let_go(
+        """Mark a job as done, whose complete output is at its final path; False if another owner has it by now."""
+        return self._release(
             job_id,
             "state = ?, finished_at = ?, output = ?, report = ?, measured_bytes = ?, problem = NULL, wish = NULL",
             (JobState.DONE.value, self.store.clock(), str(output), json.dumps(report), measured_bytes),
         )
 
     def fail(self, job_id: int, problem: str, report: Mapping[str, Any], *, attempts: int) -> JobState | None:
-        """Set aside with its report when `attempts` have failed, else to wait again; its state then, None where the job
-        is another's by now.
+        """Queue a job again, or mark it as failed once `attempts` runs have failed.
+
+        Returns its new state; None if another owner has it by now.
         """
         with self.store.database.transaction() as connection:
             row = connection.execute(
@@ -106,9 +109,7 @@ class LeaseManager:
             if row is None:
                 return None
             failed = row["attempts"] + 1
-            state = (
-                JobState.FAILED if failed >= attempts else JobState(_WISHED.get(row["wish"], JobState.WAITING.value))
-            )
+            state = JobState.FAILED if failed >= attempts else _STATES[stop_request(row)]
             connection.execute(
                 "UPDATE jobs SET state = ?, attempts = ?, finished_at = ?, problem = ?, report = ?, owner = NULL, "
                 "lease_until = NULL, wish = NULL WHERE id = ?",
@@ -117,35 +118,32 @@ class LeaseManager:
         return state
 
     def release(self, job_id: int, state: JobState = JobState.WAITING) -> bool:
-        """As it was before it was claimed, or paused or cancelled; what is kept of its work stays."""
-        return self._let_go(job_id, "state = ?, wish = NULL", (state.value,))
+        """End the lease without a result: the job waits again, or is paused or cancelled. Its checkpoint stays."""
+        return self._release(job_id, "state = ?, wish = NULL", (state.value,))
 
     def show(self, job_id: int, *, thumbnail: Path) -> None:
+        """Store the path of a picture of the job."""
         with self.store.database.transaction() as connection:
             connection.execute(
                 "UPDATE jobs SET thumbnail = ? WHERE id = ? AND owner = ?", (str(thumbnail), job_id, self.owner)
             )
 
-    def reclaim_expired(self, but: Collection[str] = ()) -> tuple[int, ...]:
-        """Jobs whose owner is known to have ended, or has been silent beyond its lease, wait again; their ids.
-
-        Args:
-            but: owners that are known to live.
-        """
+    def reclaim_expired(self) -> tuple[int, ...]:
+        """Queue the jobs of other owners again that have ended, or been silent beyond their lease; return their ids."""
         now = self.store.clock()
         with self.store.database.transaction() as connection:
             rows = connection.execute("SELECT * FROM jobs WHERE state = ?", (JobState.RUNNING.value,)).fetchall()
-            dead = [row for row in rows if row["owner"] not in {self.owner, *but} and self._is_dead(row, now)]
-            for row in dead:
-                _take_from_dead(connection, row, now)
-        return tuple(row["id"] for row in dead)
+            expired = [row for row in rows if row["owner"] != self.owner and self._is_expired(row, now)]
+            for row in expired:
+                _reclaim(connection, row, now)
+        return tuple(row["id"] for row in expired)
 
-    def _is_dead(self, row: sqlite3.Row, now: float) -> bool:
-        # A lease far in the future is of a clock that was wrong.
-        held = now < row["lease_until"] <= now + 10 * self.lease_seconds
-        return not held or is_gone(row["owner"])
+    def _is_expired(self, row: sqlite3.Row, now: float) -> bool:
+        # A lease far in the future was written when the clock was wrong.
+        is_held = now < row["lease_until"] <= now + 10 * self.lease_seconds
+        return not is_held or is_gone(row["owner"])
 
-    def _let_go(self, job_id: int, changes: str, values: tuple[Any, ...]) -> bool:
+    def _release(self, job_id: int, changes: str, values: tuple[Any, ...]) -> bool:
         with self.store.database.transaction() as connection:
             return bool(
                 connection.execute(
@@ -156,13 +154,13 @@ class LeaseManager:
             )
 
 
-def _take_from_dead(connection: sqlite3.Connection, row: sqlite3.Row, now: float) -> None:
+def _reclaim(connection: sqlite3.Connection, row: sqlite3.Row, now: float) -> None:
     crashes = row["crashes"] + 1
-    state, problem = _WISHED.get(row["wish"], JobState.WAITING.value), row["problem"]
-    if crashes >= MOST_CRASHES:
-        state, problem = JobState.FAILED.value, f"the process that ran it ended in the middle, {crashes} times"
+    state, problem = _STATES[stop_request(row)], row["problem"]
+    if crashes >= MAX_CRASHES:
+        state, problem = JobState.FAILED, f"the process running it died, {crashes} times"
     connection.execute(
         "UPDATE jobs SET state = ?, crashes = ?, problem = ?, owner = NULL, lease_until = NULL, wish = NULL, "
         "finished_at = ? WHERE id = ?",
-        (state, crashes, problem, now, row["id"]),
+        (state.value, crashes, problem, now, row["id"]),
     )

@@ -1,4 +1,4 @@
-"""What an engine tells of itself: to a progress bar, a page, or a benchmark."""
+"""Events that an engine reports to a progress bar, a page, or a benchmark."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ class EventKind(str, Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Something that has happened to a job (None: to a device); `words` say more."""
+    """Something that has happened to a job, or to a device."""
 
     kind: EventKind
     job: int | None
+    """None for a device."""
     device: str
     words: str = ""
+    """Details for people: the output, the error, the score."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """A stage of a job, or `write`: when it was asked for, begun and ended, in seconds of a monotonic clock."""
+    """A stage of a job, or `write`: when it was requested, begun and ended, in seconds of a monotonic clock."""
 
     job: int
     device: str

@@ -1,4 +1,4 @@
-"""What a list of jobs has come to, in words: a row for each, then what went wrong."""
+"""Report of a list of jobs as text: a row for each, then the problems."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from ..jobs.job import JobRecord, JobState
 from ..jobs.job_file import BadRow
 
 _TITLES = ("job", "picture", "size", "state", "seconds", "predicted", "measured", "video")
-_LEFT = {"picture", "state", "video"}
+_LEFT_ALIGNED = {"picture", "state", "video"}
 
 
 def summary(counts: Mapping[JobState, int], bad: Sequence[BadRow] = ()) -> str:
-    """Such as `3 done, 1 failed; 2 rows cannot run`."""
+    """Numbers of jobs by state, such as `3 done, 1 failed; 2 rows cannot run`."""
     words = ", ".join(f"{counts[state]} {state.value}" for state in JobState if counts[state]) or "no jobs"
     return f"{words}; {len(bad)} {'row' if len(bad) == 1 else 'rows'} cannot run" if bad else words
 
 
 def table(records: Sequence[JobRecord], bad: Sequence[BadRow], folder: Path) -> str:
-    """Every job with what it was predicted to take and took, its video's place from `folder` on, every problem."""
+    """Table of all jobs with predicted and measured memory, and the problems below; paths are relative to `folder`."""
     rows = [_TITLES, *(_cells(record, folder) for record in records)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(_padded, _TITLES, row, widths)).rstrip() for row in rows]
@@ -29,7 +29,7 @@ def table(records: Sequence[JobRecord], bad: Sequence[BadRow], folder: Path) -> 
 
 
 def seconds_of(record: JobRecord) -> float | None:
-    """What its stages took, or else the time from its start to its end; None where it has not run."""
+    """Seconds of its stages, or else from its start to its end; None where it has not run."""
     stages = (record.report or {}).get("stages")
     if stages:
         return sum(float(stage["seconds"]) for stage in stages)
@@ -46,17 +46,17 @@ def _cells(record: JobRecord, folder: Path) -> tuple[str, ...]:
         str(record.spec.size),
         record.state.value,
         "" if seconds is None else f"{seconds:.1f}",
-        _amount(record.predicted_bytes),
-        _amount(record.measured_bytes),
-        _place(record, folder),
+        _gib(record.predicted_bytes),
+        _gib(record.measured_bytes),
+        _video(record, folder),
     )
 
 
-def _amount(size_bytes: int | None) -> str:
+def _gib(size_bytes: int | None) -> str:
     return "" if size_bytes is None else format_gib(size_bytes)
 
 
-def _place(record: JobRecord, folder: Path) -> str:
+def _video(record: JobRecord, folder: Path) -> str:
     output = record.output
     if output is None or record.state is not JobState.DONE:
         return ""
@@ -64,4 +64,4 @@ def _place(record: JobRecord, folder: Path) -> str:
 
 
 def _padded(title: str, cell: str, width: int) -> str:
-    return cell.ljust(width) if title in _LEFT else cell.rjust(width)
+    return cell.ljust(width) if title in _LEFT_ALIGNED else cell.rjust(width)

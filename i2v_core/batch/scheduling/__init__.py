@@ -1,1 +1,1 @@
-"""Which job each device runs next: policy, estimates, and the queue as people see it."""
+"""Which job each device runs next: the policy, estimates, and the queue as people see it."""

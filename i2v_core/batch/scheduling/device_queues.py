@@ -1,35 +1,32 @@
-"""Jobs onto several cards, so that the one that ends last ends as early as it can.
+"""Distributes jobs over several devices, so that the one that ends last ends as early as it can.
 
 Longest processing time first (Graham, "Bounds on Multiprocessing Timing Anomalies", 1969): the longest job goes to the
-card that would be done with it first, of those that it fits. Each card takes its share in the order of the rule; one
-that has none left takes over from the card with the most to do. So the shares follow what jobs really take.
+device that would be done with it first, of those that it fits. Each device takes its jobs in the policy's order; one
+that has none left takes over from the device with the most to do. So the distribution follows what jobs really take.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterable, Mapping
 
-from .policy import PendingJob, Policy, SortKey, sort_key, with_preference
-
-_Heap = list[tuple[SortKey, int]]
+from .policy import PendingJob, Policy, PolicyQueue, sort_key
 
 
 class DeviceQueues:
-    """Which card is to run which of the waiting jobs. `kinds` gives each card's kind, by name. Not for many threads.
+    """A queue of waiting jobs for each device. Times are in seconds, by any clock. Not thread-safe.
 
-    Times are in seconds, by any clock.
+    Args:
+        kinds: kind of each device, by the device's name; jobs have an estimate for each kind.
     """
 
-    def __init__(self, kinds: Mapping[str, str], rule: Policy = Policy.WEIGHT) -> None:
+    def __init__(self, kinds: Mapping[str, str], policy: Policy = Policy.WEIGHT) -> None:
         self._kinds = dict(kinds)
-        self._rule = rule
+        self._policy = policy
         self._jobs: dict[int, PendingJob] = {}
-        self._card_of: dict[int, str] = {}
+        self._device_of: dict[int, str] = {}
         self._waiting_seconds = dict.fromkeys(kinds, 0.0)
         self._busy_until = dict.fromkeys(kinds, 0.0)
-        # By card and plan; jobs that have gone elsewhere stay in them until they come up.
-        self._heaps: dict[str, dict[str, _Heap]] = {card: {} for card in kinds}
+        self._queues = {device: PolicyQueue(policy, kind) for device, kind in kinds.items()}
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -38,103 +35,76 @@ class DeviceQueues:
         return job_id in self._jobs
 
     def add(self, jobs: Iterable[PendingJob], now: float = 0.0) -> list[PendingJob]:
-        """Gives each job to a card; those that fit none are returned."""
-        homeless: list[PendingJob] = []
-        for job in sorted(jobs, key=self._longest_first):
-            card = min(
-                (card for card, kind in self._kinds.items() if kind in job.on),
-                key=lambda card: self.load_seconds(card, now) + job.on[self._kinds[card]].seconds,
+        """Give each job to a device; return those that fit none."""
+        rejected: list[PendingJob] = []
+        for job in sorted(jobs, key=_longest_first):
+            device = min(
+                (device for device, kind in self._kinds.items() if kind in job.on),
+                key=lambda device: self.load_seconds(device, now) + job.on[self._kinds[device]].seconds,
                 default=None,
             )
-            if card is None:
-                homeless.append(job)
+            if device is None:
+                rejected.append(job)
             else:
-                self._give(job, card)
-        return homeless
+                self._jobs[job.id], self._device_of[job.id] = job, device
+                self._waiting_seconds[device] += job.on[self._kinds[device]].seconds
+                self._queues[device].add(job)
+        return rejected
 
     def remove(self, job_id: int) -> None:
-        job, card = self._jobs.pop(job_id), self._card_of.pop(job_id)
-        self._waiting_seconds[card] -= job.on[self._kinds[card]].seconds
+        job, device = self._jobs.pop(job_id), self._device_of.pop(job_id)
+        self._waiting_seconds[device] -= job.on[self._kinds[device]].seconds
+        self._queues[device].remove(job_id)
 
     def take(
         self,
-        card: str,
+        device: str,
         now: float = 0.0,
         loaded_plan: str | None = None,
         fits: Callable[[PendingJob], bool] = lambda _: True,
     ) -> PendingJob | None:
-        """The job that the card is to run next, which is then out of the shares; None where there is none for it.
+        """Remove and return the job that the device is to run next; None where there is none for it.
 
         Args:
-            now: from then on the card counts as busy for the job's predicted seconds.
-            loaded_plan: of the job that the card ran last.
-            fits: whether a job fits what is free on the card now; asked once of each plan.
+            now: from then on the device counts as busy for the job's predicted seconds.
+            loaded_plan: plan of the job that the device ran last.
+            fits: whether a job fits what is free on the device now; asked about the first job of each plan.
         """
-        job = self._next_of(card, loaded_plan, fits) or self._from_others(card, now, fits)
+        job = self._queues[device].next(loaded_plan, fits) or self._from_others(device, now, fits)
         if job is None:
             return None
         self.remove(job.id)
-        self._busy_until[card] = max(now, self._busy_until[card]) + job.on[self._kinds[card]].seconds
+        self._busy_until[device] = max(now, self._busy_until[device]) + job.on[self._kinds[device]].seconds
         return job
 
-    def is_idle(self, card: str, now: float) -> None:
-        """The card has nothing more to do, whatever was predicted."""
-        self._busy_until[card] = now
+    def mark_idle(self, device: str, now: float) -> None:
+        """Note that the device has nothing more to do, whatever was predicted."""
+        self._busy_until[device] = now
 
-    def lose(self, card: str, now: float = 0.0) -> list[PendingJob]:
-        """The card is gone, and its jobs go to others; those that fit no other are returned."""
-        jobs = [self._jobs[job_id] for job_id, home in self._card_of.items() if home == card]
+    def lose(self, device: str, now: float = 0.0) -> list[PendingJob]:
+        """Remove a device and give its jobs to others; return those that fit no other."""
+        jobs = list(self._queues[device].jobs)
         for job in jobs:
             self.remove(job.id)
-        for table in (self._kinds, self._waiting_seconds, self._busy_until, self._heaps):
-            del table[card]
+        for table in (self._kinds, self._waiting_seconds, self._busy_until, self._queues):
+            del table[device]
         return self.add(jobs, now)
 
-    def load_seconds(self, card: str, now: float = 0.0) -> float:
-        """What the card has still to do."""
-        return max(0.0, self._busy_until[card] - now) + self._waiting_seconds[card]
+    def load_seconds(self, device: str, now: float = 0.0) -> float:
+        """Predicted seconds until the device is done with all of its jobs."""
+        return max(0.0, self._busy_until[device] - now) + self._waiting_seconds[device]
 
-    def _give(self, job: PendingJob, card: str) -> None:
-        kind = self._kinds[card]
-        self._jobs[job.id], self._card_of[job.id] = job, card
-        self._waiting_seconds[card] += job.on[kind].seconds
-        heapq.heappush(self._heaps[card].setdefault(job.plan, []), (sort_key(self._rule, job, kind), job.id))
-
-    def _next_of(self, card: str, loaded_plan: str | None, fits: Callable[[PendingJob], bool]) -> PendingJob | None:
-        best: tuple[SortKey, PendingJob] | None = None
-        for plan, heap in list(self._heaps[card].items()):
-            while heap and not self._is_current(heap[0], card):
-                heapq.heappop(heap)
-            if not heap:
-                del self._heaps[card][plan]
-                continue
-            key, job_id = heap[0]
-            job = self._jobs[job_id]
-            key = with_preference(self._rule, key, job, loaded_plan)
-            if (best is None or key < best[0]) and fits(job):
-                best = key, job
-        return best[1] if best else None
-
-    def _is_current(self, entry: tuple[SortKey, int], card: str) -> bool:
-        """Whether the job is in the card's share still, and as it was when it was put there."""
-        key, job_id = entry
-        if self._card_of.get(job_id) != card:
-            return False
-        return sort_key(self._rule, self._jobs[job_id], self._kinds[card]) == key
-
-    def _from_others(self, card: str, now: float, fits: Callable[[PendingJob], bool]) -> PendingJob | None:
-        """Of the card with the most to do, the job that would have waited longest, if it is done sooner here."""
-        kind = self._kinds[card]
-        for victim in sorted(self._kinds, key=lambda it: -self.load_seconds(it, now)):
-            load_seconds = self.load_seconds(victim, now)
-            jobs = [self._jobs[job_id] for _, job_id in self._entries(victim)]
+    def _from_others(self, device: str, now: float, fits: Callable[[PendingJob], bool]) -> PendingJob | None:
+        """The job that would have waited longest, on the device with the most to do, if it is done sooner on this."""
+        kind = self._kinds[device]
+        for busiest in sorted(self._kinds, key=lambda it: -self.load_seconds(it, now)):
+            load_seconds = self.load_seconds(busiest, now)
+            jobs = self._queues[busiest].jobs
             movable = [job for job in jobs if kind in job.on and job.on[kind].seconds < load_seconds and fits(job)]
             if movable:
-                return max(movable, key=lambda job: sort_key(self._rule, job, kind))
+                return max(movable, key=lambda job: sort_key(self._policy, job, kind))
         return None
 
-    def _entries(self, card: str) -> list[tuple[SortKey, int]]:
-        return [entry for heap in self._heaps[card].values() for entry in heap if self._is_current(entry, card)]
 
-    def _longest_first(self, job: PendingJob) -> tuple[float, int]:
-        return (-min((it.seconds for it in job.on.values()), default=0.0), job.id)
+def _longest_first(job: PendingJob) -> tuple[float, int]:
+    return (-min((it.seconds for it in job.on.values()), default=0.0), job.id)

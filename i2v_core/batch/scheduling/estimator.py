@@ -1,4 +1,4 @@
-"""What a job is predicted to take: its plan, and the seconds of its stages, learned from those that have run."""
+"""Predicts a job: its plan, and the seconds of its stages, learned from jobs that have run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...families import Architecture
 from ...memory.device import DeviceFacts
 from ...planning.cost import sample_cost
 from ...planning.margin import needed_bytes
-from ...planning.plan import Plan, SamplePrediction, Stage
+from ...planning.plan import Plan, Stage
 from ...planning.planner import make_plan
 from ...planning.request import Budget, Request
 from ...planning.suggestions import NothingFitsError
@@ -19,9 +19,9 @@ from .policy import ResourceEstimate
 
 _MEGAPIXEL = 1e6
 
-# Seconds a unit of work before anything has run: guesses, whose ratios matter more than their size. The first jobs of a
-# model on a device take their place.
-_UNTAUGHT_SECONDS = {Stage.ENCODE: 1.0, Stage.SAMPLE: 0.25, Stage.DECODE: 0.15}
+# Seconds for a unit of work before anything has run: guesses, whose ratios matter more than their size. Timings of the
+# first jobs of a model on a device replace them.
+_GUESSED_SECONDS = {Stage.ENCODE: 1.0, Stage.SAMPLE: 0.25, Stage.DECODE: 0.15}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ class Estimate:
 
     @property
     def peak_bytes(self) -> int:
-        """With its margin: what must be free for the binding stage."""
+        """Bytes that must be free for the stage that needs most, its margin included."""
         return max(needed_bytes(it, self.plan.device) for it in self.plan.predictions)
 
     @property
@@ -42,19 +42,20 @@ class Estimate:
 
 
 def plan_key(spec: JobSpec) -> str:
-    """The same for jobs that are planned and run alike, whatever their picture, words, seed and steps."""
+    """Key that is the same for jobs that are planned and run alike, whatever their picture, prompt, seed and steps."""
     parts = (spec.model_identity or spec.model, spec.size, spec.guidance, spec.precision, spec.allow_approximate)
     return " ".join(map(str, parts))
 
 
 def work(plan: Plan, steps: int) -> dict[Stage, float]:
-    """How much each stage has to do, in megapixels: of the picture, of frames times steps and guidance branches, with
-    what the plan's way costs, and of frames.
+    """Work of each stage, in megapixels.
+
+    Encode has those of the picture, decode those of all frames, sample those of all frames for each step and guidance
+    branch, times the cost of the plan's settings.
     """
-    size, prediction = plan.request.size, plan.prediction(Stage.SAMPLE)
-    assert isinstance(prediction, SamplePrediction)
+    size = plan.request.size
     picture = size.width_pixels * size.height_pixels / _MEGAPIXEL
-    cost = 1 + sample_cost(plan.request, plan.sample, prediction)
+    cost = 1 + sample_cost(plan.request, plan.sample)
     return {
         Stage.ENCODE: picture,
         Stage.SAMPLE: size.frames * picture * steps * plan.request.branches * cost,
@@ -63,7 +64,7 @@ def work(plan: Plan, steps: int) -> dict[Stage, float]:
 
 
 class Estimator:
-    """Plans and predicted seconds of jobs on one device. Plans are remembered, seconds learned through the store."""
+    """Plans jobs for one device and predicts their seconds. Plans are cached; timings are learned through the store."""
 
     def __init__(
         self,
@@ -78,30 +79,30 @@ class Estimator:
         self._plans: dict[str, Plan | NothingFitsError] = {}
 
     def estimate(self, spec: JobSpec, architecture: Architecture) -> Estimate:
-        """Raises `NothingFitsError` where the job fits the budget in no way."""
+        """Plan the job and predict its seconds. Raises `NothingFitsError` if no plan fits the budget."""
         plan = self._plan(spec, architecture)
-        pairing = _model_device_key(plan)
-        rates = {stage: self._store.seconds_per_unit(pairing, plan_key(spec), stage.value) for stage in Stage}
-        known = {stage: _UNTAUGHT_SECONDS[stage] if rate is None else rate for stage, rate in rates.items()}
-        return Estimate(plan=plan, seconds={stage: it * known[stage] for stage, it in work(plan, spec.steps).items()})
+        model_device, shape = _model_device_key(plan), plan_key(spec)
+        learned = {stage: self._store.seconds_per_unit(model_device, shape, stage.value) for stage in Stage}
+        rates = {stage: _GUESSED_SECONDS[stage] if rate is None else rate for stage, rate in learned.items()}
+        return Estimate(plan=plan, seconds={stage: it * rates[stage] for stage, it in work(plan, spec.steps).items()})
 
     def learn(self, spec: JobSpec, plan: Plan, stage: Stage, seconds: float, *, steps: int) -> None:
-        """What a stage of the job took; `steps` are those that were sampled."""
+        """Learn from a stage that has run; `steps` is the number of steps that were sampled."""
         done = work(plan, steps)[stage]
         if seconds > 0 and done > 0:
             self._store.learn(_model_device_key(plan), plan_key(spec), stage.value, work=done, seconds=seconds)
 
     def _plan(self, spec: JobSpec, architecture: Architecture) -> Plan:
-        name = plan_key(spec)
-        if name not in self._plans:
-            self._plans[name] = self._made(spec, architecture)
-        found = self._plans[name]
-        if isinstance(found, NothingFitsError):
-            raise found.with_traceback(None)
-        return found
+        key = plan_key(spec)
+        if key not in self._plans:
+            self._plans[key] = self._plan_or_error(spec, architecture)
+        plan = self._plans[key]
+        if isinstance(plan, NothingFitsError):
+            raise plan.with_traceback(None)
+        return plan
 
-    def _made(self, spec: JobSpec, architecture: Architecture) -> Plan | NothingFitsError:
-        # Read once: when stages run, what they hold would be missing.
+    def _plan_or_error(self, spec: JobSpec, architecture: Architecture) -> Plan | NothingFitsError:
+        # Read once: while stages run, their own memory would be missing.
         if architecture not in self._budgets:
             self._budgets[architecture] = self._budget(architecture)
         request = Request(

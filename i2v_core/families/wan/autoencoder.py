@@ -1,11 +1,11 @@
-"""AutoencoderKLWan, a latent frame at a time: by its own forward with its cache, or layer by layer in bands of rows.
+"""AutoencoderKLWan, a latent frame at a time: by its own forward with its cache, or layer by layer in tiles of rows.
 
 Wan et al., "Wan: Open and Advanced Large-Scale Video Generative Models", 2025. The autoencoder is causal in time: the
-first latent frame makes one frame of the video, each further one as many as it compresses in time. Its own `decode`
-goes through latent frames in the same way, but keeps all that it has made on the device.
+first latent frame decodes to one frame of the video, each further one to as many as it compresses in time. Its own
+`decode` also runs one latent frame at a time, but keeps all decoded frames on the device.
 
-Legend: C latent channels, T latent frames, h/w latent size, H/W pixel size, F frames that one latent frame makes,
-p side of the squares of pixels that are channels of one.
+Legend: C latent channels, T latent frames, h/w latent size, H/W pixel size, F frames that one latent frame decodes to,
+p side of the squares of pixels that are channels of one pixel.
 """
 
 from __future__ import annotations
@@ -19,36 +19,37 @@ from torch import nn
 
 from ...chunking import ChunkSettings, LayerRunner
 from ...chunking.execution import Execution
-from ...decoding.causal_bands import CausalBands
+from ...decoding.causal_row_tiles import CausalRowTiledLayers
 from ...decoding.feature_map import FeatureMap, FeatureMaps
-from ...decoding.pieces import TilingSettings
+from ...decoding.settings import TilingSettings
 from ...placement.offload import empty_on_host
 
-# Takes one latent frame (1, C, 1, h, w) on the device, and where its frames (F, H, W, 3) belong, in host memory.
+# Takes one latent frame (1, C, 1, h, w) on the device, and the frames (F, H, W, 3) in host memory to write to.
 _Decoder: TypeAlias = Callable[[torch.Tensor, torch.Tensor], None]
-# Takes frames in -1…1 (1, 3, F, H, W) on the device; gives mean and logarithm of variance (1, 2 C, 1, h, w).
+# Takes frames in -1…1 (1, 3, F, H, W) on the device; returns mean and logarithm of variance (1, 2 C, 1, h, w).
 _Encoder: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WanPass:
-    """An AutoencoderKLWan that is ready to run. `runner` brings in weights where it runs layer by layer."""
+class WanAutoencoder:
+    """An AutoencoderKLWan that is ready to run. `runner` loads its weights if it runs layer by layer."""
 
     vae: Any
     device: torch.device
     dtype: torch.dtype
-    pieces: TilingSettings
+    tiling: TilingSettings
     runner: LayerRunner
     on_chunk: Callable[[], None]
 
     def decode(self, latents_1CThw: torch.Tensor, first_frame: int) -> Iterator[torch.Tensor]:
-        """Frames (F, H, W, 3) in -1…1, fp32, in host memory, a latent frame's at a time, from `first_frame` on.
+        """Yield frames (F, H, W, 3) in -1…1, in fp32, in host memory, one latent frame's at a time, from `first_frame`
+        on.
 
-        Every latent frame before that is decoded too, since what they leave behind reaches through the whole clip.
+        Latent frames before that are decoded too, since every frame depends on all before it.
         """
         factor, times = self.vae.config.scale_factor_spatial, self.vae.config.scale_factor_temporal
         height, width = (factor * side for side in latents_1CThw.shape[3:])
-        decode = _BandedDecoder(self) if self.pieces.by_layer else _PlainDecoder(self.vae)
+        decode = _TiledDecoder(self) if self.tiling.by_layer else _PlainDecoder(self.vae)
         end = 0
         for index in range(latents_1CThw.shape[2]):
             self.on_chunk()
@@ -61,12 +62,14 @@ class WanPass:
                 yield frames_FHW3[max(0, first_frame - start) :]
 
     def encode_mode(self, picture_13HW: torch.Tensor, frames: int) -> torch.Tensor:
-        """`vae.encode(video).latent_dist.mode()` (1, C, T, h, w), fp32, in host memory, of a video that is a picture in
-        -1…1, in host memory, and then zeros: some frames at a time, as the autoencoder does.
+        """Return `vae.encode(video).latent_dist.mode()` (1, C, T, h, w), in fp32, in host memory.
+
+        The video of `frames` frames is the picture in -1…1, in host memory, followed by zeros. It is encoded a few
+        frames at a time, as the autoencoder's own `encode` does.
         """
         factor, times = self.vae.config.scale_factor_spatial, self.vae.config.scale_factor_temporal
         height, width = picture_13HW.shape[2:]
-        encode = _BandedEncoder(self) if self.pieces.by_layer else _PlainEncoder(self.vae)
+        encode = _TiledEncoder(self) if self.tiling.by_layer else _PlainEncoder(self.vae)
         count = (frames - 1) // times + 1
         shape = (1, self.vae.config.z_dim, count, height // factor, width // factor)
         latents_1CThw = empty_on_host(shape, torch.float32, self.device)
@@ -78,21 +81,21 @@ class WanPass:
             latents_1CThw[:, :, index] = encode(frames_13FHW).chunk(2, dim=1)[0][:, :, 0]
         return latents_1CThw
 
-    def bands(self, channels: int) -> CausalBands:
-        """The layers in bands; the widest at full resolution has so many channels."""
+    def tiled_layers(self, channels: int) -> CausalRowTiledLayers:
+        """Return the tiled layers for one pass; `channels` is the largest width at full resolution."""
         frame_bytes = 4 * channels * self.dtype.itemsize
-        workspace_bytes = self.pieces.tile_pixels**2 * frame_bytes * self.vae.config.scale_factor_temporal
+        workspace_bytes = self.tiling.tile_pixels**2 * frame_bytes * self.vae.config.scale_factor_temporal
         execution = Execution(
             settings=ChunkSettings(workspace_bytes=workspace_bytes),
             runner=self.runner,
             on_chunk=self.on_chunk,
             num_frames=self.vae.config.scale_factor_temporal,
         )
-        return CausalBands(execution, FeatureMaps(self.device, self.dtype, self.pieces.maps_bytes, groups=0))
+        return CausalRowTiledLayers(execution, FeatureMaps(self.device, self.dtype, self.tiling.maps_bytes, groups=0))
 
 
 class _PlainDecoder:
-    """The model's own decoder with its own cache."""
+    """Runs the model's own decoder with its own cache."""
 
     def __init__(self, vae: Any) -> None:
         self._vae = vae
@@ -102,13 +105,13 @@ class _PlainDecoder:
     def __call__(self, latent_1C1hw: torch.Tensor, frames_FHW3: torch.Tensor) -> None:
         vae = self._vae
         latent_1C1hw = vae.post_quant_conv(latent_1C1hw)
-        made = vae.decoder(latent_1C1hw, feat_cache=self._cache, feat_idx=[0], first_chunk=self._first)
+        decoded = vae.decoder(latent_1C1hw, feat_cache=self._cache, feat_idx=[0], first_chunk=self._first)
         self._first = False
-        _write(vae, made[0].transpose(0, 1), frames_FHW3)
+        _write_frames(vae, decoded[0].transpose(0, 1), frames_FHW3)
 
 
 class _PlainEncoder:
-    """The model's own encoder with its own cache."""
+    """Runs the model's own encoder with its own cache."""
 
     def __init__(self, vae: Any) -> None:
         self._vae = vae
@@ -116,119 +119,123 @@ class _PlainEncoder:
 
     def __call__(self, frames_13FHW: torch.Tensor) -> torch.Tensor:
         vae = self._vae
-        frames_13FHW = _patched(vae, frames_13FHW)
+        frames_13FHW = _folded(vae, frames_13FHW)
         return vae.quant_conv(vae.encoder(frames_13FHW, feat_cache=self._cache, feat_idx=[0]))
 
 
-class _BandedDecoder:
-    """The decoder's layers in bands."""
+class _TiledDecoder:
+    """Runs the decoder's layers in tiles."""
 
-    def __init__(self, run: WanPass) -> None:
+    def __init__(self, run: WanAutoencoder) -> None:
         decoder = run.vae.decoder
-        self._vae, self._bands = run.vae, run.bands(decoder.conv_out.in_channels)
+        self._vae, self._layers = run.vae, run.tiled_layers(decoder.conv_out.in_channels)
         self._first = True
 
     def __call__(self, latent_1C1hw: torch.Tensor, frames_FHW3: torch.Tensor) -> None:
-        bands, decoder = self._bands, self._vae.decoder
-        hidden = bands.causal_pointwise(self._vae.post_quant_conv, FeatureMap.over(latent_1C1hw[0].transpose(0, 1)))
-        hidden = _middle(bands, decoder.mid_block, bands.causal(decoder.conv_in, hidden))
+        layers, decoder = self._layers, self._vae.decoder
+        hidden = layers.causal_pointwise(self._vae.post_quant_conv, FeatureMap.view_of(latent_1C1hw[0].transpose(0, 1)))
+        hidden = _middle(layers, decoder.mid_block, layers.causal_convolve(decoder.conv_in, hidden))
         for block in decoder.up_blocks:
             hidden = self._up(block, hidden)
         side = self._vae.config.patch_size or 1
 
-        def write(rows: slice, band_FCrW: torch.Tensor) -> None:
-            _write(self._vae, band_FCrW, frames_FHW3[:, side * rows.start : side * rows.stop])
+        def write(rows: slice, tile_FCrW: torch.Tensor) -> None:
+            _write_frames(self._vae, tile_FCrW, frames_FHW3[:, side * rows.start : side * rows.stop])
 
-        bands.last(decoder.conv_out, hidden, decoder.norm_out, write)
+        layers.causal_output(decoder.conv_out, hidden, decoder.norm_out, write)
         self._first = False
 
     def _up(self, block: Any, hidden: FeatureMap) -> FeatureMap:
-        """A `WanUpBlock`, or a `WanResidualUpBlock`, whose input is added to its result."""
-        bands, source = self._bands, hidden
+        """Run a `WanUpBlock`, or a `WanResidualUpBlock`, which adds its upsampled input to its result."""
+        layers, source = self._layers, hidden
         shortcut = getattr(block, "avg_shortcut", None)
         for index, resnet in enumerate(block.resnets):
-            hidden = bands.causal_resnet(resnet, hidden, keep=index == 0 and shortcut is not None)
+            hidden = layers.causal_resnet(resnet, hidden, keep=index == 0 and shortcut is not None)
         upsampler = block.upsampler if hasattr(block, "upsampler") else (block.upsamplers or [None])[0]
         if upsampler is None:
             return hidden
-        # The first frame stays one: the convolution over time begins with the second.
+        # The first frame is not doubled: the temporal convolution starts with the second.
         if upsampler.mode == "upsample3d" and not self._first:
-            hidden = bands.causal(upsampler.time_conv, hidden)
-        hidden = bands.upsample(upsampler.resample[1], hidden)
-        return hidden if shortcut is None else bands.add_enlarged(shortcut, source, hidden, first=self._first)
+            hidden = layers.causal_convolve(upsampler.time_conv, hidden)
+        hidden = layers.upsample(upsampler.resample[1], hidden)
+        return (
+            hidden if shortcut is None else layers.add_upsampled_shortcut(shortcut, source, hidden, first=self._first)
+        )
 
 
-class _BandedEncoder:
-    """The encoder's layers in bands."""
+class _TiledEncoder:
+    """Runs the encoder's layers in tiles."""
 
-    def __init__(self, run: WanPass) -> None:
+    def __init__(self, run: WanAutoencoder) -> None:
         encoder = run.vae.encoder
-        self._vae, self._bands = run.vae, run.bands(encoder.conv_in.out_channels)
+        self._vae, self._layers = run.vae, run.tiled_layers(encoder.conv_in.out_channels)
         self._first = True
 
     def __call__(self, frames_13FHW: torch.Tensor) -> torch.Tensor:
-        bands, encoder = self._bands, self._vae.encoder
-        source = FeatureMap.over(_patched(self._vae, frames_13FHW)[0].transpose(0, 1))
-        hidden = bands.causal(encoder.conv_in, source)
+        layers, encoder = self._layers, self._vae.encoder
+        source = FeatureMap.view_of(_folded(self._vae, frames_13FHW)[0].transpose(0, 1))
+        hidden = layers.causal_convolve(encoder.conv_in, source)
         for layer in encoder.down_blocks:
             hidden = self._down(layer, hidden)
-        hidden = bands.causal(encoder.conv_out, _middle(bands, encoder.mid_block, hidden), norm=encoder.norm_out)
-        hidden = bands.causal_pointwise(self._vae.quant_conv, hidden)
+        hidden = layers.causal_convolve(
+            encoder.conv_out, _middle(layers, encoder.mid_block, hidden), norm=encoder.norm_out
+        )
+        hidden = layers.causal_pointwise(self._vae.quant_conv, hidden)
         self._first = False
         return hidden.read(slice(0, hidden.height)).transpose(0, 1)[None]
 
     def _down(self, layer: Any, hidden: FeatureMap) -> FeatureMap:
-        """A `WanResidualBlock` or `WanResample`, or a `WanResidualDownBlock` of these."""
-        bands = self._bands
+        """Run a `WanResidualBlock` or `WanResample`, or a `WanResidualDownBlock` of these."""
+        layers = self._layers
         if hasattr(layer, "avg_shortcut"):
             return self._residual_down(layer, hidden)
         if not hasattr(layer, "resample"):
-            return bands.causal_resnet(layer, hidden)
-        hidden = bands.downsample(layer.resample[1], hidden)
+            return layers.causal_resnet(layer, hidden)
+        hidden = layers.downsample(layer.resample[1], hidden)
         if layer.mode != "downsample3d":
             return hidden
-        # The first frame stays one, and is the first that the convolution over time sees.
+        # The first frame is not halved, but kept as the temporal convolution's past.
         if self._first:
-            bands.put_by(layer.time_conv, hidden)
+            layers.remember(layer.time_conv, hidden)
             return hidden
-        return bands.causal(layer.time_conv, hidden)
+        return layers.causal_convolve(layer.time_conv, hidden)
 
     def _residual_down(self, block: Any, source: FeatureMap) -> FeatureMap:
         hidden = source
         for index, resnet in enumerate(block.resnets):
-            hidden = self._bands.causal_resnet(resnet, hidden, keep=index == 0)
+            hidden = self._layers.causal_resnet(resnet, hidden, keep=index == 0)
         if block.downsampler is not None:
             hidden = self._down(block.downsampler, hidden)
-        return self._bands.add_reduced(block.avg_shortcut, source, hidden)
+        return self._layers.add_downsampled_shortcut(block.avg_shortcut, source, hidden)
 
 
-def _middle(bands: CausalBands, block: Any, hidden: FeatureMap) -> FeatureMap:
-    """A `WanMidBlock`."""
-    hidden = bands.causal_resnet(block.resnets[0], hidden)
+def _middle(layers: CausalRowTiledLayers, block: Any, hidden: FeatureMap) -> FeatureMap:
+    """Run a `WanMidBlock`."""
+    hidden = layers.causal_resnet(block.resnets[0], hidden)
     for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
-        hidden = bands.causal_resnet(resnet, bands.causal_attention(attention, hidden))
+        hidden = layers.causal_resnet(resnet, layers.causal_attention(attention, hidden))
     return hidden
 
 
 def _empty_cache(module: nn.Module) -> list[Any]:
-    """A place for each causal convolution: what the autoencoder's own forward fills and reads."""
+    """Return a cache with an entry for each causal convolution, which the autoencoder's own forward fills and reads."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
     return [None for part in module.modules() if isinstance(part, WanCausalConv3d)]
 
 
-def _write(vae: Any, made_FCrW: torch.Tensor, frames_FrW3: torch.Tensor) -> None:
-    """What the decoder's last layer has made, limited to -1…1 in place, as pixels of frames in host memory."""
+def _write_frames(vae: Any, decoded_FCrW: torch.Tensor, frames_FrW3: torch.Tensor) -> None:
+    """Clamp the last layer's result to -1…1, in place, and write it to frames in host memory, squares unfolded."""
     side = vae.config.patch_size or 1
-    made_FCrW.clamp_(-1, 1)
-    frames, _, height, width = made_FCrW.shape
-    # The order of (3, p across, p down) among the channels is the autoencoder's.
-    squares = made_FCrW.reshape(frames, 3, side, side, height, width).permute(0, 4, 3, 5, 2, 1)
+    decoded_FCrW.clamp_(-1, 1)
+    frames, _, height, width = decoded_FCrW.shape
+    # The autoencoder's order of channels is (3, p across, p down).
+    squares = decoded_FCrW.reshape(frames, 3, side, side, height, width).permute(0, 4, 3, 5, 2, 1)
     frames_FrW3.view(frames, height, side, width, side, 3).copy_(squares)
 
 
-def _patched(vae: Any, frames_13FHW: torch.Tensor) -> torch.Tensor:
-    """Squares of pixels as channels of one, where the autoencoder takes these."""
+def _folded(vae: Any, frames_13FHW: torch.Tensor) -> torch.Tensor:
+    """Return frames with squares of pixels folded into channels, as the autoencoder takes them."""
     side = vae.config.patch_size or 1
     batch, _, frames, height, width = frames_13FHW.shape
     squares = frames_13FHW.view(batch, 3, frames, height // side, side, width // side, side)

@@ -1,6 +1,7 @@
-"""A Wan model's folder in diffusers layout: what it must hold, and how that is loaded.
+"""Reading and loading a Wan model's folder in diffusers layout.
 
-A transformer may come from a file of its own instead, which is named, or lies alone in the transformer's folder.
+A transformer's weights may come from a file of their own instead, which is given, or is alone in the transformer's
+folder.
 """
 
 from __future__ import annotations
@@ -46,15 +47,15 @@ _CONFIG_FILES = {
     "image_processor": "preprocessor_config.json",
     "scheduler": "scheduler_config.json",
 }
-# Of model_index.json: when the second expert takes over, and whether each token has a time step of its own.
+# Keys of model_index.json: when the second expert takes over, and whether each token has a time step of its own.
 _PIPELINE_KEYS = ("boundary_ratio", "expand_timesteps")
 
 
 def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    """The components' configs by name, and under `pipeline` what model_index.json says of sampling.
+    """Return the components' configs by name, and under `pipeline` the sampling options in model_index.json.
 
     Raises:
-        ModelFolderError: a config is missing or damaged, or holds numbers that make no model.
+        ModelFolderError: a config is missing or damaged, or holds values that make no model.
     """
     configs = {
         component.name: read_json(folder / component.name / _CONFIG_FILES.get(component.name, "config.json"))
@@ -66,24 +67,24 @@ def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def stored(
+def quantized_weight_names(
     folder: Path, configs: Mapping[str, Mapping[str, Any]], files: WeightFiles
 ) -> dict[str, dict[str, list[str]]]:
-    """Names of the weights that lie quantised in files, by transformer and format.
+    """Return the names of the weights that files hold quantised, by transformer and format.
 
     Raises:
-        BadInputError: a file is given for a transformer that the model has not.
+        BadInputError: a file is given for a transformer that the model does not have.
         ModelFolderError: a file is damaged, or not the transformer's.
     """
-    of_transformers = _files(folder, configs, files)
+    files_by_name = _files(folder, configs, files)
     return {
         name: weight_file.quantized_in(weight_file.tensors_of(file, configs[name]), configs[name])
-        for name, file in of_transformers.items()
+        for name, file in files_by_name.items()
     }
 
 
-def load(folder: Path, architecture: Architecture, files: WeightFiles = NO_FILES) -> I2VModel:
-    """Raises `ModelFolderError` naming every missing or damaged file."""
+def load_folder(folder: Path, architecture: Architecture, files: WeightFiles = NO_FILES) -> I2VModel:
+    """Load a folder into host RAM. Raises `ModelFolderError` that names every missing or damaged file."""
     from transformers import AutoTokenizer
 
     configs = {component.name: architecture.config(component.name) for component in _components(folder)}
@@ -108,8 +109,8 @@ def load(folder: Path, architecture: Architecture, files: WeightFiles = NO_FILES
     )
 
 
-def skeleton(architecture: Architecture, component: str) -> nn.Module:
-    """See `base.Family`."""
+def make_skeleton(architecture: Architecture, component: str) -> nn.Module:
+    """Return a component without weights; see `base.Family.skeleton`."""
     cls, config = _module_classes()[component], architecture.config(component)
     if component in ("text_encoder", "image_encoder"):
         return cls(cls.config_class.from_dict(config)).eval()
@@ -119,7 +120,7 @@ def skeleton(architecture: Architecture, component: str) -> nn.Module:
 
 
 def vision_pixels(architecture: Architecture, picture: Image.Image) -> Tensor:
-    """The picture (1, 3, H, W) as the vision encoder's own processor gives it, on the CPU."""
+    """Return the picture (1, 3, H, W) as the vision encoder's own processor prepares it, on the CPU."""
     from transformers import CLIPImageProcessor
 
     processor: Any = CLIPImageProcessor
@@ -128,8 +129,10 @@ def vision_pixels(architecture: Architecture, picture: Image.Image) -> Tensor:
 
 
 def _components(folder: Path) -> tuple[ComponentSpec, ...]:
-    """What a folder must hold: a second expert where there is a boundary between two, and a vision encoder where the
-    transformer takes what one sees.
+    """Return the components that a folder must hold.
+
+    There is a second expert if model_index.json has a boundary between two, and a vision encoder if the transformer
+    takes its states.
     """
     two = read_json(folder / "model_index.json").get("boundary_ratio") is not None
     sees = read_json(folder / "transformer" / "config.json").get("image_dim") is not None
@@ -137,7 +140,7 @@ def _components(folder: Path) -> tuple[ComponentSpec, ...]:
 
 
 def _files(folder: Path, configs: Mapping[str, object], files: WeightFiles) -> dict[str, Path]:
-    """The file of each transformer that has one."""
+    """Return the file of each transformer that has one."""
     for name, file in files.items():
         if name not in configs:
             raise BadInputError(
@@ -148,13 +151,13 @@ def _files(folder: Path, configs: Mapping[str, object], files: WeightFiles) -> d
 
 
 def _alone_in(folder: Path) -> Path | None:
-    """The one GGUF file in a folder, where there are no weights in diffusers layout."""
+    """Return the only GGUF file in a folder without weights in diffusers layout; None if there is none."""
     found = sorted(folder.glob("*.gguf"))
     return found[0] if len(found) == 1 and not any(folder.glob("*.safetensors*")) else None
 
 
 def _module_classes() -> Mapping[str, Any]:
-    """Imported at first use: diffusers and transformers take seconds, which the host's start must not pay."""
+    """Return classes by component, imported here since diffusers and transformers would delay the host's start."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
     from transformers import CLIPVisionModel, UMT5EncoderModel
@@ -169,12 +172,12 @@ def _module_classes() -> Mapping[str, Any]:
 
 
 def _check(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise `ModelFolderError` unless what is read of the configs later can be read."""
+    """Raise `ModelFolderError` unless the values that are read of the configs later can be read."""
     with configs_read(folder):
         channels, vae = int(configs["vae"].get("z_dim", 16)), configs["vae"]
         statistics = [float(value) for name in ("latents_mean", "latents_std") for value in vae[name]]
         if len(statistics) != 2 * channels:
-            raise ValueError(f"{len(statistics)} numbers say how {channels} latent channels are distributed")
+            raise ValueError(f"{len(statistics)} values describe the distribution of {channels} latent channels")
         int(configs["transformer"]["text_dim"])
         float(configs["pipeline"].get("boundary_ratio", 0))
         if "image_encoder" in configs:

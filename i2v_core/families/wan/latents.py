@@ -1,4 +1,4 @@
-"""The latents of Wan's autoencoder: their scale, and the patches that the denoiser makes of them.
+"""Latents of Wan's autoencoder: their normalisation, and the number of tokens that the denoiser makes of them.
 
 Shape legend: B guidance branches, C latent channels, T latent frames, h/w latent size.
 """
@@ -15,24 +15,24 @@ from ..model import Architecture
 
 
 def normalised(architecture: Architecture, mode_1CThw: Tensor) -> Tensor:
-    """The autoencoder's latents as the denoiser is to see them."""
+    """Return the autoencoder's latents, normalised for the denoiser."""
     mean, deviation = _statistics(architecture, mode_1CThw)
     return (mode_1CThw - mean) * (1 / deviation)
 
 
-def as_encoded(architecture: Architecture, latents_BCThw: Tensor) -> Tensor:
-    """The denoiser's latents as the autoencoder makes them: the reverse."""
+def denormalised(architecture: Architecture, latents_BCThw: Tensor) -> Tensor:
+    """Return the denoiser's latents in the autoencoder's scale: the reverse of `normalised`."""
     mean, deviation = _statistics(architecture, latents_BCThw)
     return latents_BCThw / (1 / deviation) + mean
 
 
 def _statistics(architecture: Architecture, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (1, C, 1, 1, 1) of the autoencoder's latents."""
+    """Return mean and standard deviation (1, C, 1, 1, 1) of the autoencoder's latents."""
     config: Mapping[str, Any] = architecture.config("vae")
     mean, deviation = (like.new_tensor(config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
     return mean, deviation
 
 
 def tokens_of_frame(latents_BCThw: Tensor, patch_size: Sequence[int]) -> int:
-    """How many patches the denoiser makes of a latent frame."""
+    """Return how many tokens the denoiser makes of a latent frame."""
     return prod(latents_BCThw.shape[3:]) // prod(patch_size[1:])

@@ -19,7 +19,7 @@ from .latents import tokens_of_frame
 
 
 class WanTI2V(Wan):
-    """See `base.Family`."""
+    """Wan 2.2 TI2V-5B; see `base.Family`."""
 
     facts = FamilyFacts(
         name="wan-ti2v",
@@ -51,12 +51,12 @@ class WanTI2V(Wan):
         batch, _, frames, *_ = latents_BCTHW.shape
         steps_BS = timestep.to(latents_BCTHW.device).float().repeat(batch, frames * of_frame)
         steps_BS[:, :of_frame] = 0
-        model_input = _begun(latents_BCTHW, inputs)
-        told = {name: tensor for name, tensor in inputs.items() if name != "first_latents"}
-        return model(model_input, steps_BS, **told, return_dict=False)[0]
+        model_input = _with_picture(latents_BCTHW, inputs)
+        other_inputs = {name: tensor for name, tensor in inputs.items() if name != "first_latents"}
+        return model(model_input, steps_BS, **other_inputs, return_dict=False)[0]
 
     def latents_to_host(self, architecture: Architecture, latents_BCTHW: Tensor, inputs: TensorMap) -> Tensor:
-        return super().latents_to_host(architecture, _begun(latents_BCTHW, inputs), inputs)
+        return super().latents_to_host(architecture, _with_picture(latents_BCTHW, inputs), inputs)
 
     def _encoded_frames(self, size: VideoSize) -> int:  # noqa: ARG002
         return 1
@@ -68,8 +68,8 @@ class WanTI2V(Wan):
         return {"first_latents": latents_BCThw.new_empty(latents_BCThw[:, :, :1].shape)}
 
 
-def _begun(latents_BCTHW: Tensor, inputs: TensorMap) -> Tensor:
-    """A copy of the latents whose first frame is the picture's."""
-    begun_BCTHW = latents_BCTHW.clone()
-    begun_BCTHW[:, :, :1] = inputs["first_latents"]
-    return begun_BCTHW
+def _with_picture(latents_BCTHW: Tensor, inputs: TensorMap) -> Tensor:
+    """Return a copy of the latents whose first frame is the picture's."""
+    with_picture_BCTHW = latents_BCTHW.clone()
+    with_picture_BCTHW[:, :, :1] = inputs["first_latents"]
+    return with_picture_BCTHW

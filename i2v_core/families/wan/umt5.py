@@ -15,28 +15,30 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...memory.meter import host_memory
-from ...placement.offload import kept_on_host
+from ...placement.offload import fp32_host_copy
 from .. import clip
 from ..base import Placed
 
 EMBEDDINGS = frozenset({"shared", "encoder.embed_tokens"})
-"""A fifth of the encoder's weights, of which a prompt needs some rows: they are read where they lie."""
+"""Submodules with a fifth of the encoder's weights, of which a prompt needs a few rows: read in host memory."""
 
 
 def encode_text(text_encoder: Placed, tokenizer: Any, text: str, length: int) -> Tensor:
-    """Hidden states (1, L, D) of `length` tokens, fp32, in host memory; zeros where the text has ended."""
+    """Return hidden states (1, L, D) of `length` tokens, in fp32, in host memory, with zeros after the text."""
     words = " ".join(html.unescape(html.unescape(text)).split())
     with host_memory():
         token_ids = clip.tokenize(tokenizer, words, length)
         mask = token_ids != tokenizer.pad_token_id
     on_device = mask.to(text_encoder.device)
     states = _encoded(text_encoder, token_ids, on_device.long())
-    return kept_on_host(states.masked_fill(~on_device[..., None], 0))
+    return fp32_host_copy(states.masked_fill(~on_device[..., None], 0))
 
 
 def trace_text(text_encoder: Placed, length: int) -> Tensor:
-    """The same of the encoder alone, on meta tensors: from version 5 on transformers looks whether a mask is full,
-    which it cannot of one without values, but takes the square that it would make of it.
+    """Run the encoder alone, on meta tensors, for tracing.
+
+    transformers 5 reads the mask's values to see whether it is full, which a meta tensor has not; but it accepts the
+    square mask that it would make of it.
     """
     import transformers
 
@@ -48,7 +50,7 @@ def trace_text(text_encoder: Placed, length: int) -> Tensor:
 
 
 def _encoded(text_encoder: Placed, token_ids: Tensor, mask: Tensor) -> Tensor:
-    """Hidden states (1, L, D), on the device."""
+    """Return hidden states (1, L, D), on the device."""
     rows = text_encoder.module.get_input_embeddings().weight
     if rows.device == text_encoder.device:
         embedded = functional.embedding(token_ids.to(rows.device), rows)

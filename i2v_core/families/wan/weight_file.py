@@ -1,6 +1,6 @@
-"""A Wan transformer from one file, GGUF or safetensors, as people have it for other nodes: weights alone, no config.
+"""Loading a Wan transformer from a single GGUF or safetensors file of weights, as published for other nodes.
 
-The file may name its weights as the published code does, or as diffusers does. What it holds quantised stays so in
+The file may name its weights as the published code does, or as diffusers does. Quantised weights stay quantised in
 memory (`placement/quantized.py`), but for the few that diffusers keeps in fp32.
 """
 
@@ -20,15 +20,15 @@ from ..tensor_file import SUFFIXES, StoredTensor, read_tensors
 
 TensorsByName = Mapping[str, StoredTensor]
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-_OF_DIFFUSERS = "condition_embedder."
+_DIFFUSERS_PREFIX = "condition_embedder."
 _INPUT = "patch_embedding.weight"
-# By the names that users have for them: files are named after the size of their mixture too.
+# Formats by users' names for them, since files are also named after the size of their mixture of formats.
 _FORMATS = {"FP8": "F8_E4M3"} | {f"Q{bits}_K_{size}": f"Q{bits}_K" for bits in (3, 4, 5) for size in "SML"}
-_ANOTHER = "choose the file of the model whose folder is chosen"
+_CHOOSE_ANOTHER = "choose the file of the model whose folder is chosen"
 
 
 def tensors_of(file: Path, config: Mapping[str, Any]) -> TensorsByName:
-    """What the file holds for a transformer of this config, by diffusers' names; no weights are read.
+    """Return the file's tensors for a transformer of this config, by diffusers' names, without reading their values.
 
     Raises:
         ModelFolderError: the file is damaged, of another model, or in a format that cannot be used.
@@ -40,7 +40,7 @@ def tensors_of(file: Path, config: Mapping[str, Any]) -> TensorsByName:
 
 
 def quantized_in(tensors: TensorsByName, config: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Names of the weights that will lie quantised, by format."""
+    """Return the names of the weights that stay quantised, by format."""
     layers = _linear_layers(_skeleton(config))
     found: dict[str, list[str]] = {}
     for name, tensor in sorted(tensors.items()):
@@ -49,12 +49,16 @@ def quantized_in(tensors: TensorsByName, config: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def stored_as(weights: str, config: Mapping[str, Any]) -> dict[str, list[str]]:
-    """As `quantized_in`, for a plan without a model: `weights` names a file, or a format that all blocks lie in, as
-    most of a file of 4 to 8 bits does.
+def weights_by_format(weights: str, config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the names of quantised weights by format, for a plan without a model.
+
+    Args:
+        weights: a file, or the name of a format, which all weights of the blocks are then in, as are most of a file of
+            4 to 8 bits.
+        config: the transformer's config.
 
     Raises:
-        BadInputError: it is no file and no format, or rows of weights do not make whole blocks of it.
+        BadInputError: there is no such format, or rows of weights are not divisible by its blocks.
         ModelFolderError: the file is damaged, or of another model.
         MissingPackageError: the package gguf is needed.
     """
@@ -64,12 +68,14 @@ def stored_as(weights: str, config: Mapping[str, Any]) -> dict[str, list[str]]:
     layers = {name: it for name, it in _linear_layers(_skeleton(config)).items() if name.startswith("blocks.")}
     numbers, _ = block_of(format_name)
     if any(layer.in_features % numbers for layer in layers.values()):
-        raise BadInputError(f"the model's weights make no whole blocks of {format_name}", "choose another format")
+        raise BadInputError(
+            f"the model's weights are not divisible by the blocks of {format_name}", "choose another format"
+        )
     return {format_name: sorted(layers)}
 
 
 def set_storage_formats(transformer: nn.Module, stored: Mapping[str, list[str]]) -> None:
-    """Mark the layers of a transformer without weights with what `quantized_in` says."""
+    """Mark the layers of a transformer without weights with the formats that `quantized_in` returned."""
     layers = _linear_layers(transformer)
     for format_name, names in stored.items():
         for name in names:
@@ -78,7 +84,7 @@ def set_storage_formats(transformer: nn.Module, stored: Mapping[str, list[str]])
 
 
 def load(tensors: TensorsByName, config: Mapping[str, Any]) -> nn.Module:
-    """The transformer in host RAM, with its weights as the file has them."""
+    """Return the transformer in host RAM, with its weights in the file's formats."""
     import accelerate as untyped  # pyright: ignore[reportMissingTypeStubs]
 
     accelerate: Any = untyped
@@ -87,13 +93,13 @@ def load(tensors: TensorsByName, config: Mapping[str, Any]) -> nn.Module:
     layers = _linear_layers(transformer)
     for name, tensor in tensors.items():
         owner, _, own_name = name.rpartition(".")
-        lying = tensor.read()
+        stored = tensor.read()
         form = _form(tensor)
         if form is not None and name in layers:
             set_storage_format(layers[name], form)
         elif form is not None:
-            lying = form.dequantized(lying, torch.float32).view(tensor.shape)
-        setattr(transformer.get_submodule(owner), own_name, nn.Parameter(lying, requires_grad=False))
+            stored = form.dequantized(stored, torch.float32).view(tensor.shape)
+        setattr(transformer.get_submodule(owner), own_name, nn.Parameter(stored, requires_grad=False))
     return transformer.eval()
 
 
@@ -116,7 +122,7 @@ def _skeleton(config: Mapping[str, Any]) -> nn.Module:
 
 
 def _linear_layers(transformer: nn.Module) -> dict[str, nn.Linear]:
-    """Layers whose weights may lie quantised, by the names of their weights: but for what diffusers keeps in fp32."""
+    """Return layers whose weights may stay quantised, by weight name; excludes those that diffusers keeps in fp32."""
     kept = set(cast("Any", transformer)._keep_in_fp32_modules or ())
     parts = cast("Iterable[tuple[str, nn.Module]]", transformer.named_modules())
     return {
@@ -129,38 +135,42 @@ def _linear_layers(transformer: nn.Module) -> dict[str, nn.Linear]:
 def _named_as_diffusers(file: Path, tensors: TensorsByName) -> TensorsByName:
     prefix = next((it for it in _PREFIXES if any(name.startswith(it) for name in tensors)), "")
     plain = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    if any(name.startswith(_OF_DIFFUSERS) for name in plain):
+    if any(name.startswith(_DIFFUSERS_PREFIX) for name in plain):
         return plain
     from diffusers.loaders import single_file_utils
 
     converted: Any = single_file_utils
     try:
         return converted.convert_wan_transformer_to_diffusers(plain)
-    # Some models beside Wan's own have weights that it would split.
+    # The conversion fails for other models whose weights have the names of those that it splits.
     except (TypeError, AttributeError) as error:
-        raise ModelFolderError(f"{file} is not of a Wan image-to-video transformer", _ANOTHER) from error
+        raise ModelFolderError(f"{file} is not of a Wan image-to-video transformer", _CHOOSE_ANOTHER) from error
 
 
 def _check(file: Path, tensors: TensorsByName, transformer: nn.Module) -> None:
-    """Raise `ModelFolderError` unless the file holds the transformer's weights, all of them, and no others."""
+    """Raise `ModelFolderError` unless the file holds exactly the transformer's weights."""
     expected: Mapping[str, Tensor] = transformer.state_dict()
     if not expected.keys() & tensors.keys():
         names = ", ".join(sorted(tensors)[:3]) or "nothing"
-        raise ModelFolderError(f"{file} holds no Wan transformer: it has {names}", _ANOTHER)
+        raise ModelFolderError(f"{file} holds no Wan transformer: it has {names}", _CHOOSE_ANOTHER)
     if _INPUT in tensors and tensors[_INPUT].shape[1:2] != expected[_INPUT].shape[1:2]:
         channels, wanted = tensors[_INPUT].shape[1], expected[_INPUT].shape[1]
         raise ModelFolderError(
             f"the transformer in {file} takes {channels} channels, not {wanted}"
             + (": it makes videos of text alone" if channels < wanted else ""),
-            _ANOTHER,
+            _CHOOSE_ANOTHER,
         )
     missing, strange = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing:
         raise ModelFolderError(
-            f"{file} lacks {len(missing)} of the transformer's weights, such as {missing[0]}", _ANOTHER
+            f"{file} lacks {len(missing)} of the transformer's weights, such as {missing[0]}", _CHOOSE_ANOTHER
         )
     if strange:
-        raise ModelFolderError(f"{file} holds {len(strange)} weights of another model, such as {strange[0]}", _ANOTHER)
+        raise ModelFolderError(
+            f"{file} holds {len(strange)} weights of another model, such as {strange[0]}", _CHOOSE_ANOTHER
+        )
     for name, tensor in tensors.items():
         if tensor.shape != tuple(expected[name].shape):
-            raise ModelFolderError(f"{name} in {file} is {tensor.shape}, not {tuple(expected[name].shape)}", _ANOTHER)
+            raise ModelFolderError(
+                f"{name} in {file} is {tensor.shape}, not {tuple(expected[name].shape)}", _CHOOSE_ANOTHER
+            )

@@ -1,4 +1,4 @@
-"""One outline for all workspaces, and few traces for a plan."""
+"""One template for all workspaces, and few traces for a plan."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from i2v_core.chunking import ChunkSettings, LayerCall, ShapeOnlyRunner
-from i2v_core.decoding import ONE_WHOLE_FRAME, TilingSettings
+from i2v_core.decoding import ONE_FRAME_UNTILED, TilingSettings
 from i2v_core.families import FAMILIES, Placed, VideoSize, Workload, bundled_architecture, bundled_models, family_of
 from i2v_core.memory.device import DeviceFacts
 from i2v_core.memory.meter import StorageMeter
-from i2v_core.planning.planner import find_plan, lowest_memory_stages
+from i2v_core.planning.planner import find_plan
 from i2v_core.planning.request import Budget, Request
-from i2v_core.planning.trace import META, interruptible, outline_bands, outline_denoiser, skeleton, tracing
+from i2v_core.planning.search import lowest_memory_stages
+from i2v_core.planning.trace import META, autoencoder_template, denoiser_template, interruptible, skeleton, tracing
 from i2v_core.units import GIB, MIB
+from tests.marking import first_quick
 
 CARD = DeviceFacts(device="cuda", name="a card", precisions=(torch.bfloat16,))
 MODELS = bundled_models()
@@ -40,8 +42,8 @@ class Noted(ShapeOnlyRunner):
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("offload_skips", [False, True])
-@pytest.mark.parametrize(("width", "height", "frames", "branches"), [(512, 512, 17, 2), (992, 544, 5, 1)])
-def test_one_outline_does_for_all_workspaces(
+@pytest.mark.parametrize(("width", "height", "frames", "branches"), first_quick([(512, 512, 17, 2), (992, 544, 5, 1)]))
+def test_one_template_does_for_all_workspaces(
     model: str, width: int, height: int, frames: int, branches: int, offload_skips: bool
 ) -> None:
     architecture, size = bundled_architecture(model), VideoSize(width_pixels=width, height_pixels=height, frames=frames)
@@ -49,16 +51,16 @@ def test_one_outline_does_for_all_workspaces(
     component = family.denoisers(architecture)[0].component
     module = skeleton(architecture, component, torch.float16)
     workload = family.denoise_workload(architecture, size, branches)
-    outline = outline_denoiser(architecture, size, branches, torch.float16, component, offload_skips=offload_skips)
+    template = denoiser_template(architecture, size, branches, torch.float16, component, offload_skips=offload_skips)
     for workspace_bytes in (1, 3 * MIB, 64 * MIB, 256 * MIB, GIB, 2**62):
         with tracing() as meter:
             noted = Noted(meter)
             settings = ChunkSettings(workspace_bytes=workspace_bytes, offload_skips=offload_skips)
             with family.chunked(module, settings, runner=noted, on_chunk=lambda: None):
                 workload.run(Placed(module=module, device=META, dtype=torch.float16, runner=noted))
-        calls = outline.cut(workspace_bytes).calls
+        calls = template.for_workspace(workspace_bytes).calls
         assert [(it.chunk_size, it.before_bytes, it.activation_bytes) for it in calls] == noted.calls
-        assert outline.offloaded_bytes == meter.host_peak_bytes
+        assert template.offloaded_bytes == meter.host_peak_bytes
 
 
 def of_autoencoder(model: str, size: VideoSize, pieces: TilingSettings) -> list[Workload]:
@@ -72,16 +74,18 @@ def of_autoencoder(model: str, size: VideoSize, pieces: TilingSettings) -> list[
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("maps_bytes", [None, 16 * MIB, 0])
-def test_one_outline_does_for_all_tiles(model: str, maps_bytes: int | None) -> None:
+def test_one_template_does_for_all_tiles(model: str, maps_bytes: int | None) -> None:
     size = VideoSize(width_pixels=416, height_pixels=224, frames=5)
-    frames = family_of(bundled_architecture(model)).decode_chunk_sizes(size, of_use=1)[-1]
+    frames = family_of(bundled_architecture(model)).decode_chunk_sizes(size, max_useful=1)[-1]
     smallest = TilingSettings(chunk_size=frames, tile_pixels=1, maps_bytes=maps_bytes)
     module = skeleton(bundled_architecture(model), "vae", torch.bfloat16)
-    outlines = [outline_bands(module, it, torch.bfloat16) for it in of_autoencoder(model, size, smallest)]
+    templates = [autoencoder_template(module, it, torch.bfloat16) for it in of_autoencoder(model, size, smallest)]
     for tile_pixels in (32, 200, 2048):
         pieces = replace(smallest, tile_pixels=tile_pixels)
-        for outline, workload in zip(outlines, of_autoencoder(model, size, pieces), strict=True):
-            assert outline.cut(tile_pixels**2) == outline_bands(module, workload, torch.bfloat16).cut(1)
+        for template, workload in zip(templates, of_autoencoder(model, size, pieces), strict=True):
+            assert template.for_workspace(tile_pixels**2) == autoencoder_template(
+                module, workload, torch.bfloat16
+            ).for_workspace(1)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -92,8 +96,8 @@ def test_only_a_denoiser_with_skips_is_said_to_have_them(model: str) -> None:
         family.denoisers(architecture)[0].component,
         VideoSize(width_pixels=64, height_pixels=64, frames=5),
     )
-    outline = outline_denoiser(architecture, size, 1, torch.float16, component, offload_skips=True)
-    assert (outline.offloaded_bytes > 0) == family.facts.has_skips
+    template = denoiser_template(architecture, size, 1, torch.float16, component, offload_skips=True)
+    assert (template.offloaded_bytes > 0) == family.facts.has_skips
 
 
 def test_every_family_is_among_the_bundled_models() -> None:
@@ -101,7 +105,7 @@ def test_every_family_is_among_the_bundled_models() -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("budget_bytes", "most_traces"), [(7 * GIB, 10), (80 * GIB, 7), (GIB // 8, 6)])
+@pytest.mark.parametrize(("budget_bytes", "most_traces"), first_quick([(7 * GIB, 10), (80 * GIB, 7), (GIB // 8, 6)]))
 def test_a_size_that_was_never_asked_before_takes_few_traces(model: str, budget_bytes: int, most_traces: int) -> None:
     """What the page waits for at each change of a widget: a trace takes some hundredths of a second."""
     architecture, traces = bundled_architecture(model), 0
@@ -128,4 +132,4 @@ def test_the_picture_is_encoded_whole_where_that_fits() -> None:
     request = Request(architecture=bundled_architecture("wan2.1-i2v-14b"), size=size, precision="fp32")
     plan = find_plan(request, Budget(free_bytes=5 * GIB), DeviceFacts(device="cpu", name="cpu", precisions=()))
     assert plan is not None
-    assert plan.encode.picture == ONE_WHOLE_FRAME
+    assert plan.encode.settings.tiling == ONE_FRAME_UNTILED

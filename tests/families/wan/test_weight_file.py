@@ -1,4 +1,4 @@
-"""Transformers of Wan from files: what is read, what lies quantised, and what is refused before anything is loaded."""
+"""Wan transformers from weight files: which are read, which stay quantised, and which are refused before loading."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BF16 = torch.bfloat16
 
 @pytest.fixture(scope="module")
 def wan(save_wan: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """The folder of a small Wan 2.1 without its transformer's weights, and the transformer."""
+    """Return the folder of a small Wan 2.1 without its transformer's weights, and the transformer."""
     folder = tmp_path_factory.mktemp("wan")
     return folder, save_wan_of_blocks(save_wan, folder)["transformer"]
 
@@ -46,7 +46,7 @@ def gguf_file(wan: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_names_are_those_of_the_published_code(wan: tuple[Path, Any]) -> None:
-    """The tests' own renaming is the inverse of diffusers'."""
+    """Checks that the tests' own renaming is the inverse of diffusers'."""
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
     names = list(wan[1].state_dict())
@@ -54,27 +54,27 @@ def test_names_are_those_of_the_published_code(wan: tuple[Path, Any]) -> None:
     assert converted == {name: name for name in names}
 
 
-def test_the_header_says_what_will_lie_in_memory(wan: tuple[Path, Any], gguf_file: Path) -> None:
+def test_the_header_tells_how_weights_will_be_stored(wan: tuple[Path, Any], gguf_file: Path) -> None:
     files = {"transformer": gguf_file}
     architecture = read_architecture(wan[0], files)
     assert architecture.stored_formats == ("Q4_0", "Q8_0")
     assert architecture != read_architecture(wan[0])
     model = load_model(wan[0], files)
     assert model.architecture == architecture
-    lying, foreseen = (
-        {name: part.lies_as for name, part in untyped.named_modules() if hasattr(part, "lies_as")}
+    loaded, predicted = (
+        {name: part.storage_format for name, part in untyped.named_modules() if hasattr(part, "storage_format")}
         for untyped in cast("list[Any]", [model.modules["transformer"], skeleton(architecture, "transformer", BF16)])
     )
-    assert lying == foreseen
-    assert len(lying) == sum(map(len, architecture.stored["transformer"].values()))
-    for name, form in lying.items():
+    assert loaded == predicted
+    assert len(loaded) == sum(map(len, architecture.stored["transformer"].values()))
+    for name, form in loaded.items():
         weight = model.modules["transformer"].get_submodule(name).weight
         assert weight.dtype is torch.uint8
         assert weight.nbytes == form.stored_bytes
 
 
 def test_weights_take_their_bytes_in_the_file(wan: tuple[Path, Any], gguf_file: Path) -> None:
-    """4.5 bits for most numbers, in place of 16."""
+    """Most numbers take 4.5 bits in place of 16."""
     in_place = weights_bytes(read_architecture(wan[0]), "transformer", BF16)
     quantized = weights_bytes(read_architecture(wan[0], {"transformer": gguf_file}), "transformer", BF16)
     weights = list(wan[1].state_dict())
@@ -118,7 +118,7 @@ def test_fp8_files_are_read_with_their_scales(wan: tuple[Path, Any], tmp_path: P
 
 
 def test_a_file_all_in_fp8_is_read(wan: tuple[Path, Any], tmp_path: Path) -> None:
-    """Norms, biases and the patches' convolution too, which lie as floats once they are loaded."""
+    """Includes norms, biases and the patches' convolution, which become floats when they are loaded."""
     file = write_fp8(tmp_path / "wan_fp8.safetensors", wan[1].state_dict(), scaled=False, everything=True)
     transformer = load_model(wan[0], {"transformer": file}).modules["transformer"]
     for name in ("patch_embedding.weight", "blocks.0.scale_shift_table", "blocks.1.attn1.to_q.bias"):
@@ -177,7 +177,7 @@ def test_each_expert_may_have_a_file(save_wan: Callable[..., None], tmp_path: Pa
 
 
 def refused(wan: tuple[Path, Any], file: Path, match: str) -> None:
-    """By the plan and by the loader alike, with a remedy."""
+    """Assert that the plan and the loader both refuse a file, with a remedy."""
     for read in (read_architecture, load_model):
         with pytest.raises(ModelFolderError, match=match) as refusal:
             read(wan[0], {"transformer": file})
@@ -201,7 +201,7 @@ def test_a_file_of_nonsense_is_refused(wan: tuple[Path, Any], tmp_path: Path, na
 def test_other_kinds_of_file_and_none_are_refused(wan: tuple[Path, Any], tmp_path: Path) -> None:
     refused(wan, tmp_path / "absent.gguf", "there is no file")
     (tmp_path / "x.ckpt").write_bytes(b"x")
-    refused(wan, tmp_path / "x.ckpt", "no file of weights")
+    refused(wan, tmp_path / "x.ckpt", "is not a weights file")
 
 
 def test_another_architecture_is_refused(wan: tuple[Path, Any], tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_another_architecture_is_refused(wan: tuple[Path, Any], tmp_path: Path) 
     refused(wan, write_gguf(tmp_path / "flux.gguf", weights, architecture="flux"), "holds no Wan transformer")
 
 
-def test_text_to_video_is_refused_and_said(wan: tuple[Path, Any], tmp_path: Path) -> None:
+def test_text_to_video_is_refused_by_name(wan: tuple[Path, Any], tmp_path: Path) -> None:
     weights = tiny_transformer(sees=False, in_channels=16).state_dict()
     refused(wan, write_gguf(tmp_path / "t2v.gguf", weights), "takes 16 channels, not 36: it makes videos of text alone")
 
@@ -239,24 +239,30 @@ def test_fp8_files_of_unknown_names_and_scales_are_refused(wan: tuple[Path, Any]
     refused(wan, tmp_path / "float.safetensors", "not there in fp8")
 
 
-@pytest.mark.parametrize("told", ["mxfp8", "nvfp4", None])
-def test_files_of_other_quantisations_are_refused(wan: tuple[Path, Any], tmp_path: Path, told: str | None) -> None:
+@pytest.mark.parametrize("layer_format", ["mxfp8", "nvfp4", None])
+def test_files_of_other_quantisations_are_refused(
+    wan: tuple[Path, Any], tmp_path: Path, layer_format: str | None
+) -> None:
     good = load_file(write_fp8(tmp_path / "good.safetensors", wan[1].state_dict(), scaled=False))
     name = "blocks.0.ffn.0"
-    if told is None:
+    if layer_format is None:
         good[f"{name}.weight"] = torch.ones(128, 64, dtype=torch.int8)
     else:
-        good[f"{name}.comfy_quant"] = torch.tensor(list(json.dumps({"format": told}).encode()), dtype=torch.uint8)
+        good[f"{name}.comfy_quant"] = torch.tensor(
+            list(json.dumps({"format": layer_format}).encode()), dtype=torch.uint8
+        )
     save_file(good, tmp_path / "other.safetensors")
-    refused(wan, tmp_path / "other.safetensors", f"as {told or 'I8'}, which cannot be used")
+    refused(wan, tmp_path / "other.safetensors", f"as {layer_format or 'I8'}, which cannot be used")
 
 
 def test_the_newer_names_of_scales_are_read_too(wan: tuple[Path, Any], tmp_path: Path) -> None:
     content = load_file(write_fp8(tmp_path / "old.safetensors", wan[1].state_dict(), scaled=True))
     del content["scaled_fp8"]
     renamed = {name.replace(".scale_weight", ".weight_scale"): tensor for name, tensor in content.items()}
-    told = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
-    marks = {name.replace(".weight_scale", ".comfy_quant"): told.clone() for name in renamed if "_scale" in name}
+    layer_format = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    marks = {
+        name.replace(".weight_scale", ".comfy_quant"): layer_format.clone() for name in renamed if "_scale" in name
+    }
     save_file({**renamed, **marks, "blocks.0.ffn.0.input_scale": torch.ones(())}, tmp_path / "new.safetensors")
     old, new = (
         quantized_weights(load_model(wan[0], {"transformer": tmp_path / name}).modules["transformer"])
@@ -266,7 +272,7 @@ def test_the_newer_names_of_scales_are_read_too(wan: tuple[Path, Any], tmp_path:
     assert {form.scale for form in new.values()} != {1.0}
 
 
-def test_a_gguf_format_that_diffusers_has_not_is_refused(wan: tuple[Path, Any], tmp_path: Path) -> None:
+def test_a_gguf_format_that_diffusers_lacks_is_refused(wan: tuple[Path, Any], tmp_path: Path) -> None:
     weights = wan[1].state_dict()
 
     def types(name: str, tensor: torch.Tensor) -> QuantizationType:
@@ -290,7 +296,9 @@ def test_without_the_package_gguf_files_are_refused_and_others_are_not(
     assert read_architecture(wan[0], {"transformer": file}).stored_formats == ("F8_E4M3",)
 
 
-def test_files_for_what_a_model_has_not_are_refused(wan: tuple[Path, Any], gguf_file: Path, tiny_folder: Path) -> None:
+def test_files_for_components_that_a_model_lacks_are_refused(
+    wan: tuple[Path, Any], gguf_file: Path, tiny_folder: Path
+) -> None:
     with pytest.raises(BadInputError, match="I2VGen-XL takes no file for its transformer"):
         read_architecture(tiny_folder, {"transformer": gguf_file})
     with pytest.raises(BadInputError, match="has no transformer_2"):

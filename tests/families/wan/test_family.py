@@ -15,7 +15,7 @@ from i2v_core.chunking import ChunkSettings
 from i2v_core.decoding import TilingSettings
 from i2v_core.errors import BadInputError, ModelFolderError
 from i2v_core.families import VideoSize, bundled_architecture, family_of, load_model, read_architecture
-from i2v_core.placement.precision import computing_dtypes
+from i2v_core.placement.precision import compute_dtypes
 from i2v_core.planning.memory_table import memory_table
 from i2v_core.planning.plan import DecodeSettings, EncodeSettings, SampleSettings
 from i2v_core.planning.predict import predict_decode, predict_encode, predict_sample
@@ -30,7 +30,7 @@ STREAMED = SampleSettings(
 
 
 def edited(source: Path, target: Path, name: str, change: Callable[[dict[str, Any]], None]) -> Path:
-    """A copy of a model folder with one JSON file changed."""
+    """Return a copy of a model folder with one JSON file changed."""
     shutil.copytree(source, target)
     content = json.loads((target / name).read_text())
     change(content)
@@ -105,7 +105,7 @@ def test_sizes_that_make_no_whole_patches_are_refused(name: str, multiple: int) 
 
 
 def test_the_published_models_weights() -> None:
-    """In bf16, with norms, time embedding and positions in fp32."""
+    """Counts bf16 weights, with norms, time embedding and positions in fp32."""
     sizes = {"wan2.1-i2v-14b": 30.6, "wan2.2-i2v-a14b": 26.7, "wan2.2-ti2v-5b": 9.34}
     for name, expected_gib in sizes.items():
         architecture = bundled_architecture(name)
@@ -125,7 +125,7 @@ def test_the_published_models_weights() -> None:
     ],
 )
 def test_the_published_models_fit_small_cards(name: str, size: tuple[int, int, int], most_gib: float) -> None:
-    """Sampling with weights streamed; encode and decode with weights streamed and maps parked."""
+    """Predicts all stages with weights streamed, and encode and decode with feature maps offloaded."""
     width, height, frames = size
     request = Request(
         architecture=bundled_architecture(name),
@@ -133,10 +133,10 @@ def test_the_published_models_fit_small_cards(name: str, size: tuple[int, int, i
         precision="bf16",
     )
     assert predict_sample(request, STREAMED).peak_bytes <= most_gib * GIB
-    pieces = TilingSettings(chunk_size=4, tile_pixels=128, maps_bytes=GIB)
-    decode = DecodeSettings(frames=pieces, streamed=True)
+    tiling = TilingSettings(chunk_size=4, tile_pixels=128, maps_bytes=GIB)
+    decode = DecodeSettings(tiling=tiling, streamed=True)
     assert predict_decode(request, decode, torch.bfloat16).peak_bytes <= 1.3 * GIB
-    encode = EncodeSettings(picture=pieces, streamed=True)
+    encode = EncodeSettings(tiling=tiling, streamed=True)
     assert predict_encode(request, encode, torch.bfloat16).peak_bytes <= 1.3 * GIB
 
 
@@ -147,7 +147,7 @@ def test_the_memory_table_has_a_row_for_each_size() -> None:
         assert row.streamed_bytes < row.resident_bytes < row.stock_bytes
 
 
-def test_what_diffusers_keeps_in_fp32_stays_so() -> None:
+def test_tensors_that_diffusers_keeps_in_fp32_stay_in_fp32() -> None:
     trace = trace_denoiser(
         bundled_architecture("wan2.1-i2v-14b"),
         VideoSize(width_pixels=64, height_pixels=64, frames=5),
@@ -156,7 +156,7 @@ def test_what_diffusers_keeps_in_fp32_stays_so() -> None:
         ChunkSettings(workspace_bytes=MIB),
     )
     model: Any = trace.module
-    dtype_of = computing_dtypes(model, torch.bfloat16)
+    dtype_of = compute_dtypes(model, torch.bfloat16)
     kept = [model.rope.freqs_cos, model.scale_shift_table, model.blocks[0].scale_shift_table]
     kept += [model.blocks[0].norm2.weight, model.condition_embedder.time_embedder.linear_1.weight]
     assert {tensor.dtype for tensor in kept} == {dtype_of(tensor) for tensor in kept} == {torch.float32}

@@ -1,7 +1,7 @@
-"""What the blocks of a Wan transformer look at beside the tokens: time step, context, and where a token is.
+"""Layers before and after a Wan transformer's blocks: patches as tokens and back, and the inputs that blocks share.
 
 Legend: B batch, S tokens of the video, R runs of tokens that share a time step, L tokens of the context, D width of a
-token, d width of a head, T/h/w patches along time, height and width.
+token, d width of a head, C channels, T/H/W latent frames, height and width, P elements of a patch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from . import workspace
 
 
 class OwnWeights(nn.Module):
-    """The parameters that a module holds beside its submodules, as a module that a runner can place."""
+    """A module that holds the parameters that another holds beside its submodules, so that a runner can place them."""
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ _own_weights: WeakKeyDictionary[nn.Module, OwnWeights] = WeakKeyDictionary()
 
 
 def own_weights(owner: nn.Module) -> OwnWeights:
-    """Always the same for a module that holds the same parameters, so that a runner knows it again."""
+    """Return a module's `OwnWeights`, the same object each time, so that a runner recognises it."""
     known = _own_weights.get(owner)
     held = list(owner.parameters(recurse=False))
     if known is None or any(a is not b for a, b in zip(known.parameters(), held, strict=True)):
@@ -42,13 +42,13 @@ def own_weights(owner: nn.Module) -> OwnWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class Runs:
-    """Runs of neighbouring tokens that share a time step, in order. A clip with one time step is one run."""
+class TokenRuns:
+    """Runs of successive tokens that share a time step, in order. A clip with one time step is one run."""
 
     slices: tuple[slice, ...]
 
     def within(self, tokens: slice) -> Iterator[tuple[int, slice]]:
-        """The runs that some of the tokens are of: the run's index, and its tokens counted from the first of these."""
+        """Yield the index of each run in a slice of the tokens, and its tokens, counted from the slice's start."""
         for index, run in enumerate(self.slices):
             start, stop = max(run.start, tokens.start), min(run.stop, tokens.stop)
             if start < stop:
@@ -57,33 +57,40 @@ class Runs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rotary:
-    """The angles that queries and keys are turned by: cosines and sines (S, 1, d / 2) of token and pair."""
+    """Rotary position embedding: cosines and sines (S, 1, d / 2) of the angle of each token and pair of elements."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
     def rotate(self, heads_BnHd: torch.Tensor, tokens: slice) -> None:
-        """Turns the heads of some tokens, in place (Su et al., "RoFormer", 2021)."""
+        """Rotate the heads of some tokens, in place (Su et al., "RoFormer", 2021)."""
         cos, sin = self.cos[tokens], self.sin[tokens]
         even, odd = heads_BnHd[..., 0::2], heads_BnHd[..., 1::2]
-        turned_even = (even * cos).sub_(odd * sin)
-        turned_odd = (even * sin).add_(odd * cos)
-        even.copy_(turned_even)
-        odd.copy_(turned_odd)
+        rotated_even = (even * cos).sub_(odd * sin)
+        rotated_odd = (even * sin).add_(odd * cos)
+        even.copy_(rotated_even)
+        odd.copy_(rotated_odd)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WanConditions:
-    """`steps_RBD` and `modulation_RB6D` are the embedded time step of each run, `context_BLD` is picture and text."""
+class WanBlockInputs:
+    """Tensors that every block takes beside the tokens."""
 
-    runs: Runs
+    runs: TokenRuns
+
     steps_RBD: torch.Tensor
+    """Embedded time step of each run."""
+
     modulation_RB6D: torch.Tensor
+    """Shifts, scales and gates of each run's time step, to which each block adds its own."""
+
     context_BLD: torch.Tensor
+    """Picture and text tokens for cross-attention."""
+
     rotary: Rotary
 
 
-def conditions(
+def block_inputs(
     model: Any,
     execution: Execution,
     *,
@@ -91,8 +98,8 @@ def conditions(
     timestep: torch.Tensor,
     text_BLC: torch.Tensor,
     image_BLC: torch.Tensor | None,
-) -> WanConditions:
-    """All that the blocks look at, from what the caller gave."""
+) -> WanBlockInputs:
+    """Compute the inputs that all blocks share from the arguments of the forward."""
     batch, _, *sizes = sample_BCTHW.shape
     patches = tuple(size // patch for size, patch in zip(sizes, model.config.patch_size, strict=True))
     runs, steps_RB = _runs(timestep, patches)
@@ -112,7 +119,7 @@ def conditions(
     with execution.layer("embeddings", model.condition_embedder, model.rope, total=1, unit_bytes=unit_bytes):
         rotary = _rotary(model.rope, patches)
         steps, modulation, text, image = model.condition_embedder(steps_RB.flatten(), text_BLC, image_BLC)
-        return WanConditions(
+        return WanBlockInputs(
             runs=runs,
             steps_RBD=steps.view(len(runs.slices), batch, width),
             modulation_RB6D=modulation.view(len(runs.slices), batch, 6, width),
@@ -121,34 +128,59 @@ def conditions(
         )
 
 
-def _runs(timestep: torch.Tensor, patches: tuple[int, ...]) -> tuple[Runs, torch.Tensor]:
-    """Runs of the tokens, and the time step of each (R, B), from one a branch (B) or one a token (B, S)."""
+def _runs(timestep: torch.Tensor, patches: tuple[int, ...]) -> tuple[TokenRuns, torch.Tensor]:
+    """Return the runs and their time steps (R, B), for one time step a branch (B) or one a token (B, S)."""
     frames, *plane = patches
     tokens_of_frame = plane[0] * plane[1]
     total = frames * tokens_of_frame
     if timestep.ndim == 1:
-        return Runs((slice(0, total),)), timestep[None]
-    if timestep.is_meta:  # without values: as where the first frame is given, and the others are denoised
+        return TokenRuns((slice(0, total),)), timestep[None]
+    if timestep.is_meta:  # has no values; assume those of TI2V, where the first frame is given and has step 0
         starts = [0, tokens_of_frame][:frames]
     else:
         changes = (timestep[:, 1:] != timestep[:, :-1]).any(dim=0)
         starts = [0, *(int(before) + 1 for before in changes.nonzero())]
     ends = [*starts[1:], total]
-    return Runs(tuple(map(slice, starts, ends))), timestep[:, starts].T
+    return TokenRuns(tuple(map(slice, starts, ends))), timestep[:, starts].T
 
 
 def _rotary(rope: Any, patches: tuple[int, ...]) -> Rotary:
-    """The numbers of a `WanRotaryPosEmbed`, each once where that has it for both of a pair."""
+    """Return the embedding of a `WanRotaryPosEmbed`, which holds each number for both elements of a pair."""
     widths: list[int] = [rope.t_dim // 2, rope.h_dim // 2, rope.w_dim // 2]
     ends = list(accumulate(widths))
 
     def table(angles: torch.Tensor) -> torch.Tensor:
         parts: list[torch.Tensor] = []
         for axis, (count, end) in enumerate(zip(patches, ends, strict=True)):
-            of_axis = angles[:count, end - widths[axis] : end]
+            axis_angles = angles[:count, end - widths[axis] : end]
             shape = [1, 1, 1, widths[axis]]
             shape[axis] = count
-            parts.append(of_axis.reshape(shape).expand(*patches, -1))
+            parts.append(axis_angles.reshape(shape).expand(*patches, -1))
         return torch.cat(parts, dim=-1).view(-1, 1, sum(widths))
 
     return Rotary(cos=table(rope.freqs_cos[:, 0::2]), sin=table(rope.freqs_sin[:, 1::2]))
+
+
+def embed_patches(model: Any, execution: Execution, sample_BCTHW: torch.Tensor) -> torch.Tensor:
+    """Return the first hidden state (B, S, D), from patches that are embedded a few latent frames at a time."""
+    batch, _, frames, height, width = sample_BCTHW.shape
+    embed = model.patch_embedding
+    deep, high, wide = model.config.patch_size
+    frame_tokens = (height // high) * (width // wide)
+    total = frames // deep
+    tokens_BSD = sample_BCTHW.new_empty(batch, total * frame_tokens, embed.out_channels)
+    unit_bytes = batch * frame_tokens * embed.out_channels * sample_BCTHW.element_size()
+    with execution.layer("patches", embed, total=total, unit_bytes=unit_bytes, result_excluded=True) as call:
+        for piece in () if execution.runner.shape_only else execution.chunks(call):
+            patches = embed(sample_BCTHW[:, :, piece.start * deep : piece.stop * deep])
+            tokens_BSD[:, piece.start * frame_tokens : piece.stop * frame_tokens] = patches.flatten(2).transpose(1, 2)
+            del patches
+    return tokens_BSD
+
+
+def unpatch(patches_BSP: torch.Tensor, shape: tuple[int, ...], patch: tuple[int, int, int]) -> torch.Tensor:
+    """Return the prediction (B, C, T, H, W), rearranged from patches (B, S, P)."""
+    batch, _, *sizes = shape
+    counts = [size // side for size, side in zip(sizes, patch, strict=True)]
+    parts = patches_BSP.view(batch, *counts, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+    return parts.flatten(6, 7).flatten(4, 5).flatten(2, 3)

@@ -1,4 +1,4 @@
-"""A card that spills over into host memory is noticed by the time of its steps and by what is free."""
+"""Device memory that the driver places in host memory is detected by slow steps on a full card."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from i2v_core.sampling import spill
-from i2v_core.sampling.spill import SysmemFallbackDetector
+from i2v_core.sampling import sysmem_fallback
+from i2v_core.sampling.sysmem_fallback import SysmemFallbackDetector
 from i2v_core.units import GIB, MIB
 
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[float], int | None], list[str | None]]:
-    """What is said after steps of so many seconds, with so much free."""
+    """Return the warnings after steps of the given seconds, with the given bytes free."""
 
     def watch(step_seconds: Sequence[float], free_bytes: int | None) -> list[str | None]:
         clock = 0.0
-        monkeypatch.setattr(spill.time, "monotonic", lambda: clock)
-        guard = SysmemFallbackDetector(lambda: free_bytes)
+        monkeypatch.setattr(sysmem_fallback.time, "monotonic", lambda: clock)
+        detector = SysmemFallbackDetector(lambda: free_bytes)
         said: list[str | None] = []
         for step, seconds in enumerate(step_seconds, start=1):
             clock += seconds
-            said.append(guard.after_step(step))
+            said.append(detector.after_step(step))
         return said
 
     return watch
