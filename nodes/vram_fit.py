@@ -11,7 +11,7 @@ from ..i2v_core.errors import I2VError
 from ..i2v_core.placement.precision import AUTO
 from ..i2v_core.units import parse_bytes
 from . import host
-from .host_progress import words_on_the_node
+from .host_progress import node_text_sender
 from .native.fit import Services, fitted
 from .sockets import CATEGORY
 from .validation import checked
@@ -72,7 +72,7 @@ class VRAMFit(io.ComfyNode):
 
 def _say(line: str) -> None:
     """Shows a line on the node that runs now, which is the sampler."""
-    words_on_the_node()(line)
+    node_text_sender()(line)
 
 
 def _limit_bytes(budget: str) -> int | None:
@@ -86,7 +86,7 @@ def _usable(limit_bytes: int | None) -> Any:
     """
 
     def usable_bytes() -> int:
-        room_bytes = host.room_bytes()
-        return max(0, room_bytes - host.reserve_bytes()) if limit_bytes is None else min(limit_bytes, room_bytes)
+        free_bytes = host.reclaimable_bytes()
+        return max(0, free_bytes - host.reserve_bytes()) if limit_bytes is None else min(limit_bytes, free_bytes)
 
     return usable_bytes

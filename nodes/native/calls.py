@@ -53,7 +53,12 @@ class CallState:
             num_frames=1,
         )
         with execution.layer(
-            kind, *modules, total=total, unit_bytes=unit_bytes, smallest=min(TOKEN_MULTIPLE, total), result_apart=True
+            kind,
+            *modules,
+            total=total,
+            unit_bytes=unit_bytes,
+            smallest=min(TOKEN_MULTIPLE, total),
+            result_excluded=True,
         ) as call:
             size = -(-call.chunk_size // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
-            yield execution.pieces(total, min(size, total))
+            yield execution.chunk_slices(total, min(size, total))

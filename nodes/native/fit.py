@@ -24,7 +24,7 @@ from .calls import CallState
 from .held_weights import HeldWeightsRunner
 from .host_memory import estimating_shape, memory_required_as
 from .measured import PeakReading
-from .model import NativeModel, Patch, is_own_forward, native_model
+from .model import NativeModel, Patch, native_model
 from .recorded_call import recorded_calls
 from .suggested_size import suggested_sizes
 from .twin import Call, Twin
@@ -104,13 +104,8 @@ def _is_free(patcher: Any, name: str, patch: Patch) -> bool:
         return False
     now = patch.module.__dict__.get("forward")
     before = patcher.object_patches_backup.get(name, now)
-    if isinstance(before, type(patch.forward)):
-        return True
-    return (
-        before is None
-        or getattr(before, "__func__", None) is type(patch.module).forward
-        or is_own_forward(patch.module)
-    )
+    ours = type(before) is type(patch.forward)
+    return ours or before is None or getattr(before, "__func__", None) is type(patch.module).forward
 
 
 class _Fit:

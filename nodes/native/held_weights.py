@@ -8,7 +8,7 @@ put in the layer's place until its last.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import comfy.ops
@@ -31,15 +31,12 @@ class HeldWeightsRunner(LayerRunner):
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
 
-    def enter(self, call: LayerCall) -> AbstractContextManager[None]:
-        stack = ExitStack()
-        try:
+    @contextmanager
+    def enter(self, call: LayerCall) -> Generator[None]:
+        with ExitStack() as stack:
             for module in _layers(call.modules):
                 stack.enter_context(_held(module, self._device, self._dtype))
-        except BaseException:
-            stack.close()
-            raise
-        return stack
+            yield
 
 
 def _layers(modules: tuple[nn.Module, ...]) -> Iterator[nn.Module]:

@@ -13,7 +13,7 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
-from ...i2v_core.chunking import DistinctPieces
+from ...i2v_core.chunking import DistinctChunks
 from ...i2v_core.memory.meter import StorageMeter
 from .calls import CallState
 from .model import NativeModel
@@ -33,7 +33,7 @@ class Twin:
     """
 
     def __init__(self, native: NativeModel, model: nn.Module, dtype: torch.dtype) -> None:
-        self._state = CallState(runner=DistinctPieces())
+        self._state = CallState(runner=DistinctChunks())
         self.model = _on_meta(model, native.block_lists(model), dtype)
         for patch in native.patches(self.model, self._state):
             patch.module.forward = patch.forward

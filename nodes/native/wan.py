@@ -188,16 +188,12 @@ class _Head:
         if not self._state.chunked:
             return core.Head.forward(self._head, x, e)
         batch, total, width = x.shape
-        out: Tensor | None = None
+        out = x.new_empty(batch, total, self._head.head.out_features)
         shift, scale = _modulation(self._head.modulation, e, x, rows=2)
         unit_bytes = 3 * batch * width * x.element_size()
         with self._state.tokens("head", self._head.head, total=total, unit_bytes=unit_bytes) as chunks:
             for tokens in chunks:
-                patches = self._head.head(_modulated(x, self._head.norm, shift, scale, tokens))
-                if out is None:
-                    out = patches.new_empty(batch, total, patches.shape[2])
-                out[:, tokens] = patches
-        assert out is not None
+                out[:, tokens] = self._head.head(_modulated(x, self._head.norm, shift, scale, tokens))
         return out
 
 

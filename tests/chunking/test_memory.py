@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from i2v_core.chunking import ChunkSettings, LayerCall, LayerRunner
+from i2v_core.chunking import ChunkSettings, DistinctChunks, LayerCall, LayerRunner
 from i2v_core.memory.meter import StorageMeter, fused_attention
 from i2v_core.units import GIB, MIB
-from tests.distinct_chunks import DistinctChunks
 from tests.marking import first_quick
 from tests.subjects import SUBJECTS, DenoiserSubject, Inputs, Subject
 

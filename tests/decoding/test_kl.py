@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from i2v_core.chunking import LayerRunner
+from i2v_core.chunking import DistinctChunks, LayerRunner
 from i2v_core.decoding import TilingSettings, decode_into, encode_mode, supports_row_tiles
 from i2v_core.decoding.feature_map import FeatureMaps
 from i2v_core.families import Placed, VideoSize, bundled_architecture, family_of
@@ -23,7 +23,6 @@ from i2v_core.planning.predict import predict_decode, predict_encode
 from i2v_core.planning.request import Request
 from i2v_core.planning.trace import autoencoder_template, skeleton, tracing
 from i2v_core.units import GIB, KIB, MIB
-from tests.distinct_chunks import DistinctChunks
 from tests.measures import relative_rms
 
 DEMO_VAE = Path(__file__).parents[2] / "assets" / "demo_model" / "vae"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from i2v_core.chunking import LayerRunner
+from i2v_core.chunking import DistinctChunks, LayerRunner
 from i2v_core.decoding import TilingSettings, decode_clip_into, encode_mode
 from i2v_core.families import Placed, VideoSize, bundled_architecture, family_of
 from i2v_core.placement.streaming import streamed
@@ -22,7 +22,6 @@ from i2v_core.planning.predict import predict_decode
 from i2v_core.planning.request import Request
 from i2v_core.planning.trace import autoencoder_template, skeleton, tracing
 from i2v_core.units import GIB, KIB, MIB
-from tests.distinct_chunks import DistinctChunks
 from tests.measures import relative_rms
 
 PUBLISHED = bundled_architecture("svd")

@@ -7,13 +7,12 @@ import sys
 import pytest
 import torch
 
-from i2v_core.chunking import ChunkSettings, LayerRunner
+from i2v_core.chunking import ChunkSettings, DistinctChunks, LayerRunner
 from i2v_core.families import Placed, bundled_architecture
 from i2v_core.placement.storage import WeightStorage
 from i2v_core.planning.trace import META, skeleton, trace_denoiser, tracing, weights_bytes
 from i2v_core.planning.weights import module_weights
 from i2v_core.units import GIB, MIB
-from tests.distinct_chunks import DistinctChunks
 from tests.subjects import Subject
 
 

@@ -13,14 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from i2v_core.chunking import LayerCall, LayerRunner, ShapeOnlyRunner
+from i2v_core.chunking import DistinctChunks, LayerCall, LayerRunner, ShapeOnlyRunner
 from i2v_core.decoding import TilingSettings
 from i2v_core.decoding.feature_map import FeatureMaps
 from i2v_core.families.wan.autoencoder import WanAutoencoder
 from i2v_core.memory.meter import StorageMeter, fused_attention
 from i2v_core.placement.streaming import streamed
 from i2v_core.units import GIB, KIB, MIB
-from tests.distinct_chunks import DistinctChunks
 from tests.measures import relative_rms
 
 CPU, META = torch.device("cpu"), torch.device("meta")

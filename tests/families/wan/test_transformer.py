@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from i2v_core.chunking import ChunkSettings
+from i2v_core.chunking import ChunkSettings, DistinctChunks
 from i2v_core.families.wan.transformer import chunked_wan
 from i2v_core.memory.meter import StorageMeter, fused_attention
 from i2v_core.units import MIB
-from tests.distinct_chunks import DistinctChunks
 from tests.subjects import SUBJECTS, Inputs, Subject
 
 pytestmark = pytest.mark.usefixtures("one_thread")
