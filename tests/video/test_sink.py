@@ -252,7 +252,8 @@ def test_memory_does_not_grow_with_the_video(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit on the size of files")
-@pytest.mark.parametrize("name", first_quick(FORMATS))
+@pytest.mark.slow
+@every_format
 def test_a_disk_that_fills_up_is_said_and_leaves_nothing(name: str, tmp_path: Path) -> None:
     """A real write fails: the process may make no file larger than 64 KiB, which the kernel enforces."""
     script = f"""
