@@ -31,7 +31,7 @@ class Approximation:
         return replace(settings, weight_storage=self.weight_storage, context=self.context)
 
     def __str__(self) -> str:
-        """Such as `int8 weights`; empty where the result is exact."""
+        """Name it, such as `int8 weights`; empty where the result is exact."""
         parts: list[str] = []
         if self.weight_storage is not WeightStorage.AS_COMPUTED:
             parts.append(f"{self.weight_storage.value} weights")
@@ -44,7 +44,7 @@ EXACT = Approximation()
 
 
 def approximations(request: Request) -> tuple[Approximation, ...]:
-    """Those that a request allows, the one that changes the result least first: the exact one.
+    """Approximations that a request allows, the one that changes the result least first: the exact one.
 
     Weights in int8 change it less than in fp8 (docs/memory-model.md has the figures), but need torchao; context windows
     change it more than either, and shorter windows more than longer ones.
@@ -58,7 +58,7 @@ def approximations(request: Request) -> tuple[Approximation, ...]:
 
 
 def lowest_memory_approximations(request: Request) -> tuple[Approximation, ...]:
-    """Those that may need the least memory: the shortest windows, with weights in any format."""
+    """Approximations that may need the least memory: the shortest windows, with weights in any format."""
     if not request.allow_approximate:
         return (EXACT,)
     context = (None, *_contexts(request))[-1]

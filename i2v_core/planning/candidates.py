@@ -71,7 +71,7 @@ def chunked_candidates(settings: SampleSettings) -> list[SampleSettings]:
 def smallest_sample_candidates(
     request: Request, dtype: torch.dtype, approximation: Approximation
 ) -> list[SampleSettings]:
-    """Those with the smallest activations: one needs the least device memory of all, one the least host memory."""
+    """Candidates with the smallest activations: one needs the least device memory of all, one the least host memory."""
     smallest = SampleSettings(compute_dtype=dtype, batched_guidance=False, workspace_bytes=_WORKSPACES_BYTES[-1])
     return [
         approximation.applied_to(replace(smallest, streamed=streamed, offload_skips=offload_skips))

@@ -43,7 +43,7 @@ def what_changed(before: Plan, after: Plan, stage: Stage) -> str:
 
 
 def _limit(plan: Plan, most_bytes: int) -> FitLimit:
-    """Of bare predictions: that of the failed settings was too low, by whatever margin."""
+    """Limit on bare predictions: that of the failed settings was too low, by whatever margin."""
     return FitLimit(device_bytes=most_bytes, host_bytes=plan.budget.host_free_bytes)
 
 

@@ -66,7 +66,7 @@ class SamplePrediction(StagePrediction):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageSettings:
-    """How a stage runs, whichever it is."""
+    """Settings that every stage has."""
 
     streamed: bool = False
     """Weights are transferred when they are used: layer by layer where the stage runs so, else one leaf module at a
@@ -75,7 +75,7 @@ class StageSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeSettings(StageSettings):
-    """How the encoders run."""
+    """Settings of the encode stage."""
 
     tiling: TilingSettings = ONE_FRAME_UNTILED
     """How the autoencoder takes the picture."""
@@ -83,7 +83,7 @@ class EncodeSettings(StageSettings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSettings(StageSettings):
-    """How the denoiser runs."""
+    """Settings of the sample stage."""
 
     compute_dtype: torch.dtype
 
@@ -110,7 +110,7 @@ class SampleSettings(StageSettings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeSettings(StageSettings):
-    """How latents become frames."""
+    """Settings of the decode stage."""
 
     tiling: TilingSettings
     """How many frames the autoencoder takes at once, and in what tiles."""

@@ -81,7 +81,7 @@ def test_what_does_not_fit_now_is_passed_over() -> None:
 
 
 def test_who_has_nothing_left_takes_over_from_who_has_most() -> None:
-    """As long as that is sooner than where it is."""
+    """A job moves only if it ends sooner on the other device."""
     queues = DeviceQueues({"a": "8 GB", "b": "8 GB"})
     queues.add([pending(job, 10) for job in range(4)])
     assert len(taken(queues, "a")) == 3

@@ -1,4 +1,4 @@
-"""What jobs are predicted to take: plans made once, seconds learned by stage and shape."""
+"""Predictions of jobs: plans made once, seconds learned by stage and shape."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def trend_of(held_bytes: Sequence[float], kinds: Sequence[Hashable] | None = Non
     kinds=st.integers(1, 3),
 )
 def test_what_grows_with_each_job_is_suspected(leak: int, noise: list[float], start: int, kinds: int) -> None:
-    """Whatever noise comes on top, of half a leaked job; also in a list of up to three kinds of jobs."""
+    """A leak is found under noise of half a leaked job, and in a list of up to three kinds of jobs."""
     found = trend_of(
         [start + leak * (job + share / 2) for job, share in enumerate(noise)],
         [f"kind {job % kinds}" for job in range(len(noise))],
@@ -74,7 +74,7 @@ def test_what_never_grows_is_not_suspected(held: list[int]) -> None:
 
 @given(before=st.integers(0, 30), after=st.integers(0, 30), step=st.integers(0, 64 * GIB))
 def test_a_step_is_not_suspected(before: int, after: int, step: int) -> None:
-    """Such as when a job first needs another precision: it stays, and does not grow."""
+    """A step stays and does not grow, as when a job first needs another precision."""
     assert not trend_of([GIB] * (before + 1) + [GIB + step] * after).suspected
 
 
@@ -144,7 +144,7 @@ def test_a_leak_is_found_under_noise_of_two_leaked_jobs(noise_bytes: int) -> Non
 
 
 def test_a_step_in_either_half_is_no_leak_and_neither_is_a_cycle() -> None:
-    """Such as two caches that are made, and garbage that is collected every 30 jobs."""
+    """Two caches are made, and garbage is collected every 30 jobs."""
     assert not trend_of([GIB] * 14 + [2 * GIB] * 30 + [3 * GIB] * 16).suspected
     assert not trend_of([GIB + job % 30 * MIB for job in range(60)]).suspected
 

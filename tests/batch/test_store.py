@@ -279,7 +279,7 @@ for seed in range(10_000):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no kill -9")
 @pytest.mark.parametrize("after", [3, 40])
 def test_a_kill_loses_nothing_that_was_said(tmp_path: Path, after: int, survived: Counter[str]) -> None:
-    """Whatever a process had been told before it was killed is so afterwards; and what it held is free at once."""
+    """A killed process loses nothing that it was told; and what it held is free at once."""
     path = tmp_path / "jobs.queue"
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -144,12 +144,14 @@ def test_the_published_model_stays_within_its_bounds(
 
 @pytest.mark.parametrize(
     ("batch", "offload_skips", "workspace_bytes", "dtype"),
-    [  # any two of them in every combination
-        (1, False, 30_000, torch.float32),
-        (1, False, 1_000_000, torch.bfloat16),
-        (2, True, 30_000, torch.bfloat16),
-        (2, True, 1_000_000, torch.float32),
-    ],
+    first_quick(
+        [  # any two of them in every combination
+            (1, False, 30_000, torch.float32),
+            (1, False, 1_000_000, torch.bfloat16),
+            (2, True, 30_000, torch.bfloat16),
+            (2, True, 1_000_000, torch.float32),
+        ]
+    ),
 )
 def test_tracing_distinct_chunks_predicts_the_peak_of_a_run(
     kind: DenoiserSubject,

@@ -101,7 +101,7 @@ def loaded_page(request: pytest.FixtureRequest, chromium: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def page(loaded_page: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """That page with an empty graph; what it shows in the end is kept as a picture."""
+    """The loaded page with an empty graph; what it shows in the end is kept as a picture."""
     loaded_page.open()
     yield loaded_page
     name = "".join(letter if letter.isalnum() else "_" for letter in request.node.name)

@@ -1,4 +1,4 @@
-"""Whatever a user gets wrong is answered with what is wrong, its value and the remedy; and the host goes on."""
+"""A user's mistake is answered with the problem, its value and the remedy; and the host goes on."""
 
 from __future__ import annotations
 

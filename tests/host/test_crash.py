@@ -32,7 +32,7 @@ def mortal(tiny_folder: Path) -> Iterator[Server]:
 
 
 def kill(server: Server) -> None:
-    """As the system does when memory is short: without a word."""
+    """Kill without a word, as the system does when memory is short."""
     process = psutil.Process(server.pid)
     for each in [*process.children(recursive=True), process]:
         each.kill()

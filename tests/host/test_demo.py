@@ -43,7 +43,7 @@ def demo(tmp_path: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def lines_until(process: subprocess.Popen[str], text: str) -> list[str]:
-    """What is printed up to and with the first line that has `text` in it."""
+    """Lines printed up to and including the first with `text` in it."""
     assert process.stdout is not None
     lines: list[str] = []
     for line in process.stdout:
@@ -63,7 +63,7 @@ def host_runs(process: subprocess.Popen[str]) -> bool:
 
 
 def interrupt(process: subprocess.Popen[str]) -> None:
-    """What Ctrl-C does; then the script and everything that it started has to be gone."""
+    """Send Ctrl-C; then the script and everything that it started has to be gone."""
     children = psutil.Process(process.pid).children(recursive=True)
     assert children, "the host was not running"
     process.send_signal(signal.SIGINT if sys.platform != "win32" else signal.CTRL_C_EVENT)

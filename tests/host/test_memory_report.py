@@ -25,7 +25,7 @@ def with_report(prompt: Any, **inputs: Any) -> Any:
 
 
 def shown_picture(client: Client, output: dict[str, Any]) -> np.ndarray[Any, Any]:
-    """As the page gets it for the node."""
+    """The picture as the page gets it for the node."""
     (image,) = output["images"]
     with urllib.request.urlopen(f"{client.url}/view?{urllib.parse.urlencode(image)}", timeout=30) as answer:
         return iio.imread(answer.read())
@@ -73,7 +73,7 @@ def test_both_are_refused_before_anything_runs(client: Client, make_prompt: Any)
 
 
 def test_neither_is_refused_when_its_turn_comes(client: Client, make_prompt: Any) -> None:
-    """Of a node without any input the host asks nothing before."""
+    """The host validates nothing of a node without inputs before it runs."""
     with pytest.raises(ExecutionError, match=r"neither report nor latent is connected.*Remedy: "):
         client.run(with_report({"picture": make_prompt()["picture"]}))
 

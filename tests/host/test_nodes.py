@@ -1,4 +1,4 @@
-"""What the host says about the nodes: complete, described, and unchanged since workflows were saved with them."""
+"""The nodes as the host describes them: complete, described, and unchanged since workflows were saved with them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def inputs_of(node: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[str, A
 
 
 def surface_of(node: dict[str, Any]) -> dict[str, Any]:
-    """What a saved workflow depends on: names, types, order, defaults, limits and choices."""
+    """Everything that a saved workflow depends on: names, types, order, defaults, limits and choices."""
     kept = ("default", "min", "max", "step", "options", "control_after_generate", "multiline")
     inputs = {
         name: {"section": section, "type": kind, **{key: options[key] for key in kept if key in options}}

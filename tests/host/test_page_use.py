@@ -1,4 +1,4 @@
-"""What a user does on the real page, in a browser: on the host's own page and the newest, classic and in Nodes 2.0."""
+"""Use of the real page in a browser, on the host's own page and the newest, classic and in Nodes 2.0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the server says in words about a plan, on a page in Chinese."""
+"""Sentences of the server about a plan, on a page in Chinese."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a node shows while it runs: words, and previews in which all frames move."""
+"""A node's display while it runs: words, and previews in which all frames move."""
 
 from __future__ import annotations
 

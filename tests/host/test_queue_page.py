@@ -97,15 +97,15 @@ def listed(page: Any) -> list[int]:
 def test_it_lists_jobs_with_what_is_known_of_them(
     open_page: OpenPage, host: Server, store: JobStore, ids: list[int], nodes_2: bool
 ) -> None:
-    claims = LeaseManager(store)
-    claims.claim(ids[0], "a card")
-    claims.renew({ids[0]: ("sample", 7, 25)})
+    leases = LeaseManager(store)
+    leases.claim(ids[0], "a card")
+    leases.renew({ids[0]: ("sample", 7, 25)})
     video = host.output_folder / "clip.mp4"
     video.touch()
-    claims.claim(ids[1], "a card")
-    claims.finish(ids[1], video, {"stages": [{"seconds": 75}]}, 2 << 30)
-    claims.claim(ids[2], "a card")
-    claims.fail(ids[2], "it did not work", {}, attempts=1)
+    leases.claim(ids[1], "a card")
+    leases.finish(ids[1], video, {"stages": [{"seconds": 75}]}, 2 << 30)
+    leases.claim(ids[2], "a card")
+    leases.fail(ids[2], "it did not work", {}, attempts=1)
     page = open_page(nodes_2=nodes_2, tab=False)
     page.locator(".side-bar-button", has=page.locator(".pi-video")).click()
     page.wait_for_selector(".i2v-queue li")
@@ -122,7 +122,7 @@ def test_it_lists_jobs_with_what_is_known_of_them(
     assert "filename=clip.mp4" in done.locator("a").get_attribute("href")
     waiting.get_by_text("Why at this place").click()
     waiting.get_by_text("score ").wait_for()
-    claims.renew({ids[0]: ("decode", 3, 4)})
+    leases.renew({ids[0]: ("decode", 3, 4)})
     running.get_by_text("decode 3 of 4").wait_for()
 
 

@@ -26,7 +26,7 @@ PATH = "/i2v_budget/queue"
 
 
 def ask(server: Server, body: Any = None, *, path: str = PATH) -> tuple[int, Any]:
-    """What `body` is answered with, or without one what is at the path."""
+    """The answer to `body`, or without one the content at the path."""
     content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     try:
         with urllib.request.urlopen(urllib.request.Request(server.url + path, content), timeout=60) as answer:
@@ -109,14 +109,14 @@ def test_a_job_says_what_it_is_and_where_it_stands(
     video = server.output_folder / "batch" / "a.mp4"
     video.parent.mkdir(exist_ok=True)
     video.touch()
-    claims = LeaseManager(store)
+    leases = LeaseManager(store)
     store.note_predictions([(job, 100.0, 3 << 30) for job in ids])
-    claims.claim(ids[0], "a card")
-    claims.renew({ids[0]: ("sample", 7, 25)})
-    claims.claim(ids[1], "a card")
-    claims.finish(ids[1], video, {}, 2 << 30)
-    claims.claim(ids[2], "a card")
-    claims.fail(ids[2], "it did not work", {}, attempts=1)
+    leases.claim(ids[0], "a card")
+    leases.renew({ids[0]: ("sample", 7, 25)})
+    leases.claim(ids[1], "a card")
+    leases.finish(ids[1], video, {}, 2 << 30)
+    leases.claim(ids[2], "a card")
+    leases.fail(ids[2], "it did not work", {}, attempts=1)
     answer = queue(server)
     assert {name: count for name, count in answer["counts"].items() if count} == {
         "running": 1,
@@ -159,8 +159,8 @@ def test_jobs_are_paused_resumed_cancelled_and_tried_again(server: Server, store
 
 
 def test_of_a_job_that_runs_it_is_wished(server: Server, store: JobStore, ids: list[int]) -> None:
-    claims = LeaseManager(store)
-    claims.claim(ids[0], "a card")
+    leases = LeaseManager(store)
+    leases.claim(ids[0], "a card")
     job = queue(server, {"action": "cancel", "job": ids[0]})["jobs"][0]
     assert (job["state"], job["wish"]) == ("running", "cancel")
 
@@ -218,9 +218,9 @@ def test_a_job_has_a_picture_before_there_is_a_frame_of_it(
     assert picture(server, first).size == (96, 64)
     frame = tmp_path / "frame.png"
     Image.new("RGB", (640, 320), "teal").save(frame)
-    claims = LeaseManager(store)
-    claims.claim(ids[0], "a card")
-    claims.show(ids[0], thumbnail=frame)
+    leases = LeaseManager(store)
+    leases.claim(ids[0], "a card")
+    leases.show(ids[0], thumbnail=frame)
     second = queue(server)["jobs"][0]["thumbnail"]
     assert second != first
     assert picture(server, second).size == (192, 96)

@@ -1,4 +1,4 @@
-"""Whatever JSON a prompt has for an input: it is refused, fails with a remedy, or gives a result; and the host goes on.
+"""Random JSON as an input of a prompt: it is refused, fails with a remedy, or gives a result; and the host goes on.
 
 Values are those that programs trip over, and random ones; links lead to every kind of output, and nowhere.
 """
@@ -110,7 +110,7 @@ def whole_prompt(make_prompt: Any) -> Prompt:
 
 
 def part(prompt: Prompt, node: str, changes: Mapping[str, Any]) -> Prompt:
-    """What the node needs of the prompt, with its inputs changed, and one that makes the host run it."""
+    """The part of the prompt that the node needs, with its inputs changed, and one that makes the host run it."""
     changed = {name: {**entry, "inputs": dict(entry["inputs"])} for name, entry in prompt.items()}
     changed[node]["inputs"].update(changes)
     needed, new = set[str](), {node}
@@ -127,7 +127,7 @@ def _is_link(value: Any) -> bool:
 
 
 def outcome(client: Client, prompt: Prompt) -> str:
-    """How the prompt ends, when that is as it should be: a refusal with reasons, an error of this pack, or a result.
+    """The prompt's end, when that is as it should be: a refusal with reasons, an error of this pack, or a result.
 
     Refused are also prompts of which the host runs the rest.
     """

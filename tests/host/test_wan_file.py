@@ -95,7 +95,7 @@ def test_what_does_not_belong_together_is_refused(
 
 
 def test_a_batch_is_planned_for_the_file_too(client: Client, server: Server, make_prompt: Any, wan: str) -> None:
-    """What the node's plan says of the weights holds for each job."""
+    """Each job is planned for the weights that the node's plan names."""
     prompt = prompt_for(make_prompt, {"model": wan, "transformer_file": FILE})
     jobs, made = server.input_folder / "from_a_file.csv", server.output_folder / "made_from_a_file"
     jobs.write_text(f"image,prompt\n{PICTURE},a red circle\n", "utf-8")

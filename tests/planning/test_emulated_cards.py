@@ -357,7 +357,7 @@ def tensors(model: I2VModel) -> dict[tuple[str, str], Tensor]:
 
 
 def state(model: I2VModel) -> dict[tuple[str, str], object]:
-    """Where every tensor lies, and what every module holds: attributes and hooks."""
+    """The place of every tensor, and every module's attributes and hooks."""
     held: dict[tuple[str, str], object] = {key: tensor.data_ptr() for key, tensor in tensors(model).items()}
     for name, module in model.modules.items():
         for path, part in module.named_modules():

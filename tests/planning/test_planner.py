@@ -270,7 +270,7 @@ def test_a_way_that_takes_less_of_the_host_is_found_where_thriftier_ones_take_mo
 
 
 def test_no_precision_is_tried_that_takes_as_much_as_one_before(architecture: Architecture) -> None:
-    """Where bf16 does not fit, fp16 and fp32 need not be traced to know that they do not."""
+    """A precision that takes at least as much as one that did not fit is not traced."""
     request = request_for(architecture, precision="auto")
     assert request.precisions((torch.bfloat16, torch.float16, torch.float32)) == (torch.bfloat16,)
     assert request.precisions((torch.float32, torch.bfloat16)) == (torch.float32, torch.bfloat16)

@@ -26,7 +26,7 @@ MODELS = bundled_models()
 
 
 class Noted(ShapeOnlyRunner):
-    """What is live at the peak of every layer call, and how it is cut."""
+    """The live tensors at the peak of every layer call, and its chunking."""
 
     def __init__(self, meter: StorageMeter) -> None:
         self.calls: list[tuple[int, int, int]] = []
@@ -107,7 +107,7 @@ def test_every_family_is_among_the_bundled_models() -> None:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("budget_bytes", "most_traces"), first_quick([(7 * GIB, 10), (80 * GIB, 7), (GIB // 8, 6)]))
 def test_a_size_that_was_never_asked_before_takes_few_traces(model: str, budget_bytes: int, most_traces: int) -> None:
-    """What the page waits for at each change of a widget: a trace takes some hundredths of a second."""
+    """The page waits for this at each change of a widget: a trace takes some hundredths of a second."""
     architecture, traces = bundled_architecture(model), 0
 
     def plan(width: int) -> None:

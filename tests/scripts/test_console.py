@@ -1,4 +1,4 @@
-"""What the scripts show."""
+"""Output of the scripts."""
 
 from __future__ import annotations
 

@@ -252,7 +252,8 @@ def test_memory_does_not_grow_with_the_video(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit on the size of files")
-@pytest.mark.parametrize("name", first_quick(FORMATS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_full_disk_is_reported_and_leaves_nothing(name: str, tmp_path: Path) -> None:
     """Make a real write fail: the kernel lets the process make no file larger than 64 KiB."""
     script = f"""

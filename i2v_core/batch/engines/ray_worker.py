@@ -59,7 +59,7 @@ class RemoteDevice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobResult:
-    """How a job has ended on a worker."""
+    """Result of a job on a worker."""
 
     state: JobState
     problem: str | None

@@ -1,4 +1,4 @@
-"""How many clips are sampled in one batch: as many as are predicted to fit and to pay.
+"""The number of clips sampled in one batch: as many as are predicted to fit and to pay.
 
 A batch pays most where weights stream, since they are then transferred once for all clips, and where clips are so small
 that the device waits for kernel launches. One step confirms a prediction: where a batch takes longer than its clips one

@@ -69,7 +69,7 @@ class ReadyQueue:
             return self._ready.pop(0)
 
     def wait_for_matching(self, matches: Callable[[RunningJob], bool], count: int) -> int:
-        """How many matching jobs are ready, once there are `count` of them or no more can be had now."""
+        """Wait for `count` matching jobs, or until no more can be had now; the number that is ready."""
 
         def matching() -> int:
             return sum(map(matches, self._ready))
@@ -100,5 +100,5 @@ class ReadyQueue:
 
 
 def max_jobs(max_in_flight: int, clips: int) -> int:
-    """How many jobs may be in flight where `clips` are sampled together: two batches in place of two jobs."""
+    """The most jobs in flight where `clips` are sampled together: two batches in place of two jobs."""
     return max_in_flight + 2 * (clips - 1)

@@ -1,1 +1,1 @@
-"""What a batch reports: events, metrics, suspected leaks, tables and pictures."""
+"""Reports of a batch: events, metrics, suspected leaks, tables and pictures."""

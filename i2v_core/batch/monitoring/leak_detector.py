@@ -46,7 +46,7 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryTrend:
-    """What is held between jobs at a place (`HOST`, or a device's name)."""
+    """Memory held between jobs at a place (`HOST`, or a device's name)."""
 
     place: str
     baselines: tuple[Baseline, ...]

@@ -30,7 +30,7 @@ _KIND = "any"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueView:
-    """What is shown of a queue."""
+    """A queue as the page shows it."""
 
     counts: Mapping[JobState, int]
     seconds_left: float | None
