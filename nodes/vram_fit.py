@@ -36,7 +36,7 @@ class VRAMFit(io.ComfyNode):
                     "budget",
                     default=AUTO,
                     tooltip="Device memory that the model may use, weights included: auto for what is free, or an "
-                    "amount such as 6 or 6GiB.",
+                    "amount such as 6 or 6GiB. Default auto.",
                 ),
             ],
             outputs=[

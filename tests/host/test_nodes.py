@@ -20,6 +20,7 @@ NODES = (
     "I2VLoadLatent",
     "I2VMemoryReport",
     "I2VBatch",
+    "I2VVRAMFit",
 )
 SURFACE = Path(__file__).with_name("surface.json")
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}

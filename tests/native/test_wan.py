@@ -161,7 +161,7 @@ def test_a_lora_is_applied(core: Core, make_patcher: Callable[..., Any], sample:
     patcher = make_patcher("t2v")
     weight = patcher.model.diffusion_model.blocks[0].ffn[0].weight
     patched = patcher.clone()
-    patched.add_patches({"diffusion_model.blocks.0.ffn.0.weight": (torch.full_like(weight, 0.02),)}, 1.0)
+    patched.add_patches({"diffusion_model.blocks.0.ffn.0.weight": (torch.full_like(weight, 0.5),)}, 1.0)
     expected = sample(patched)
     assert off_by(expected, sample(patcher)) > 1e-3
     assert off_by(sample(chunked(core, patched, 1)), expected) <= TOLERANCE
