@@ -292,7 +292,7 @@ def test_jobs_start_in_the_order_of_the_policy(make_batch: MakeBatch, make_job: 
     batch.store.pin([ids[2]])
     batch.run()
     assert [event.job for event in batch.of(EventKind.STARTED)] == [ids[at] for at in (2, 3, 1, 4, 0)]
-    assert "place 1 by hand" in batch.of(EventKind.STARTED)[0].words
+    assert "position 1 by hand" in batch.of(EventKind.STARTED)[0].words
     assert "priority 9" in batch.of(EventKind.STARTED)[1].words
 
 

@@ -48,9 +48,9 @@ def test_events_and_spans_are_summed_up() -> None:
 def test_what_is_out_of_range_is_named_with_its_likely_cause() -> None:
     assert HEALTHY.out_of_range() == ()
     assert "95% of device memory" in str(replace(HEALTHY, occupancy=0.95).out_of_range()[0])
-    assert "computes 30%" in str(replace(HEALTHY, utilisation=0.3).out_of_range()[0])
-    assert "wait for room 40%" in str(replace(HEALTHY, waiting_share=0.4).out_of_range()[0])
-    assert "20 jobs have failed" in str(replace(HEALTHY, failed=20).out_of_range()[0])
+    assert "busy 30% of the time" in str(replace(HEALTHY, utilisation=0.3).out_of_range()[0])
+    assert "wait for device memory 40%" in str(replace(HEALTHY, waiting_share=0.4).out_of_range()[0])
+    assert "20 jobs failed" in str(replace(HEALTHY, failed=20).out_of_range()[0])
     assert replace(HEALTHY, utilisation=0.3, waiting_share=0.4, seconds=5.0).out_of_range() == ()
     assert replace(HEALTHY, utilisation=None, occupancy=None).out_of_range() == ()
 

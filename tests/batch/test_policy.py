@@ -109,10 +109,10 @@ def test_a_loaded_plan_is_preferred_but_not_at_any_price() -> None:
 def test_an_explanation_names_the_numbers() -> None:
     job = pending(1, seconds=60, gib=2, priority=3, waited=AGEING_SECONDS)
     words = str(score_message(explain(Policy.WEIGHT, job, "cpu", NOW, loaded_plan="a")))
-    for number in ("score 225", "weight 90", "60.0 s", "2.00 GiB", "priority 3", "× 2 for 1800 s", "1.25"):
+    for number in ("score 225", "weight 90", "60.0 s", "2.00 GiB", "priority 3", "× 2 (waited 1800 s)", "1.25"):
         assert number in words
     assert "first come" in str(score_message(explain(Policy.FIRST_COME, job, "cpu", NOW)))
-    assert "place 3 by hand" in str(score_message(explain(Policy.WEIGHT, replace(job, position=2), "cpu", NOW)))
+    assert "position 3 by hand" in str(score_message(explain(Policy.WEIGHT, replace(job, position=2), "cpu", NOW)))
 
 
 @pytest.mark.parametrize("policy", Policy)
