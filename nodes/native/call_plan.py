@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ...i2v_core.units import MIB, format_gib
 
 _MARGIN_RATIO = 0.03
-"""What a trace of live tensors does not see: the allocator's rounding, and kernels' workspaces. An estimate, made
+"""Allowance for what a trace of live tensors misses: the allocator's rounding, kernels' workspaces. Estimated
 without a card (November 2026)."""
 _LEAST_WORKSPACE_BYTES = 8 * MIB
 _KNEE_RATIO = 0.92
@@ -21,7 +21,7 @@ Peak = Callable[[int | None], int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallPlan:
-    """How a model's calls run, with what one guidance branch takes beside the weights."""
+    """Settings of a model's calls, with what one guidance branch takes beside the weights."""
 
     workspace_bytes: int | None
     """Temporary memory of one layer; None: layers run unchunked."""
@@ -98,7 +98,7 @@ def finest_peak_bytes(peak: Peak) -> int:
 
 
 def lowest_needed_bytes(peak: Peak) -> int:
-    """What the finest cut needs, with its margin."""
+    """Bytes that the finest cut needs, with its margin."""
     return int(finest_peak_bytes(peak) * (1 + _MARGIN_RATIO))
 
 

@@ -32,12 +32,12 @@ from .twin import Call, Twin
 logger = logging.getLogger(__name__)
 
 KEY = "i2v_vram_fit"
-"""Of this pack's wrappers and callbacks among those of other nodes."""
+"""Key of this pack's wrappers and callbacks among those of other nodes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """What the host's side provides to a fit."""
+    """Services that the host's side provides to a fit."""
 
     usable_bytes: Callable[[], int]
     """Device memory that the model may take now: the budget, or what is free or can be freed."""
@@ -119,7 +119,7 @@ class _Fit:
         self._native = native
         self._twin: Twin | None = None
         self.plan: CallPlan | None = None
-        """Of one guidance branch, while and after a sampler runs."""
+        """Plan of one guidance branch, while and after a sampler runs."""
         self._plans: dict[object, CallPlan] = {}
         self._peaks: dict[object, Peak] = {}
         self._reading = PeakReading()

@@ -1,4 +1,4 @@
-"""What a native model's file says, and finding it: one file a model, with an object named `MODEL`."""
+"""The protocol of a native model, and the search for it: one file a model, with an object named `MODEL`."""
 
 from __future__ import annotations
 

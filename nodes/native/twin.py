@@ -96,7 +96,7 @@ def _key(value: Any) -> object:
 
 
 def _attention_output(_func: Any, q: Tensor, *_args: Any, **kwargs: Any) -> Tensor:
-    """What a fused attention kernel allocates: its output alone, in core's layout."""
+    """Allocate as a fused attention kernel does: its output alone, in core's layout."""
     if not kwargs.get("skip_reshape"):
         return torch.empty_like(q)
     batch, heads, tokens, width = q.shape

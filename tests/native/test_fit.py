@@ -24,7 +24,7 @@ def weights_bytes(patcher: Any) -> int:
 
 
 def plan_of(core: Core, patcher: Any) -> Any:
-    """Of the last run, for one guidance branch."""
+    """The plan of the last run, for one guidance branch."""
     return patcher.get_attachment(core.native("fit").KEY).plan
 
 

@@ -12,7 +12,7 @@ from .conftest import CONFIGS, Core
 
 pytestmark = pytest.mark.host
 TOLERANCE = 1e-6
-"""Of the largest number of the result, in fp32."""
+"""Share of the largest number of the result, in fp32."""
 
 
 def chunked(core: Core, patcher: Any, workspace_bytes: int) -> Any:
