@@ -22,7 +22,10 @@ def nothing() -> None:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class CallState:
-    """Settings by which the patched layers of one model run now. The patches of a clone share it; one call at a time uses it."""
+    """Settings by which the patched layers of one model run now.
+
+    The patches of a clone share it, and one call at a time uses it.
+    """
 
     workspace_bytes: int | None = None
     """Temporary memory that one layer may take beside the hidden state, keys and values. None: layers run unchunked."""

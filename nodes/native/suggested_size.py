@@ -13,7 +13,7 @@ Fits = Callable[[Sequence[int]], bool]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SuggestedSizes:
-    """A requested clip, and the largest that fits: in fewer frames, or in a smaller picture. None: not even the least."""
+    """A requested clip, and the largest that fits: in fewer frames, or in a smaller picture None: none."""
 
     asked: str
     frames: int | None
