@@ -263,13 +263,13 @@ def test_encode_and_decode_continue_too(
     frames = stages.decode(model, chosen, samples, RUNTIME)[0]
     for occurrence in range(1, 40, 3):
         monkeypatch.undo()
-        fail(at("band", occurrence))
+        fail(at("row_tile", occurrence))
         again, report = stages.decode(model, chosen, samples, RUNTIME)
         assert report.notes
         assert torch.allclose(again, frames, atol=1e-5)
         survived["out of memory in decode"] += 1
         monkeypatch.undo()
-        fail(at("band", occurrence))
+        fail(at("row_tile", occurrence))
         encoded, report = stages.encode(model, chosen, PROMPT, RUNTIME)
         for name, tensor in conditioning.positive.items():
             assert torch.allclose(encoded.positive[name], tensor, atol=1e-5), name

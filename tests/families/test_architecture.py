@@ -66,7 +66,7 @@ def test_configs_that_do_not_fit_each_other_are_refused(tmp_path: Path, tiny_mod
     config = tmp_path / "model" / "unet" / "config.json"
     changed = read_json(config) | {"projection_class_embeddings_input_dim": 32}
     config.write_text(json.dumps(changed), "utf-8")
-    with pytest.raises(ModelFolderError, match="wants 32 numbers"):
+    with pytest.raises(ModelFolderError, match="takes 32 values"):
         read_architecture(tmp_path / "model")
 
 

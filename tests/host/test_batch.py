@@ -316,7 +316,7 @@ def test_a_picture_outside_of_the_input_folder_is_a_bad_row(
     outside = tmp_path / "outside.png"
     Image.new("RGB", (64, 64)).save(outside)
     write_list(clips, f"{outside},a circle,1,,")
-    with pytest.raises(ExecutionError, match=r"no row can run:\nline 2: the picture .* lies outside"):
+    with pytest.raises(ExecutionError, match=r"no row can run:\nline 2: the image .* is outside"):
         client.run(batch_prompt())
 
 

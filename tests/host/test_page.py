@@ -43,7 +43,7 @@ def test_it_follows_the_widgets_and_its_buttons_mend_what_does_not_fit(panel: An
     assert "Does not fit: sample needs" in panel.raw.text_content(".i2v-live .verdict")
     labels = panel.raw.locator(".i2v-live .bar").evaluate_all("bars => bars.map((bar) => bar.ariaLabel)")
     assert len(labels) == 3
-    assert all(label.startswith("weights ") and label.endswith((" free", " too much")) for label in labels)
+    assert all(label.startswith("weights ") and label.endswith((" free", " over the limit")) for label in labels)
     panel.raw.focus(".i2v-live .verdict")
     panel.raw.keyboard.press("Tab")
     assert panel.raw.evaluate("document.activeElement.tagName") == "BUTTON"

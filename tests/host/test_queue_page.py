@@ -217,7 +217,7 @@ def test_it_is_chinese_on_a_chinese_page_and_its_text_stands_out(
 def test_why_a_job_waits_is_said_in_the_pages_language(open_page: OpenPage, ids: list[int]) -> None:
     page = open_page(Comfy_Locale="zh")
     waiting = card(page, ids[0])
-    waiting.get_by_text("为何在此位置").click()
+    waiting.get_by_text("为什么排在这里").click()
     waiting.get_by_text("得分 ").wait_for()
     assert "（400.0 秒 ÷ 3.00 GiB × 优先级 1）" in waiting.inner_text()
 

@@ -158,4 +158,4 @@ def test_experts_that_are_exchanged_are_noticed_by_their_names(server: Server, w
         for name in names:
             (files / name).unlink()
     assert status == 400
-    assert answer["error"]["remedy"].startswith("exchange")
+    assert answer["error"]["remedy"].startswith("swap")

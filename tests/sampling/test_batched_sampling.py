@@ -114,7 +114,7 @@ def relative_rms(result: Tensor, reference: Tensor) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("subject", "way"),
-    [(name, way) for name, it in SUBJECTS.items() for way in WAYS if it.denoiser.has_skips or way != "parked"],
+    [(name, way) for name, it in SUBJECTS.items() for way in WAYS if it.denoiser.has_skips or way != "offloaded"],
     indirect=["subject"],
 )
 def test_each_clip_is_as_it_is_alone(model: I2VModel, subject: Subject, way: str) -> None:
@@ -130,7 +130,7 @@ def test_each_clip_is_as_it_is_alone(model: I2VModel, subject: Subject, way: str
 
 def card_cases() -> Iterator[tuple[str, str, int]]:
     """Every model in these ways, two and three clips by turns."""
-    for (at, name), (turn, way) in product(enumerate(SUBJECTS), enumerate(("whole", "sequential", "all"))):
+    for (at, name), (turn, way) in product(enumerate(SUBJECTS), enumerate(("unchunked", "sequential", "all"))):
         yield name, way, 2 + (at + turn) % 2
 
 
