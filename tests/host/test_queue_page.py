@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -112,7 +113,8 @@ def test_it_lists_jobs_with_what_is_known_of_them(
     assert listed(page) == [ids[0], ids[3], ids[2], ids[1]]
     assert page.text_content(".i2v-queue .summary").startswith("1 running · 1 waiting · 1 failed · 1 done")
     running, waiting, failed, done = (card(page, job) for job in (ids[0], ids[3], ids[2], ids[1]))
-    assert "sample 7 of 25 · 7 min left" in running.inner_text()
+    # Of 400 s, less those that it takes a busy machine to open the page.
+    assert re.search(r"sample 7 of 25 · [5-7] min left", running.inner_text())
     assert running.locator("progress").evaluate("it => it.value / it.max") == 7 / 25
     assert "predicted 3.00\u00a0GiB" in waiting.inner_text()
     assert waiting.locator("img").evaluate("it => it.decode().then(() => it.naturalWidth)") == 96
@@ -120,7 +122,7 @@ def test_it_lists_jobs_with_what_is_known_of_them(
     assert "took 1 min" in done.inner_text()
     assert "measured 2.00\u00a0GiB" in done.inner_text()
     assert "filename=clip.mp4" in done.locator("a").get_attribute("href")
-    waiting.get_by_text("Why at this place").click()
+    waiting.get_by_text("Why in this position").click()
     waiting.get_by_text("score ").wait_for()
     leases.renew({ids[0]: ("decode", 3, 4)})
     running.get_by_text("decode 3 of 4").wait_for()
