@@ -116,7 +116,9 @@ def _growth(baselines: Sequence[Baseline]) -> tuple[float, bool]:
         return 0.0, False
     kind_N = np.array([kinds[it.kind] for it in compared])
     jobs_N = _without_mean(np.array([it.job for it in compared], dtype=np.float64), kind_N)
-    held_N = _without_mean(np.array([it.held_bytes for it in compared], dtype=np.float64), kind_N)
+    # Relative to the first, in whole numbers: the level itself then changes not even the last digit of the slope.
+    first_bytes = compared[0].held_bytes
+    held_N = _without_mean(np.array([it.held_bytes - first_bytes for it in compared], dtype=np.float64), kind_N)
     covariance = float(jobs_N @ held_N)
     growth_bytes = covariance / float(jobs_N @ jobs_N)
     is_line = growth_bytes * covariance > _MIN_EXPLAINED * float(held_N @ held_N)
