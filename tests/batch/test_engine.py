@@ -32,9 +32,10 @@ from i2v_core.units import MIB
 from .conftest import EmulatedDevice, MakeJob, SharedCard
 from .engines import ROOMY, Batch, MakeBatch, batches, pixels, when
 
-pytestmark = pytest.mark.slow  # half a minute; test_lifecycle.py has the quick tests of engines
-
-pytestmark = pytest.mark.usefixtures("one_thread", "emulated")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "emulated"),
+    pytest.mark.slow,  # half a minute; test_lifecycle.py has the quick tests of engines
+]
 
 
 @pytest.fixture
