@@ -6,7 +6,6 @@ Run: `.venv/bin/python benchmarks/native.py [--out FILE]`. Each row is printed, 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 import types
@@ -16,9 +15,8 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 
-from comfy_host import setup
+from comfy_host.in_process import native_modules
 
-PACKAGE = "i2v_native_benchmark"
 WAN = {
     "image_model": "wan2.1",
     "patch_size": (1, 2, 2),
@@ -109,21 +107,9 @@ def _row(
 
 
 def _load() -> Any:
-    """The pack's native models, beside a host that is not running."""
-    sys.path.append(str(setup.find(Path(sys.executable)).folder))
-    arguments, sys.argv = sys.argv, sys.argv[:1]  # the host reads the command line when it is imported
-    try:
-        importlib.import_module("comfy.cli_args").args.cpu = True
-        importlib.import_module("comfy.model_management")
-    finally:
-        sys.argv = arguments
-    # Packages without their `__init__`, which want the running server.
-    for name, path in ((PACKAGE, setup.PACK), (f"{PACKAGE}.nodes", setup.PACK / "nodes")):
-        package = types.ModuleType(name)
-        package.__path__ = [str(path)]
-        sys.modules[name] = package
-    parts = {it: importlib.import_module(f"{PACKAGE}.nodes.native.{it}") for it in ("twin", "model", "call_plan")}
-    return types.SimpleNamespace(**parts)
+    """The modules of the native models, beside a host that is not running."""
+    load = native_modules("i2v_native_benchmark")
+    return types.SimpleNamespace(**{name: load(f"nodes.native.{name}") for name in ("twin", "model", "call_plan")})
 
 
 if __name__ == "__main__":

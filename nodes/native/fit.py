@@ -67,10 +67,8 @@ def _attach(patcher: Any, services: Services) -> str:
             fit.patched[name] = patch.forward
         else:
             fit.left_out.append(patch.path)
-    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, fit.outer_sample)
-    patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, fit.prepare_sampling)
-    patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, fit.calc_cond_batch)
-    patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, fit.diffusion_model)
+    for kind, wrapper in fit.wrappers.items():
+        patcher.add_wrapper_with_key(kind, KEY, wrapper)
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, _on_clone)
     patcher.set_attachments(KEY, fit)
     return str(fit)
@@ -91,9 +89,8 @@ def _detach(patcher: Any) -> None:
     for name, forward in fit.patched.items():
         if patcher.object_patches.get(name) is forward:
             del patcher.object_patches[name]
-    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING, WrappersMP.CALC_COND_BATCH):
+    for kind in fit.wrappers:
         patcher.remove_wrappers_with_key(kind, KEY)
-    patcher.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, KEY)
     patcher.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)
     patcher.remove_attachments(KEY)
 
@@ -134,7 +131,15 @@ class _Fit:
             f"{left if self.left_out else ''}; planned when sampling starts"
         )
 
-    # Wrappers, in the order in which core calls them.
+    @property
+    def wrappers(self) -> Mapping[str, Callable[..., Any]]:
+        """Wrappers by core's name for the call that each goes around, in the order in which core makes the calls."""
+        return {
+            WrappersMP.OUTER_SAMPLE: self.outer_sample,
+            WrappersMP.PREPARE_SAMPLING: self.prepare_sampling,
+            WrappersMP.CALC_COND_BATCH: self.calc_cond_batch,
+            WrappersMP.DIFFUSION_MODEL: self.diffusion_model,
+        }
 
     def outer_sample(self, executor: Any, noise: Any, latent_image: Any, *args: Any, **kwargs: Any) -> Any:
         """Around a whole run of a sampler."""
@@ -211,12 +216,11 @@ class _Fit:
         usable_bytes = self.services.usable_bytes()
         plan = self._find(call, usable_bytes)
         if plan is None:
-            needed = lowest_needed_bytes(self._peak(call)) + self._held_bytes
+            needed = self._lowest_needed_bytes(call)
 
             def fits(shape: Sequence[int]) -> bool:
                 others = self._recorded(shape, conds)
-                most = max((lowest_needed_bytes(self._peak(it)) for it in others), default=needed)
-                return most + self._held_bytes <= usable_bytes
+                return max(map(self._lowest_needed_bytes, others), default=needed) <= usable_bytes
 
             sizes = suggested_sizes(self.base.latent_format, noise_shape, fits)
             raise DoesNotFitError(
@@ -233,7 +237,7 @@ class _Fit:
         if call.key not in self._plans:
             found = self._find(call, self.services.usable_bytes())
             if found is None:
-                needed = lowest_needed_bytes(self._peak(call)) + self._held_bytes
+                needed = self._lowest_needed_bytes(call)
                 raise DoesNotFitError(
                     f"a call of {self._native.name} needs {format_gib(needed)} even with the lowest-memory settings, "
                     "which is more than can be used",
@@ -252,6 +256,10 @@ class _Fit:
             weights_bytes=_weights_bytes(self.base),
             held_bytes=self._held_bytes,
         )
+
+    def _lowest_needed_bytes(self, call: Call) -> int:
+        """Device memory without which no call of these shapes runs: the finest cut, and the widest layer's weights."""
+        return lowest_needed_bytes(self._peak(call)) + self._held_bytes
 
     def _peak(self, call: Call) -> Peak:
         if self._twin is None:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comfy_host import setup
+from comfy_host.in_process import native_modules
 
-ROOT = setup.PACK
 PACKAGE = "i2v_native_tests"
 BASE = {
     "image_model": "wan2.1",
@@ -65,19 +61,7 @@ class Core:
 
 @pytest.fixture(scope="session")
 def core() -> Core:
-    folder = str(setup.find(Path(sys.executable)).folder)
-    if folder not in sys.path:
-        sys.path.append(folder)
-    arguments, sys.argv = sys.argv, sys.argv[:1]  # the host reads the command line when it is imported
-    try:
-        importlib.import_module("comfy.cli_args").args.cpu = True
-    finally:
-        sys.argv = arguments
-    # Packages without their `__init__`, which want the running server.
-    for name, path in ((PACKAGE, ROOT), (f"{PACKAGE}.nodes", ROOT / "nodes")):
-        package = types.ModuleType(name)
-        package.__path__ = [str(path)]
-        sys.modules.setdefault(name, package)
+    native_modules(PACKAGE)
     load = importlib.import_module
     return Core(
         load("comfy.sample"),
