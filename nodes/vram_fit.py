@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management as management
@@ -80,7 +81,7 @@ def _limit_bytes(budget: str) -> int | None:
     return None if budget.strip().lower() == AUTO else parse_bytes(budget)
 
 
-def _usable(limit_bytes: int | None) -> Any:
+def _usable(limit_bytes: int | None) -> Callable[[], int]:
     """Reads what may be used when a run is planned: a budget that is named is spent whole, of what is merely free the
     host keeps its reserve.
     """
