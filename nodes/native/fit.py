@@ -32,12 +32,12 @@ def _attach(patcher: Any, services: Services) -> str:
         return f"{type(model).__name__} is not known to VRAM Fit: it runs as it is"
     fit = FittedModel(native, patcher.model, services)
     for patch in native.patches(model, fit.state):
-        name = f"diffusion_model.{patch.path}.forward"
+        name = f"diffusion_model.{patch.name}"
         if _is_free(patcher, name, patch):
-            patcher.add_object_patch(name, patch.forward)
-            fit.patched[name] = patch.forward
+            patcher.add_object_patch(name, patch.replacement)
+            fit.patched[name] = patch.replacement
         else:
-            fit.left_out.append(patch.path)
+            fit.left_out.append(patch.name.removesuffix(".forward"))
     for kind, wrapper in fit.wrappers.items():
         patcher.add_wrapper_with_key(kind, KEY, wrapper)
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, _on_clone)
@@ -57,8 +57,8 @@ def _detach(patcher: Any) -> None:
     fit: FittedModel | None = patcher.get_attachment(KEY)
     if fit is None:
         return
-    for name, forward in fit.patched.items():
-        if patcher.object_patches.get(name) is forward:
+    for name, replacement in fit.patched.items():
+        if patcher.object_patches.get(name) is replacement:
             del patcher.object_patches[name]
     for kind in fit.wrappers:
         patcher.remove_wrappers_with_key(kind, KEY)
@@ -67,10 +67,10 @@ def _detach(patcher: Any) -> None:
 
 
 def _is_free(patcher: Any, name: str, patch: Patch) -> bool:
-    """Whether a part runs core's own forward, or one that a fit has put in: not another node's."""
+    """Whether a part runs core's own method, or one that a fit has put in: not another node's."""
     if name in patcher.object_patches:
         return False
-    now = patch.module.__dict__.get("forward")
+    now = patch.module.__dict__.get(patch.method)
     before = patcher.object_patches_backup.get(name, now)
-    ours = type(before) is type(patch.forward)
-    return ours or before is None or getattr(before, "__func__", None) is type(patch.module).forward
+    ours = type(before) is type(patch.replacement)
+    return ours or before is None or getattr(before, "__func__", None) is getattr(type(patch.module), patch.method)

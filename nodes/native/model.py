@@ -16,11 +16,18 @@ from .calls import CallState
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """A replacement for the forward of `module`, which lies at `path` below the diffusion model."""
+    """A replacement for a method of `module`, which lies at `path` below the diffusion model."""
 
     path: str
+    """Empty for the diffusion model itself."""
     module: nn.Module
-    forward: Callable[..., Any]
+    replacement: Callable[..., Any]
+    method: str = "forward"
+
+    @property
+    def name(self) -> str:
+        """Path of the method below the diffusion model."""
+        return f"{self.path}.{self.method}" if self.path else self.method
 
 
 class NativeModel(Protocol):
@@ -49,17 +56,22 @@ class NativeModel(Protocol):
         ...
 
     def patches(self, model: nn.Module, state: CallState) -> Iterator[Patch]:
-        """Replacement forwards for those parts of a model that are core's own classes."""
+        """Replacements for methods of those parts of a model that are core's own classes."""
         ...
 
 
-def is_own_forward(module: nn.Module) -> bool:
-    """Whether a module runs its class's forward.
+def is_own_method(module: nn.Module, method: str = "forward") -> bool:
+    """Whether a module runs its class's method.
 
-    An object patch that was taken back leaves the class's bound method in the instance, which is its own forward too.
+    An object patch that was taken back leaves the class's bound method in the instance, which is its own too.
     """
-    forward = module.__dict__.get("forward")
-    return forward is None or getattr(forward, "__func__", None) is type(module).forward
+    now = module.__dict__.get(method)
+    return now is None or getattr(now, "__func__", None) is getattr(type(module), method)
+
+
+def is_plain(module: object, kind: type[nn.Module]) -> bool:
+    """Whether a layer is exactly of core's class, and runs that class's forward."""
+    return type(module) is kind and is_own_method(module)
 
 
 def native_model(model: nn.Module) -> NativeModel | None:

@@ -36,7 +36,7 @@ class Twin:
         self._state = CallState(runner=DistinctChunks())
         self.model = _on_meta(model, native.block_lists(model), dtype)
         for patch in native.patches(self.model, self._state):
-            patch.module.forward = patch.forward
+            setattr(patch.module, patch.method, patch.replacement)
 
     def peak_bytes(self, call: Call, workspace_bytes: int | None) -> int:
         """The highest sum of live activations during a call; weights and the call's inputs do not count."""
@@ -96,7 +96,7 @@ def _key(value: Any) -> object:
 
 
 def _attention_output(_func: Any, q: Tensor, *_args: Any, **kwargs: Any) -> Tensor:
-    """Allocate as a fused attention kernel does: its output alone, in core's layout."""
+    """Allocates as a fused attention kernel does: its output alone, in core's layout."""
     if not kwargs.get("skip_reshape"):
         return torch.empty_like(q)
     batch, heads, tokens, width = q.shape
@@ -132,8 +132,10 @@ def _copied(module: nn.Module, dtype: torch.dtype, shortened: set[int], memo: di
         name: None if it is None else torch.empty(it.shape, dtype=it.dtype, device="meta")
         for name, it in module._buffers.items()
     }
-    for name in ("forward", "_v", "_prefetch"):
-        twin.__dict__.pop(name, None)
+    for name in [
+        name for name in twin.__dict__ if name in ("_v", "_prefetch") or callable(getattr(type(twin), name, None))
+    ]:
+        del twin.__dict__[name]  # another model's loading, and methods that are replaced in the instance
     if isinstance(twin, comfy.ops.CastWeightBiasOp):
         twin.__dict__.update(comfy_cast_weights=False, weight_function=[], bias_function=[])
     return twin

@@ -17,7 +17,7 @@ from comfy.ldm.wan import model as core
 from torch import Tensor, nn
 
 from .calls import CallState
-from .model import Patch, is_own_forward
+from .model import Patch, is_plain
 
 BLOCK_LISTS = ("blocks",)
 _HELD_BY_NOBODY = (core.WanModel, core.CameraWanModel)
@@ -68,7 +68,7 @@ class _Block:
         patches = transformer_options.get("patches", {})
         modulation = _modulation(self._block.modulation, e, x)
         hidden = self._own(x, transformer_options)
-        if "attn1_patch" in patches or not _is_plain(self._block.self_attn, core.WanSelfAttention):
+        if "attn1_patch" in patches or not is_plain(self._block.self_attn, core.WanSelfAttention):
             self._whole_self_attention(hidden, modulation, freqs, transformer_options)
         else:
             self._self_attention(hidden, modulation, freqs, transformer_options)
@@ -132,9 +132,9 @@ class _Block:
         transformer_options: dict[str, Any],
     ) -> None:
         attention, norm = self._block.cross_attn, self._block.norm3
-        if _is_plain(attention, core.WanT2VCrossAttention):
+        if is_plain(attention, core.WanT2VCrossAttention):
             sources = [(context, attention.k, attention.norm_k, attention.v)]
-        elif _is_plain(attention, core.WanI2VCrossAttention):
+        elif is_plain(attention, core.WanI2VCrossAttention):
             image, text = context[:, :context_img_len], context[:, context_img_len:]
             sources = [
                 (image, attention.k_img, attention.norm_k_img, attention.v_img),
@@ -224,11 +224,6 @@ class _PatchEmbedding:
             del tokens_BDhw
         assert out is not None
         return out.permute(0, 4, 1, 2, 3)
-
-
-def _is_plain(module: Any, kind: type[nn.Module]) -> bool:
-    """Whether a layer is core's own, and runs core's own forward."""
-    return type(module) is kind and is_own_forward(module)
 
 
 def _modulation(own: Tensor, e: Tensor, like: Tensor, rows: int = 6) -> tuple[Tensor, ...]:

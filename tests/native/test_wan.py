@@ -8,49 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import CONFIGS, Core
+from .conftest import TOLERANCE, Core, off_by
 
 pytestmark = pytest.mark.host
-TOLERANCE = 1e-6
-"""Share of the largest number of the result, in fp32."""
-
-
-def chunked(core: Core, patcher: Any, workspace_bytes: int) -> Any:
-    """A fitted clone that always runs in chunks of a workspace."""
-    fit = core.native("fit")
-    clone, _ = fit.fitted(patcher, fit.Services(usable_bytes=lambda: 2**40, check_cancelled=lambda: None))
-    fixed = clone.get_attachment(fit.KEY)
-    plan = core.native("call_plan").CallPlan(
-        workspace_bytes=workspace_bytes, peak_bytes=2**30, stock_bytes=2**30, usable_bytes=2**40, weights_bytes=0
-    )
-    fixed._plan_of = lambda _: plan
-    return clone
-
-
-def off_by(result: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((result - expected).abs().max() / expected.abs().max())
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("workspace_bytes", [1, 300_000])
-def test_it_gives_what_core_gives(
-    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor], kind: str, workspace_bytes: int
-) -> None:
-    patcher = make_patcher(kind)
-    expected = sample(patcher)
-    assert off_by(sample(chunked(core, patcher, workspace_bytes)), expected) <= TOLERANCE
-    assert torch.equal(sample(patcher), expected), "core's own run is not what it was"
 
 
 def test_a_time_step_for_each_frame(
     core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
 ) -> None:
     """TI2V gives known frames the time step 0: the modulation has a row for each latent frame."""
-    patcher = make_patcher("ti2v")
+    patcher = make_patcher("wan-ti2v")
     steps = torch.tensor([[0.0, 700.0, 700.0]])
     patcher.add_object_patch("process_timestep", lambda timestep, **_: steps.expand(len(timestep), -1))
     expected = sample(patcher)
-    assert off_by(sample(chunked(core, patcher, 1)), expected) <= TOLERANCE
+    assert off_by(sample(core.chunked(patcher, 1)), expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["attn1_patch", "attn2_patch", "double_block"])
@@ -65,12 +36,12 @@ def test_patches_of_other_nodes_act_as_in_core(
         changed = hidden * 1.01
         return {"img": changed} if name == "double_block" else changed
 
-    patcher = make_patcher("t2v")
+    patcher = make_patcher("wan-t2v")
     patcher.set_model_patch(patch, name)
     expected, calls = sample(patcher), len(seen)
     if not calls:
         pytest.skip(f"this ComfyUI calls no {name}")
-    assert off_by(sample(chunked(core, patcher, 1)), expected) <= TOLERANCE
+    assert off_by(sample(core.chunked(patcher, 1)), expected) <= TOLERANCE
     assert seen[:calls] == seen[calls:], "the patch has seen other shapes, or was called another number of times"
 
 
@@ -83,16 +54,16 @@ def test_a_block_that_is_called_twice_by_another_node(
         extra["original_block"](args)
         return extra["original_block"](args)
 
-    patcher = make_patcher("t2v")
+    patcher = make_patcher("wan-t2v")
     patcher.set_model_patch_replace(twice, "dit", "double_block", 1)
     expected = sample(patcher)
-    assert off_by(sample(chunked(core, patcher, 1)), expected) <= TOLERANCE
+    assert off_by(sample(core.chunked(patcher, 1)), expected) <= TOLERANCE
 
 
 def test_attention_that_another_node_has_replaced(
     core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
 ) -> None:
-    patcher = make_patcher("t2v")
+    patcher = make_patcher("wan-t2v")
     for index, block in enumerate(patcher.model.diffusion_model.blocks):
         own = block.cross_attn
 
@@ -103,18 +74,18 @@ def test_attention_that_another_node_has_replaced(
 
         patcher.add_object_patch(f"diffusion_model.blocks.{index}.cross_attn.forward", forward)
     expected = sample(patcher)
-    assert off_by(sample(chunked(core, patcher, 1)), expected) <= TOLERANCE
+    assert off_by(sample(core.chunked(patcher, 1)), expected) <= TOLERANCE
 
 
 def test_a_clone_that_moves_to_another_model_gets_its_own_patches(
     core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
 ) -> None:
-    first, second = make_patcher("t2v"), make_patcher("t2v")
+    first, second = make_patcher("wan-t2v"), make_patcher("wan-t2v")
     with torch.no_grad():
         for parameter in second.model.parameters():
             parameter.mul_(1.1)
     expected = sample(second)
-    moved = chunked(core, first, 1).clone(model_override=second.get_clone_model_override())
+    moved = core.chunked(first, 1).clone(model_override=second.get_clone_model_override())
     assert off_by(sample(moved), expected) <= TOLERANCE
 
 
@@ -122,11 +93,11 @@ def test_two_fits_in_a_row_are_one(
     core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
 ) -> None:
     fit = core.native("fit")
-    patcher = make_patcher("i2v")
+    patcher = make_patcher("wan-i2v")
     expected = sample(patcher)
-    once = chunked(core, patcher, 1)
+    once = core.chunked(patcher, 1)
     sample(once)  # its patches are in the model still
-    twice = chunked(core, once, 1)
+    twice = core.chunked(once, 1)
     assert twice.get_attachment(fit.KEY).left_out == []
     assert len(twice.get_wrappers("diffusion_model", fit.KEY)) == 1
     assert off_by(sample(twice), expected) <= TOLERANCE
@@ -141,7 +112,7 @@ def test_weights_are_cast_as_often_as_in_core(
     stored: torch.dtype,
 ) -> None:
     """However many chunks a layer runs in."""
-    patcher = make_patcher("t2v", dtype=stored, compute_dtype=torch.float32)
+    patcher = make_patcher("wan-t2v", dtype=stored, compute_dtype=torch.float32)
     casts: list[str] = []
     cast = core.ops.cast_bias_weight
 
@@ -152,17 +123,17 @@ def test_weights_are_cast_as_often_as_in_core(
 
     monkeypatch.setattr(core.ops, "cast_bias_weight", counted)
     expected, of_core = sample(patcher, cfg=1.0), len(casts)
-    result = sample(chunked(core, patcher, 1), cfg=1.0)
+    result = sample(core.chunked(patcher, 1), cfg=1.0)
     assert off_by(result, expected) <= TOLERANCE
     assert len(casts) - of_core == of_core
     assert all(it.weight.dtype is stored for it in patcher.model.diffusion_model.blocks[0].ffn if hasattr(it, "weight"))
 
 
 def test_a_lora_is_applied(core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]) -> None:
-    patcher = make_patcher("t2v")
+    patcher = make_patcher("wan-t2v")
     weight = patcher.model.diffusion_model.blocks[0].ffn[0].weight
     patched = patcher.clone()
     patched.add_patches({"diffusion_model.blocks.0.ffn.0.weight": (torch.full_like(weight, 0.5),)}, 1.0)
     expected = sample(patched)
     assert off_by(expected, sample(patcher)) > 1e-3
-    assert off_by(sample(chunked(core, patched, 1)), expected) <= TOLERANCE
+    assert off_by(sample(core.chunked(patched, 1)), expected) <= TOLERANCE
