@@ -35,8 +35,8 @@ def prepare(*, tests: bool = False) -> Host:
     """Set up everything that is missing, showing each step.
 
     Args:
-        tests: also install the tools of the project's checks into its environment, whatever the host runs in, and the
-            newer frontend that is tested as well as the host's own.
+        tests: also install the tools of the project's checks into its environment, whatever the host runs in, the
+            newer frontend that is tested as well as the host's own, and older hosts.
 
     Raises:
         SetupError: something is missing that cannot be installed; the message says what to do.
@@ -46,6 +46,8 @@ def prepare(*, tests: bool = False) -> Host:
         python = _fill_environment(folder, tests=tests)
     if tests:
         frontend.ensure(CACHE, python)
+        for version in source.OLDER_VERSIONS:
+            source.ensure(CACHE, python, version)
     return find(python)
 
 
