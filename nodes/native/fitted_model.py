@@ -261,4 +261,5 @@ def _widest(modules: Iterable[nn.Module]) -> int:
 
 
 def _weights_bytes(base: Any) -> int:
-    return sum(it.numel() * it.element_size() for it in base.diffusion_model.parameters())
+    """Bytes of all weights as they are stored, quantised ones too."""
+    return sum(it.nbytes for it in base.diffusion_model.parameters())

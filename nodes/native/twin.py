@@ -49,7 +49,8 @@ class Twin:
 
     def preprocess_text_embeds(self, *args: Any, **kwargs: Any) -> Tensor:
         """Zeros in the shape of what some models make of a text once, before they are called."""
-        made = self.model.preprocess_text_embeds(*_described(args), **_described(kwargs))
+        model: Any = self.model
+        made = model.preprocess_text_embeds(*_described(args), **_described(kwargs))
         return torch.zeros(made.shape, dtype=made.dtype)
 
 

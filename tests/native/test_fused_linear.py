@@ -41,7 +41,7 @@ def plain(core: Core, stored: torch.dtype = torch.float32) -> Any:
 
 
 def quantised(core: Core, quant_format: str, **options: Any) -> Any:
-    """A layer as core loads it from a file."""
+    """A layer that core has loaded from a file."""
     from comfy import quant_ops  # pyright: ignore[reportMissingImports]
 
     if quant_format not in quant_ops.QUANT_ALGOS:
@@ -112,7 +112,7 @@ def test_rows_whose_scales_are_stored_with_others(core: Core) -> None:
 
 @pytest.mark.parametrize("make", [plain, lambda core: quantised(core, "float8_e4m3fn")])
 def test_a_lora_is_applied(core: Core, make: Any) -> None:
-    """As core leaves it to a layer whose weights are not all on the device."""
+    """Core leaves it to the layer where the weights are not all on the device."""
     layer = make(core)
     without = all_outputs(layer)
     layer.weight_function = [lambda weight: weight + 0.5]

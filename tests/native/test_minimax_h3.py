@@ -16,12 +16,13 @@ CPU = torch.device("cpu")
 
 
 def test_int8_weights(core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]) -> None:
-    """As in the file that core's template loads, rotated: some heads' rows are multiplied as they are stored."""
+    """The file that core's template loads has them, rotated: they are multiplied as they are stored, for some heads."""
     import comfy.sd  # pyright: ignore[reportMissingImports]
     from comfy.quant_ops import QuantizedTensor  # pyright: ignore[reportMissingImports]
 
     name = "minimax_h3-keyframes"
-    state = dict(make_patcher(name).model.diffusion_model.state_dict())
+    plain = make_patcher(name).model
+    state = dict(plain.diffusion_model.state_dict())
     rotation = {"convrot": True, "convrot_groupsize": 16}
     described = json.dumps({"format": "int8_tensorwise", **rotation}).encode()
     for path in [it for it in state if it.endswith(("_proj.weight", "fc1.weight", "fc2.weight")) and "blocks." in it]:
@@ -30,8 +31,11 @@ def test_int8_weights(core: Core, make_patcher: Callable[..., Any], sample: Call
         state[path.removesuffix("weight") + "comfy_quant"] = torch.tensor(list(described), dtype=torch.uint8)
     patcher = comfy.sd.load_diffusion_model_state_dict(state, {"dtype": torch.float32})
     patcher.set_attachments(CASE, SMALL_MODELS[name])
-    assert isinstance(patcher.model.diffusion_model.blocks[0].attn.qkv_proj.weight, QuantizedTensor)
+    quantised = [it for it in patcher.model.diffusion_model.parameters() if isinstance(it, QuantizedTensor)]
+    assert any(it is patcher.model.diffusion_model.blocks[0].attn.qkv_proj.weight for it in quantised)
     assert off_by(sample(core.chunked(patcher, 1), cfg=1.0), sample(patcher, cfg=1.0)) <= TOLERANCE
+    weights_bytes = core.native("fitted_model")._weights_bytes
+    assert weights_bytes(plain) - weights_bytes(patcher.model) == sum(3 * it.numel() for it in quantised)
 
 
 def test_what_core_computes_in_fp32_stays_so(core: Core, make_patcher: Callable[..., Any]) -> None:
@@ -73,8 +77,13 @@ def test_the_call_is_foreseen(
     assert len(traced) == 2, "the shapes of both prompts are foreseen, and there are no others"
 
 
+@pytest.mark.parametrize(("quant_format", "group"), [(None, 4), ("one_that_cannot_be_sliced", 8)])
 def test_attention_sees_every_head_once_and_all_tokens(
-    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
+    core: Core,
+    make_patcher: Callable[..., Any],
+    sample: Callable[..., torch.Tensor],
+    quant_format: str | None,
+    group: int,
 ) -> None:
     """For kernels that treat tokens by their place, or quantise them together."""
     seen: list[tuple[int, torch.Size, torch.Size]] = []
@@ -84,15 +93,17 @@ def test_attention_sees_every_head_once_and_all_tokens(
         return func(q, k, v, heads, **options)
 
     patcher = make_patcher("minimax_h3-t2v")
+    for block in patcher.model.diffusion_model.blocks:
+        block.attn.qkv_proj.quant_format = quant_format
     patcher.model_options["transformer_options"]["optimized_attention_override"] = attention
     expected = sample(patcher, cfg=1.0)
     of_core = [it for it in seen if it[1][2] > 100]  # the others are of the text alone
     seen.clear()
     assert off_by(sample(core.chunked(patcher, 1), cfg=1.0), expected) <= TOLERANCE
     in_groups = [it for it in seen if it[1][2] > 100]
-    assert len(in_groups) == 2 * len(of_core)
+    assert len(in_groups) == 8 // group * len(of_core)
     tokens = of_core[0][1][2]
-    assert all(it == (4, (1, 4, tokens, 32), (1, 4, tokens, 32)) for it in in_groups)
+    assert all(it == (group, (1, group, tokens, 32), (1, group, tokens, 32)) for it in in_groups)
 
 
 @pytest.mark.parametrize("layer", ["attn", "mlp"])
@@ -115,7 +126,7 @@ def test_a_layer_that_another_node_has_replaced(
 def test_an_embedding_that_another_node_wraps(
     core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
 ) -> None:
-    """As a LoRA beside the layer does, when the model is loaded: it gets a tensor to work with."""
+    """A LoRA beside the layer does so when the model is loaded: it gets a tensor to work with."""
     patcher = make_patcher("minimax_h3-keyframes")
     layer = patcher.model.diffusion_model.video_patch_proj
 
@@ -149,6 +160,7 @@ def test_a_block_that_is_called_twice_by_another_node(
     assert off_by(sample(core.chunked(patcher, 1), cfg=1.0), expected) <= TOLERANCE
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
 def test_weights_are_cast_as_often_as_in_core(
     core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,13 +124,11 @@ class Block:
         unit_bytes = 2 * (max(x.shape[1], 7 * row) + 3 * row) * x.element_size()
         with self._state.tokens("qkv", total=total, unit_bytes=unit_bytes) as chunks:
             for tokens in chunks:
-                normed = modulation.normed(x, tokens)
-                parts = [linear_rows(attention.qkv_proj, normed, it).view(1, -1, count, width) for it in rows]
-                del normed
-                _rotate(attention, parts[0], parts[1], rope_freqs[:, tokens])
-                for whole, made in zip((query, key, value), parts, strict=True):
-                    whole[tokens] = made[0]
-                del parts, made
+                made = _outputs(attention.qkv_proj, modulation.normed(x, tokens), rows)
+                made = [it.view(1, -1, count, width) for it in made]
+                _rotate(attention, made[0], made[1], rope_freqs[:, tokens])
+                query[tokens], key[tokens], value[tokens] = made[0][0], made[1][0], made[2][0]
+                del made
         return key, value
 
     def _project_out(self, x: Tensor, modulation: _Modulation, attended: Tensor) -> None:
@@ -147,6 +145,11 @@ class Block:
         with self._state.tokens("feed_forward", *modules, total=len(x), unit_bytes=unit_bytes) as chunks:
             for tokens in chunks:
                 modulation.add(x, mlp(modulation.normed(x, tokens)), tokens)
+
+
+def _outputs(layer: Any, inputs: Tensor, rows: Sequence[slice]) -> list[Tensor]:
+    """Some outputs of a layer, by their rows of its weight."""
+    return [linear_rows(layer, inputs, it) for it in rows]
 
 
 def _rotate(attention: Any, query_1nhd: Tensor, key_1nhd: Tensor, rope_freqs: Tensor) -> None:
