@@ -70,8 +70,8 @@ def _row(native: Any, name: str, size: str, case: ModelCase) -> Row:
     base = model_of(case, torch.bfloat16, "meta")
     latent_shape, conds, part_shapes = _input(case)
     start = time.perf_counter()
-    call = native.recorded_call.recorded_calls(base, latent_shape, conds, latent_shapes=part_shapes)[0]
     twin = native.twin.Twin(native.model.native_model(base.diffusion_model), base.diffusion_model, torch.bfloat16)
+    call = native.recorded_call.recorded_calls(base, latent_shape, conds, twin=twin, latent_shapes=part_shapes)[0]
 
     def peak(workspace_bytes: int | None) -> int:
         return twin.peak_bytes(call, workspace_bytes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +14,8 @@ from ...i2v_core.chunking.execution import Execution
 
 TOKEN_MULTIPLE = 128
 """Chunks are multiples of this many tokens: SageAttention quantises queries in blocks of 128, and kernels like it."""
+HEAD_MULTIPLE = 4
+"""Groups are multiples of this many heads: the linear layers of fewer would be too narrow to keep a card busy."""
 
 
 def nothing() -> None:
@@ -39,15 +41,36 @@ class CallState:
     def chunked(self) -> bool:
         return self.workspace_bytes is not None
 
-    @contextmanager
-    def tokens(self, kind: LayerKind, *modules: nn.Module, total: int, unit_bytes: int) -> Generator[Iterator[slice]]:
+    def tokens(
+        self, kind: LayerKind, *modules: nn.Module, total: int, unit_bytes: int
+    ) -> AbstractContextManager[Iterator[slice]]:
         """The chunks of one layer's tokens, inside the runner's context around `modules`.
 
         Args:
-            modules: those whose weights the layer needs.
+            modules: those whose weights the layer needs, for inputs in the precision of the hidden state.
             total: tokens of the call.
             unit_bytes: temporary bytes of one token, over the whole batch.
         """
+        return self._chunks(kind, *modules, total=total, unit_bytes=unit_bytes, multiple=TOKEN_MULTIPLE)
+
+    def heads(
+        self, kind: LayerKind, *modules: nn.Module, total: int, unit_bytes: int, together: bool = False
+    ) -> AbstractContextManager[Iterator[slice]]:
+        """The groups of one attention layer's heads, inside the runner's context around `modules`.
+
+        Args:
+            modules: those whose weights the layer needs, for inputs in the precision of the hidden state.
+            total: heads of the layer.
+            unit_bytes: temporary bytes of one head, over all tokens and the whole batch.
+            together: whether the heads cannot be computed apart, so that all are one group.
+        """
+        multiple = total if together else HEAD_MULTIPLE
+        return self._chunks(kind, *modules, total=total, unit_bytes=unit_bytes, multiple=multiple)
+
+    @contextmanager
+    def _chunks(
+        self, kind: LayerKind, *modules: nn.Module, total: int, unit_bytes: int, multiple: int
+    ) -> Generator[Iterator[slice]]:
         assert self.workspace_bytes is not None
         execution = Execution(
             settings=ChunkSettings(workspace_bytes=self.workspace_bytes),
@@ -60,8 +83,8 @@ class CallState:
             *modules,
             total=total,
             unit_bytes=unit_bytes,
-            smallest=min(TOKEN_MULTIPLE, total),
+            smallest=min(multiple, total),
             result_excluded=True,
         ) as call:
-            size = -(-call.chunk_size // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+            size = -(-call.chunk_size // multiple) * multiple
             yield execution.chunk_slices(total, min(size, total))

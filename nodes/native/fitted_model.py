@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -49,13 +49,13 @@ class FittedModel:
         self.patched: dict[str, Any] = {}
         self.left_out: list[str] = []
         self._native = native
-        self._twin: Twin | None = None
         self.plan: CallPlan | None = None
         """Plan of one guidance branch, while and after a sampler runs."""
         self._plans: dict[object, CallPlan] = {}
         self._peaks: dict[object, Peak] = {}
         self._reading = PeakReading()
         self._fallbacks: list[str] = []
+        self._usable_bytes: int | None = None
         self._mask: torch.Tensor | None = None
         self._latent_shapes: Any = None
 
@@ -78,7 +78,7 @@ class FittedModel:
 
     def outer_sample(self, executor: Any, noise: Any, latent_image: Any, *args: Any, **kwargs: Any) -> Any:
         """Around a whole run of a sampler."""
-        self.plan, self._plans = None, {}
+        self.plan, self._plans, self._usable_bytes = None, {}, None
         self._reading, self._fallbacks = PeakReading(), []
         self._mask = kwargs.get("denoise_mask", args[2] if len(args) > 2 else None)
         self._latent_shapes = kwargs.get("latent_shapes")
@@ -141,14 +141,19 @@ class FittedModel:
         """The calls to come; none where core's preparation cannot be followed, and the first call is planned for."""
         try:
             return recorded_calls(
-                self.base, noise_shape, conds, denoise_mask=self._mask, latent_shapes=self._latent_shapes
+                self.base,
+                noise_shape,
+                conds,
+                twin=self._twin,
+                denoise_mask=self._mask,
+                latent_shapes=self._latent_shapes,
             )
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:
             logger.info("VRAM Fit plans with the first call: its shapes are not known before (%r)", error)
             return []
 
     def _planned(self, call: Call, noise_shape: Sequence[int], conds: Mapping[str, Any]) -> CallPlan:
-        usable_bytes = self.services.usable_bytes()
+        usable_bytes = self._usable()
         plan = self._find(call, usable_bytes)
         if plan is None:
             needed = self._lowest_needed_bytes(call)
@@ -170,7 +175,7 @@ class FittedModel:
     def _plan_of(self, call: Call) -> CallPlan:
         """The plan for calls of these shapes; made with the first of them where it was not foreseen."""
         if call.key not in self._plans:
-            found = self._find(call, self.services.usable_bytes())
+            found = self._find(call, self._usable())
             if found is None:
                 needed = self._lowest_needed_bytes(call)
                 raise DoesNotFitError(
@@ -184,6 +189,12 @@ class FittedModel:
                 self._tell(str(found))
         return self._plans[call.key]
 
+    def _usable(self) -> int:
+        """Memory that calls and weights of this run may take, as it was before weights were loaded."""
+        if self._usable_bytes is None:
+            self._usable_bytes = self.services.usable_bytes()
+        return self._usable_bytes
+
     def _find(self, call: Call, usable_bytes: int) -> CallPlan | None:
         return plan_call(
             self._peak(call),
@@ -196,9 +207,11 @@ class FittedModel:
         """Device memory without which no call of these shapes runs: the finest cut, and the widest layer's weights."""
         return lowest_needed_bytes(self._peak(call)) + self._held_bytes
 
+    @cached_property
+    def _twin(self) -> Twin:
+        return Twin(self._native, self.base.diffusion_model, self.base.get_dtype_inference())
+
     def _peak(self, call: Call) -> Peak:
-        if self._twin is None:
-            self._twin = Twin(self._native, self.base.diffusion_model, self.base.get_dtype_inference())
         twin = self._twin
         if call.key not in self._peaks:
             self._peaks[call.key] = lru_cache(maxsize=64)(
@@ -248,4 +261,5 @@ def _widest(modules: Iterable[nn.Module]) -> int:
 
 
 def _weights_bytes(base: Any) -> int:
-    return sum(it.numel() * it.element_size() for it in base.diffusion_model.parameters())
+    """Bytes of all weights as they are stored, quantised ones too."""
+    return sum(it.nbytes for it in base.diffusion_model.parameters())

@@ -2,23 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
+from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from .model import is_own_method
+
+_SLICEABLE_FORMATS = {"float8_e4m3fn": 1, "float8_e5m2": 1, "int8_tensorwise": 1, "mxfp8": 128, "nvfp4": 128}
+"""Core's quantised formats of which rows can be taken, with the number of rows whose scales are stored together."""
 
 
 def linear_rows(layer: Any, inputs: Tensor, rows: slice) -> Tensor:
     """Outputs `rows` of `layer(inputs)`, computed without the others where the weight allows it.
 
-    To be called while the layer's weights are held (`calls.CallState.tokens`). A weight that is multiplied in its
-    quantised format, and a layer whose forward another node has replaced, compute all outputs.
+    To be called while the layer's weights are held (`calls.CallState.tokens`). A weight that cannot be sliced, and a
+    layer whose forward another node has replaced, compute all outputs.
     """
-    weight = layer._parameters.get("weight")
-    sliceable = type(weight) is nn.Parameter and weight.dtype == inputs.dtype and is_own_method(layer)
-    if not sliceable or getattr(layer, "weight_function", None) or getattr(layer, "bias_function", None):
+    weight = _sliced_weight(layer, inputs, rows)
+    if weight is None:
         return layer(inputs)[..., rows].contiguous()
-    bias = layer._parameters.get("bias")
-    return F.linear(inputs, weight[rows], None if bias is None else bias[rows])
+    if isinstance(layer, nn.Linear):  # it does no more than this, and torch.compile sees no change of the layer
+        return F.linear(inputs, weight, None if layer.bias is None else layer.bias[rows])
+    with _in_place_of_all(layer, weight, rows):
+        return layer(inputs)
+
+
+def has_sliceable_format(layer: Any) -> bool:
+    """Whether the format in which a layer's weight is stored allows it to compute some outputs alone."""
+    quant_format = getattr(layer, "quant_format", None)
+    return quant_format is None or quant_format in _SLICEABLE_FORMATS
+
+
+def _sliced_weight(layer: Any, inputs: Tensor, rows: slice) -> Tensor | None:
+    """Some rows of the weight; None where the layer's forward may need all of them."""
+    weight = layer._parameters.get("weight")
+    is_patched = getattr(layer, "weight_function", None) or getattr(layer, "bias_function", None)
+    if weight is None or weight.device != inputs.device or is_patched or not is_own_method(layer):
+        return None
+    if isinstance(weight, QuantizedTensor):
+        return _sliced_quantised(weight, rows, _SLICEABLE_FORMATS.get(layer.quant_format))
+    # A weight of another precision may have scales beside it that only its layer knows of.
+    return weight[rows] if type(weight) is nn.Parameter and weight.dtype == inputs.dtype else None
+
+
+def _sliced_quantised(weight: Any, rows: slice, multiple: int | None) -> Tensor | None:
+    params = weight._params
+    if multiple is None or rows.start % multiple or rows.stop % multiple or getattr(params, "transposed", False):
+        return None
+    scales = {name: getattr(params, name) for name in params._tensor_fields()}
+    sliced = {name: it if it.numel() == 1 else it[rows] for name, it in scales.items()}
+    shape = (rows.stop - rows.start, *weight.shape[1:])
+    return QuantizedTensor(weight._qdata[rows], weight._layout_cls, replace(params, **sliced, orig_shape=shape))
+
+
+@contextmanager
+def _in_place_of_all(layer: Any, weight: Tensor, rows: slice) -> Generator[None]:
+    """Puts some rows of the weight, and of the bias, in the layer's place."""
+    before = {name: layer._parameters[name] for name in ("weight", "bias") if name in layer._parameters}
+    layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    if (bias := before.get("bias")) is not None:
+        layer._parameters["bias"] = nn.Parameter(bias[rows], requires_grad=False)
+    try:
+        yield
+    finally:
+        layer._parameters.update(before)

@@ -18,6 +18,7 @@ from torch import nn
 from ...i2v_core.chunking import LayerCall, LayerRunner
 
 _FUNCTIONS = ("weight_function", "bias_function")
+"""Names of a layer's lists of what core applies to its weights as it casts them, such as a LoRA."""
 
 
 class HeldWeightsRunner(LayerRunner):
@@ -56,21 +57,22 @@ def _held(layer: Any, device: torch.device, dtype: torch.dtype) -> Generator[Non
         yield
         return
     weight, bias, release = _cast(layer, device, dtype)
-    before = {name: layer._parameters.get(name) for name in ("weight", "bias")}
-    functions = {name: layer.__dict__[name] for name in _FUNCTIONS if name in layer.__dict__}
+    attributes: dict[str, Any] = {name: [] for name in _FUNCTIONS}
+    if _is_quantised(layer) and _multiplies_dequantised(layer):
+        attributes["comfy_force_cast_weights"] = True  # otherwise the layer would quantise its inputs
+    parameters = {name: layer._parameters.get(name) for name in ("weight", "bias")}
+    before = {name: layer.__dict__[name] for name in attributes if name in layer.__dict__}
     try:
         layer._parameters["weight"] = _parameter(weight)
         if bias is not None:
             layer._parameters["bias"] = _parameter(bias)
-        for name in _FUNCTIONS:
-            setattr(layer, name, [])
+        layer.__dict__.update(attributes)
         yield
     finally:
-        layer._parameters.update({name: it for name, it in before.items() if it is not None})
-        for name in _FUNCTIONS:
-            delattr(layer, name)
-        for name, own in functions.items():
-            setattr(layer, name, own)
+        layer._parameters.update({name: it for name, it in parameters.items() if it is not None})
+        for name in attributes:
+            del layer.__dict__[name]
+        layer.__dict__.update(before)
         release()
 
 
@@ -79,16 +81,22 @@ def _is_cast(layer: Any, device: torch.device, dtype: torch.dtype) -> bool:
     weight = layer._parameters.get("weight")
     if weight is None or not isinstance(layer, comfy.ops.CastWeightBiasOp):
         return False
-    if getattr(layer, "quant_format", None) is not None and not _multiplies_dequantised(layer):
-        return weight.device != device  # multiplied as it is stored: only a copy to the device can be saved
+    if _is_quantised(layer):  # multiplied as it is stored, only a copy to the device can be saved
+        return _multiplies_dequantised(layer) or weight.device != device
     has_functions = any(getattr(layer, name, None) for name in _FUNCTIONS)
     casts = getattr(layer, "comfy_cast_weights", False) or has_functions
     return bool(casts) and (weight.device != device or weight.dtype != dtype or has_functions or _is_packed(layer))
 
 
+def _is_quantised(layer: Any) -> bool:
+    """Whether the weight is stored in one of core's own quantised formats."""
+    return getattr(layer, "quant_format", None) is not None
+
+
 def _multiplies_dequantised(layer: Any) -> bool:
     """Whether a quantised layer of core's dequantises its weight for each call."""
-    return bool(getattr(layer, "_full_precision_mm", False) or getattr(layer, "comfy_force_cast_weights", False))
+    reasons = ("_full_precision_mm", "comfy_force_cast_weights", *_FUNCTIONS)
+    return any(getattr(layer, name, None) for name in reasons)
 
 
 def _is_packed(layer: Any) -> bool:
@@ -101,7 +109,7 @@ def _cast(layer: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, An
     if hasattr(layer, "is_ggml_quantized"):
         weight, bias = layer.cast_bias_weight(dtype=dtype, device=device, bias_dtype=dtype)
         return weight, bias, lambda: None
-    as_stored = getattr(layer, "quant_format", None) is not None and not _multiplies_dequantised(layer)
+    as_stored = _is_quantised(layer) and not _multiplies_dequantised(layer)
     weight, bias, stream = comfy.ops.cast_bias_weight(
         layer,
         dtype=layer.weight.dtype if as_stored else dtype,

@@ -1,4 +1,4 @@
-"""The protocol of a native model, and the search for it: one file a model, with an object named `MODEL`."""
+"""The protocol of a native model, and the search for it: one file or folder a model, with an object named `MODEL`."""
 
 from __future__ import annotations
 
@@ -83,5 +83,15 @@ def native_model(model: nn.Module) -> NativeModel | None:
 def _models() -> tuple[NativeModel, ...]:
     package = __name__.rpartition(".")[0]
     paths = import_module(package).__path__
-    modules = (import_module(f"{package}.{found.name}") for found in pkgutil.iter_modules(paths))
+    modules = (_imported(f"{package}.{found.name}") for found in pkgutil.iter_modules(paths))
     return tuple(module.MODEL for module in modules if hasattr(module, "MODEL"))
+
+
+def _imported(name: str) -> Any:
+    """A module of this folder; None where the host is older than the model that it is for."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("comfy.ldm."):
+            return None
+        raise

@@ -13,7 +13,7 @@ from typing import Any
 import comfy.samplers
 import torch
 
-from .twin import Call
+from .twin import Call, Twin
 
 _CPU = torch.device("cpu")
 
@@ -31,6 +31,7 @@ def recorded_calls(
     latent_shape: Sequence[int],
     conds: Mapping[str, Sequence[Mapping[str, Any]]],
     *,
+    twin: Twin,
     denoise_mask: torch.Tensor | None = None,
     latent_shapes: Sequence[Sequence[int]] | None = None,
 ) -> list[Call]:
@@ -40,10 +41,11 @@ def recorded_calls(
         model: core's `BaseModel`.
         latent_shape: of the latent to sample.
         conds: as a guider holds them, by name.
+        twin: the diffusion model's; it stands in for parts of the model that core runs to prepare the call.
         denoise_mask: of the latent, if it has one.
         latent_shapes: of the parts of a latent that is packed from several.
     """
-    probe = _probe(model)
+    probe = _probe(model, twin)
     noise = torch.zeros(tuple(latent_shape))
     more: dict[str, Any] = {"latent_image": noise, "denoise_mask": denoise_mask, "seed": 0}
     if latent_shapes is not None:
@@ -70,7 +72,7 @@ def _recorded(probe: Any, noise: torch.Tensor, model_conds: Mapping[str, Any]) -
     raise AssertionError("core ran the call without the diffusion model")
 
 
-def _probe(model: Any) -> Any:
+def _probe(model: Any, twin: Twin) -> Any:
     """The model with a diffusion model that records its arguments; the original is not changed."""
     probe, diffusion_model = copy.copy(model), copy.copy(model.diffusion_model)
 
@@ -78,5 +80,7 @@ def _probe(model: Any) -> Any:
         raise _RecordedError(Call(model.diffusion_model, args, kwargs))
 
     diffusion_model.forward = record
+    if hasattr(diffusion_model, "preprocess_text_embeds"):
+        diffusion_model.preprocess_text_embeds = twin.preprocess_text_embeds
     probe.__dict__["_modules"] = {**model._modules, "diffusion_model": diffusion_model}
     return probe

@@ -19,8 +19,8 @@ from .calls import CallState
 from .model import NativeModel
 
 _BLOCKS = 2
-_NOT_OF_SHAPES = ("transformer_options", "control")
-"""Arguments through which other nodes act on a call."""
+_NOT_OF_SHAPES = ("transformer_options", "control", "seed")
+"""Arguments, and their entries, that change no shape: other nodes act through the first two."""
 
 
 class Twin:
@@ -47,6 +47,12 @@ class Twin:
             del result
         return meter.peak_bytes
 
+    def preprocess_text_embeds(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Zeros in the shape of what some models make of a text once, before they are called."""
+        model: Any = self.model
+        made = model.preprocess_text_embeds(*_described(args), **_described(kwargs))
+        return torch.zeros(made.shape, dtype=made.dtype)
+
 
 class Call:
     """The shapes of one call of a diffusion model: its arguments on the meta device, without other nodes' patches."""
@@ -58,7 +64,7 @@ class Call:
         self.dtype: torch.dtype = _first_tensor(first).dtype
         named = dict(zip(list(bound.signature.parameters)[2:], rest, strict=False)) | bound.kwargs
         self.first = _described(first)
-        self.arguments = {name: _described(it) for name, it in named.items() if name not in _NOT_OF_SHAPES}
+        self.arguments: dict[str, Any] = _described(named)
 
     @property
     def kwargs(self) -> dict[str, Any]:
@@ -81,7 +87,7 @@ def _described(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(map(_described, value))
     if isinstance(value, dict):
-        return {name: _described(it) for name, it in value.items()}
+        return {name: _described(it) for name, it in value.items() if name not in _NOT_OF_SHAPES}
     return value
 
 

@@ -76,8 +76,8 @@ def make_patcher(core: Core) -> Callable[..., Any]:
         model = model_case.model_of(case, dtype, "cpu", compute_dtype=compute_dtype)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+            for tensor in model.diffusion_model.state_dict().values():  # buffers that files have too
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.05)
         cpu = torch.device("cpu")
         patcher = core.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
         patcher.set_attachments(CASE, case)

@@ -37,10 +37,11 @@ def test_with_room_nothing_is_chunked(
     assert plan_of(core, clone).workspace_bytes is None
 
 
+@pytest.mark.parametrize("name", ["wan-i2v", "minimax_h3-t2v"])
 def test_with_less_it_is_chunked_as_little_as_the_weights_beside_it_need(
-    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
+    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor], name: str
 ) -> None:
-    patcher = make_patcher("wan-i2v")
+    patcher = make_patcher(name)
     free = fit_for(core, patcher, 2**40)
     expected = sample(free)
     stock_bytes = plan_of(core, free).stock_bytes
@@ -64,11 +65,13 @@ def test_what_cannot_fit_is_refused_before_the_first_step_with_what_would(
     assert not called
 
 
+@pytest.mark.parametrize("name", ["wan-i2v", "minimax_h3-t2v"])
 def test_core_is_told_what_a_call_needs(
     core: Core,
     make_patcher: Callable[..., Any],
     sample: Callable[..., torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     import comfy.model_management as management  # pyright: ignore[reportMissingImports]
 
@@ -80,7 +83,7 @@ def test_core_is_told_what_a_call_needs(
         return load(models, memory_required, *args, **kwargs)
 
     monkeypatch.setattr(management, "load_models_gpu", heard)
-    clone = fit_for(core, make_patcher("wan-i2v"), 2**40)
+    clone = fit_for(core, make_patcher(name), 2**40)
     sample(clone)
     needed_bytes = plan_of(core, clone).needed_bytes
     (both, one), *_ = told
