@@ -40,6 +40,12 @@ class CallState:
         return self.workspace_bytes is not None
 
     @contextmanager
+    def weights(self, kind: LayerKind, *modules: nn.Module) -> Generator[None]:
+        """The runner's context around `modules` that several loops over tokens use, which would each bring them in."""
+        with self.tokens(kind, *modules, total=1, unit_bytes=1):
+            yield
+
+    @contextmanager
     def tokens(self, kind: LayerKind, *modules: nn.Module, total: int, unit_bytes: int) -> Generator[Iterator[slice]]:
         """The chunks of one layer's tokens, inside the runner's context around `modules`.
 
