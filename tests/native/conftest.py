@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,6 +61,11 @@ def off_by(result: torch.Tensor, expected: torch.Tensor) -> float:
     return float((result - expected).abs().max() / expected.abs().max())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small(one_thread: None) -> None:
+    """Small models compute in one thread."""
+
+
 @pytest.fixture(scope="session")
 def core() -> Core:
     native_modules(PACKAGE)
@@ -78,14 +84,22 @@ def make_patcher(core: Core) -> Callable[..., Any]:
         model = model_case.model_of(case, dtype, "cpu", compute_dtype=compute_dtype)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+            for path, parameter in model.named_parameters():
+                parameter.copy_(_random_weight(path, parameter.shape, generator))
         cpu = torch.device("cpu")
         patcher = core.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
         patcher.set_attachments(CASE, case)
         return patcher
 
     return make
+
+
+def _random_weight(path: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Numbers with which every layer has its share in the result, so that an error in one is seen."""
+    values = torch.randn(shape, generator=generator)
+    if not path.endswith("weight"):
+        return values * 0.05
+    return values / math.sqrt(shape[1:].numel()) if len(shape) > 1 else 1 + values * 0.05  # or a norm's
 
 
 @pytest.fixture
