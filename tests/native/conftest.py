@@ -107,7 +107,12 @@ def sample(core: Core) -> Callable[..., torch.Tensor]:
     """Samples a small clip with core's own sampler; a latent of several parts comes back as one row of numbers."""
 
     def run(
-        patcher: Any, *, steps: int = 1, cfg: float = 3.0, latent_shape: tuple[int, ...] | None = None
+        patcher: Any,
+        *,
+        steps: int = 1,
+        cfg: float = 3.0,
+        latent_shape: tuple[int, ...] | None = None,
+        noise_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         case: ModelCase = patcher.get_attachment(CASE)
         if latent_shape is not None:
@@ -116,8 +121,9 @@ def sample(core: Core) -> Callable[..., torch.Tensor]:
         positive, negative = ([case.conditioning(generator, case.latent_shape)] for _ in range(2))
         noise = model_case.latent_of(case, lambda shape: torch.randn(shape, generator=generator))
         latent = model_case.latent_of(case, torch.zeros)
+        options = {"noise_mask": noise_mask, "seed": 1, "disable_pbar": True}
         result = core.sample.sample(
-            patcher, noise, steps, cfg, "euler", "simple", positive, negative, latent, seed=1, disable_pbar=True
+            patcher, noise, steps, cfg, "euler", "simple", positive, negative, latent, **options
         )
         return torch.cat([it.flatten() for it in result.unbind()]) if result.is_nested else result
 

@@ -80,6 +80,18 @@ def test_a_reference_frame_before_the_video(calls: Calls) -> None:
     calls.assert_equal(ref_latent=random(1, 16, 1, 16, 24, seed=4))
 
 
+def test_a_first_frame_that_is_known(
+    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
+) -> None:
+    """The sampler holds it by a mask, which core's node puts out."""
+    patcher = make_patcher("hunyuan_video-i2v-replace")
+    mask = torch.ones(1, 1, 3, 16, 24)
+    mask[:, :, 0] = 0
+    expected = sample(patcher, noise_mask=mask)
+    assert off_by(expected, sample(patcher)) > 1e-3
+    assert off_by(sample(core.chunked(patcher, 1), noise_mask=mask), expected) <= TOLERANCE
+
+
 def test_residuals_of_a_controlnet(calls: Calls) -> None:
     residual = random(1, IMAGE, WIDTH, seed=4)
     calls.assert_equal(control={"input": [residual], "output": [None, residual]})
@@ -99,7 +111,7 @@ def test_a_block_that_is_called_twice_by_another_node(calls: Calls, kind: str) -
 
 @pytest.mark.parametrize("kind", ["double_block", "single_block"])
 def test_a_mask_with_a_row_for_each_query(calls: Calls, kind: str) -> None:
-    """As nodes for regional prompts make it."""
+    """Nodes for regional prompts make such a mask."""
     mask = 3 * random(1, TEXT + IMAGE, TEXT + IMAGE, seed=4)
 
     def masked(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
@@ -214,7 +226,7 @@ def test_a_fused_layer_that_another_node_runs(calls: Calls, path: str) -> None:
 
 
 def test_a_fused_layer_that_scales_its_input(calls: Calls) -> None:
-    """As core's quantised layers do where their file has a `pre_quant_scale`."""
+    """Core's quantised layers do so where their file has a `pre_quant_scale`."""
     layer, plain = calls.model.single_blocks[0].linear1, calls.of_core()
     own = type(layer)
     layer.pre_quant_scale = torch.tensor(1.5)

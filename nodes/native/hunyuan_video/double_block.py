@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,12 +83,8 @@ class DoubleBlock:
                 del queries
                 attended = joint.attend(tokens, query, transformer_options)
                 del query
-                pieces = attended.split([own.stop - own.start for _, own in parts], 1)
-                for (stream, own), piece in zip(parts, pieces, strict=True):
-                    made = stream.attention.proj(piece)
-                    add_gated(stream.hidden, made, stream.modulation1, stream.segments, own)
-                    del made
-                del attended, pieces, piece
+                _add_attended(attended, parts)
+                del attended
 
     def _query(self, stream: _Stream, tokens: slice, joint: JointAttention) -> Tensor:
         normed = modulated(stream.hidden, stream.norm1, stream.modulation1, stream.segments, tokens)
@@ -102,6 +99,14 @@ class DoubleBlock:
                 made = stream.mlp(modulated(stream.hidden, stream.norm2, stream.modulation2, stream.segments, tokens))
                 add_gated(stream.hidden, made, stream.modulation2, stream.segments, tokens)
                 del made
+
+
+def _add_attended(attended: Tensor, parts: Sequence[tuple[_Stream, slice]]) -> None:
+    """Adds the attention (B, n, D) of some tokens to the streams that they belong to."""
+    pieces = attended.split([tokens.stop - tokens.start for _, tokens in parts], 1)
+    for (stream, tokens), piece in zip(parts, pieces, strict=True):
+        made = stream.attention.proj(piece)
+        add_gated(stream.hidden, made, stream.modulation1, stream.segments, tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +153,6 @@ class _Stream:
         return slice(self.first + tokens.start, self.first + tokens.stop)
 
     def of_joint(self, tokens: slice) -> slice | None:
-        """Those of this stream among some tokens of the joint sequence; None if there are none."""
+        """Tokens of this stream among some of the joint sequence; None if there are none."""
         start, stop = max(tokens.start - self.first, 0), min(tokens.stop - self.first, self.total)
         return slice(start, stop) if start < stop else None

@@ -1,7 +1,10 @@
-"""Small HunyuanVideo models: 1.0 with its ways from image to video, SkyReels, 1.5, and its super-resolution."""
+"""Small models of HunyuanVideo's class: 1.0 with its ways from image to video, SkyReels, 1.5 and its super-resolution,
+HunyuanImage.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,6 +82,11 @@ def _with_vision(generator: torch.Generator, shape: tuple[int, ...]) -> list[Any
     return [embedding, {**options, "clip_vision_output": vision}]
 
 
+def _picture(generator: torch.Generator, shape: tuple[int, ...]) -> list[Any]:
+    embedding, options = _prompt(generator)
+    return [embedding, {**options, "conditioning_byt5small": torch.randn(1, 6, 1472, generator=generator)}]
+
+
 def _low_resolution(generator: torch.Generator, shape: tuple[int, ...]) -> list[Any]:
     embedding, options = _with_vision(generator, shape)
     batch, channels, *space = shape
@@ -108,5 +116,9 @@ CASES = {
     "skyreels": _case("HunyuanVideoSkyreelsI2V", _first_frame_concatenated, in_channels=32),
     "1.5-t2v": _case_15("HunyuanVideo15", _with_byt5),
     "1.5-i2v": _case_15("HunyuanVideo15", _with_vision),
+    "image": replace(
+        _case_15("HunyuanImage21", _picture, in_channels=64, patch_size=[1, 1], out_channels=64, axes_dim=[8, 8]),
+        latent_shape=(1, 64, 12, 24),
+    ),
     "1.5-upscale": _case_15("HunyuanVideo15_SR_Distilled", _low_resolution, in_channels=98, meanflow=True),
 }
