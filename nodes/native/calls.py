@@ -41,6 +41,12 @@ class CallState:
     def chunked(self) -> bool:
         return self.workspace_bytes is not None
 
+    @contextmanager
+    def weights(self, kind: LayerKind, *modules: nn.Module) -> Generator[None]:
+        """The runner's context around `modules` that several loops over tokens use, which would each bring them in."""
+        with self.tokens(kind, *modules, total=1, unit_bytes=1):
+            yield
+
     def tokens(
         self, kind: LayerKind, *modules: nn.Module, total: int, unit_bytes: int
     ) -> AbstractContextManager[Iterator[slice]]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import comfy.ops
 import torch.nn.functional as F
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
@@ -16,17 +17,31 @@ from .model import is_own_method
 _SLICEABLE_FORMATS = {"float8_e4m3fn": 1, "float8_e5m2": 1, "int8_tensorwise": 1, "mxfp8": 128, "nvfp4": 128}
 """Core's quantised formats of which rows can be taken, with the number of rows whose scales are stored together."""
 
+_BARE = (nn.Linear, comfy.ops.disable_weight_init.Linear, comfy.ops.manual_cast.Linear)
+"""Classes whose forward does no more than multiply by a weight that is held."""
+
 
 def linear_rows(layer: Any, inputs: Tensor, rows: slice) -> Tensor:
-    """Outputs `rows` of `layer(inputs)`, computed without the others where the weight allows it.
+    """Outputs `rows` of `layer(inputs)`; see `linear_parts`."""
+    (made,) = linear_parts(layer, inputs, rows)
+    return made
 
-    To be called while the layer's weights are held (`calls.CallState.tokens`). A weight that cannot be sliced, and a
-    layer whose forward another node has replaced, compute all outputs.
+
+def linear_parts(layer: Any, inputs: Tensor, *parts: slice) -> tuple[Tensor, ...]:
+    """Some outputs of `layer(inputs)`, a tensor for each of `parts`, without the others where the weight allows it.
+
+    To be called while the layer's weights are held (`calls.CallState.tokens`). A layer whose weight cannot be sliced,
+    or whose forward another node has replaced, computes all outputs, once for all parts.
     """
-    weight = _sliced_weight(layer, inputs, rows)
-    if weight is None:
-        return layer(inputs)[..., rows].contiguous()
-    if isinstance(layer, nn.Linear):  # it does no more than this, and torch.compile sees no change of the layer
+    weights = [_sliced_weight(layer, inputs, rows) for rows in parts]
+    if any(weight is None for weight in weights):
+        outputs = layer(inputs)
+        return tuple(outputs[..., rows].contiguous() for rows in parts)
+    return tuple(_product(layer, inputs, weight, rows) for weight, rows in zip(weights, parts, strict=True))
+
+
+def _product(layer: Any, inputs: Tensor, weight: Any, rows: slice) -> Tensor:
+    if type(layer) in _BARE:  # torch.compile sees no change of the layer
         return F.linear(inputs, weight, None if layer.bias is None else layer.bias[rows])
     with _in_place_of_all(layer, weight, rows):
         return layer(inputs)

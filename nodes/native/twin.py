@@ -68,7 +68,13 @@ class Call:
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        return {**self.arguments, "transformer_options": {"optimized_attention_override": _attention_output}}
+        options = {
+            "optimized_attention_override": _attention_output,
+            # As samplers give them. Their values are looked at, so they are on the CPU.
+            "sigmas": torch.ones(1),
+            "sample_sigmas": torch.tensor([1.0, 0.0]),
+        }
+        return {**self.arguments, "transformer_options": options}
 
     @property
     def key(self) -> tuple[object, ...]:

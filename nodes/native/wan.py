@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .calls import CallState
 from .model import Patch, is_plain
+from .patch_embedding import embedded_by_frame
 
 BLOCK_LISTS = ("blocks",)
 _HELD_BY_NOBODY = (core.WanModel, core.CameraWanModel)
@@ -211,19 +212,14 @@ class _PatchEmbedding:
     def __call__(self, latents_BCTHW: Tensor) -> Tensor:
         if not self._state.chunked:
             return self._stock(self._embedding, latents_BCTHW)
-        step = self._embedding.kernel_size[0]
-        out: Tensor | None = None
-        count = latents_BCTHW.shape[2] // step
-        for frame in range(count):
-            self._state.on_chunk()
-            tokens_BDhw = self._stock(self._embedding, latents_BCTHW[:, :, frame * step : (frame + 1) * step])[:, :, 0]
-            if out is None:
-                batch, width, height, length = tokens_BDhw.shape
-                out = tokens_BDhw.new_empty(batch, count, height, length, width, dtype=self._state.dtype)
-            out[:, frame] = tokens_BDhw.permute(0, 2, 3, 1)
-            del tokens_BDhw
-        assert out is not None
-        return out.permute(0, 4, 1, 2, 3)
+        tokens_BThwD = embedded_by_frame(
+            lambda frames: self._stock(self._embedding, frames),
+            latents_BCTHW,
+            self._embedding.kernel_size[0],
+            self._state,
+            self._state.dtype,
+        )
+        return tokens_BThwD.permute(0, 4, 1, 2, 3)
 
 
 def _modulation(own: Tensor, e: Tensor, like: Tensor, rows: int = 6) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,13 +50,20 @@ class Core:
         plan = self.native("call_plan").CallPlan(
             workspace_bytes=workspace_bytes, peak_bytes=2**30, stock_bytes=2**30, usable_bytes=2**40, weights_bytes=0
         )
-        clone.get_attachment(fit.KEY)._plan_of = lambda _: plan
+        fitted = clone.get_attachment(fit.KEY)
+        fitted._planned = lambda *_: plan  # planning traces a dozen calls, and has tests of its own
+        fitted._plan_of = lambda _: plan
         return clone
 
 
 def off_by(result: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference as a share of the largest number."""
     return float((result - expected).abs().max() / expected.abs().max())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small(one_thread: None) -> None:
+    """Small models compute in one thread."""
 
 
 @pytest.fixture(scope="session")
@@ -76,8 +84,8 @@ def make_patcher(core: Core) -> Callable[..., Any]:
         model = model_case.model_of(case, dtype, "cpu", compute_dtype=compute_dtype)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for tensor in model.diffusion_model.state_dict().values():  # buffers that files have too
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.05)
+            for path, tensor in model.diffusion_model.state_dict().items():  # buffers that files have too
+                tensor.copy_(_random_weight(path, tensor.shape, generator))
         cpu = torch.device("cpu")
         patcher = core.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
         patcher.set_attachments(CASE, case)
@@ -86,12 +94,25 @@ def make_patcher(core: Core) -> Callable[..., Any]:
     return make
 
 
+def _random_weight(path: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Numbers with which every layer has its share in the result, so that an error in one is seen."""
+    values = torch.randn(shape, generator=generator)
+    if not path.endswith("weight"):
+        return values * 0.05
+    return values / math.sqrt(shape[1:].numel()) if len(shape) > 1 else 1 + values * 0.05  # or a norm's
+
+
 @pytest.fixture
 def sample(core: Core) -> Callable[..., torch.Tensor]:
     """Samples a small clip with core's own sampler; a latent of several parts comes back as one row of numbers."""
 
     def run(
-        patcher: Any, *, steps: int = 1, cfg: float = 3.0, latent_shape: tuple[int, ...] | None = None
+        patcher: Any,
+        *,
+        steps: int = 1,
+        cfg: float = 3.0,
+        latent_shape: tuple[int, ...] | None = None,
+        noise_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         case: ModelCase = patcher.get_attachment(CASE)
         if latent_shape is not None:
@@ -100,8 +121,9 @@ def sample(core: Core) -> Callable[..., torch.Tensor]:
         positive, negative = ([case.conditioning(generator, case.latent_shape)] for _ in range(2))
         noise = model_case.latent_of(case, lambda shape: torch.randn(shape, generator=generator))
         latent = model_case.latent_of(case, torch.zeros)
+        options = {"noise_mask": noise_mask, "seed": 1, "disable_pbar": True}
         result = core.sample.sample(
-            patcher, noise, steps, cfg, "euler", "simple", positive, negative, latent, seed=1, disable_pbar=True
+            patcher, noise, steps, cfg, "euler", "simple", positive, negative, latent, **options
         )
         return torch.cat([it.flatten() for it in result.unbind()]) if result.is_nested else result
 
