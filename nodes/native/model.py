@@ -83,5 +83,15 @@ def native_model(model: nn.Module) -> NativeModel | None:
 def _models() -> tuple[NativeModel, ...]:
     package = __name__.rpartition(".")[0]
     paths = import_module(package).__path__
-    modules = (import_module(f"{package}.{found.name}") for found in pkgutil.iter_modules(paths))
+    modules = (_imported(f"{package}.{found.name}") for found in pkgutil.iter_modules(paths))
     return tuple(module.MODEL for module in modules if hasattr(module, "MODEL"))
+
+
+def _imported(name: str) -> Any:
+    """A module of this folder; None where the running version of core lacks the model that it is about."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("comfy."):
+            raise
+        return None
