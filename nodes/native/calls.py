@@ -40,13 +40,16 @@ class CallState:
         return self.workspace_bytes is not None
 
     @contextmanager
-    def tokens(self, kind: LayerKind, *modules: nn.Module, total: int, unit_bytes: int) -> Generator[Iterator[slice]]:
+    def tokens(
+        self, kind: LayerKind, *modules: nn.Module, total: int, unit_bytes: int, smallest: int = TOKEN_MULTIPLE
+    ) -> Generator[Iterator[slice]]:
         """The chunks of one layer's tokens, inside the runner's context around `modules`.
 
         Args:
             modules: those whose weights the layer needs.
             total: tokens of the call.
             unit_bytes: temporary bytes of one token, over the whole batch.
+            smallest: fewest tokens of a chunk, whatever they take.
         """
         assert self.workspace_bytes is not None
         execution = Execution(
@@ -60,7 +63,7 @@ class CallState:
             *modules,
             total=total,
             unit_bytes=unit_bytes,
-            smallest=min(TOKEN_MULTIPLE, total),
+            smallest=min(smallest, total),
             result_excluded=True,
         ) as call:
             size = -(-call.chunk_size // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
