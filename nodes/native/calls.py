@@ -48,7 +48,7 @@ class CallState:
             yield
 
     def tokens(
-        self, kind: LayerKind, *modules: nn.Module, total: int, unit_bytes: int
+        self, kind: LayerKind, *modules: nn.Module, total: int, unit_bytes: int, smallest: int = TOKEN_MULTIPLE
     ) -> AbstractContextManager[Iterator[slice]]:
         """The chunks of one layer's tokens, inside the runner's context around `modules`.
 
@@ -56,8 +56,11 @@ class CallState:
             modules: those whose weights the layer needs, for inputs in the precision of the hidden state.
             total: tokens of the call.
             unit_bytes: temporary bytes of one token, over the whole batch.
+            smallest: fewest tokens of a chunk, whatever they take.
         """
-        return self._chunks(kind, *modules, total=total, unit_bytes=unit_bytes, multiple=TOKEN_MULTIPLE)
+        return self._chunks(
+            kind, *modules, total=total, unit_bytes=unit_bytes, multiple=TOKEN_MULTIPLE, smallest=smallest
+        )
 
     def heads(
         self, kind: LayerKind, *modules: nn.Module, total: int, unit_bytes: int, together: bool = False
@@ -71,11 +74,11 @@ class CallState:
             together: whether the heads cannot be computed apart, so that all are one group.
         """
         multiple = total if together else HEAD_MULTIPLE
-        return self._chunks(kind, *modules, total=total, unit_bytes=unit_bytes, multiple=multiple)
+        return self._chunks(kind, *modules, total=total, unit_bytes=unit_bytes, multiple=multiple, smallest=multiple)
 
     @contextmanager
     def _chunks(
-        self, kind: LayerKind, *modules: nn.Module, total: int, unit_bytes: int, multiple: int
+        self, kind: LayerKind, *modules: nn.Module, total: int, unit_bytes: int, multiple: int, smallest: int
     ) -> Generator[Iterator[slice]]:
         assert self.workspace_bytes is not None
         execution = Execution(
@@ -89,7 +92,7 @@ class CallState:
             *modules,
             total=total,
             unit_bytes=unit_bytes,
-            smallest=min(multiple, total),
+            smallest=min(smallest, total),
             result_excluded=True,
         ) as call:
             size = -(-call.chunk_size // multiple) * multiple

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from .conftest import TOLERANCE, Core, off_by
+from .conftest import PACKAGE, TOLERANCE, Core, off_by
 
 pytestmark = pytest.mark.host
 
@@ -145,3 +146,16 @@ def test_a_model_that_is_not_known_runs_as_it_is(core: Core, make_patcher: Calla
     clone, report = fit.fitted(patcher, fit.Services(usable_bytes=lambda: 1, check_cancelled=lambda: None))
     assert "Linear is not known" in report
     assert not clone.object_patches
+
+
+def test_a_model_that_this_version_of_core_lacks_is_passed_over(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = core.native("model")
+    monkeypatch.setitem(sys.modules, "comfy.ldm.cogvideo", None)
+    monkeypatch.delitem(sys.modules, f"{PACKAGE}.nodes.native.cogvideox", raising=False)
+    model._models.cache_clear()
+    try:
+        names = {it.name for it in model._models()}
+    finally:
+        model._models.cache_clear()
+    assert "Wan" in names
+    assert "CogVideoX" not in names
