@@ -24,6 +24,8 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 _AS_THEY_ARE = ("attention_pytorch", "attention_basic", "attention_flash")
 """Functions of core's that run on the meta device: their copies are counted as they make them."""
+TAKING_WHAT_IS_FREE = ("attention_sub_quad", "attention_split")
+"""Functions of core's that take more where more is free: the least that they need is predicted."""
 
 
 def attention_output(

@@ -12,8 +12,9 @@ from comfy.ldm.modules import attention
 from comfy.patcher_extension import WrappersMP
 
 from ...i2v_core.errors import DoesNotFitError, RanOutError
-from ...i2v_core.memory.device import DeviceFacts, is_out_of_memory
+from ...i2v_core.memory.device import DeviceFacts, empty_allocator_cache, is_out_of_memory
 from ...i2v_core.units import format_gib
+from .attention_memory import TAKING_WHAT_IS_FREE
 from .call_plan import UNKNOWN_DEVICE, CallPlan
 from .call_planner import CallPlanner
 from .calls import CallState
@@ -82,7 +83,7 @@ class FittedModel:
         self._record = RunRecord(services.free_bytes)
         self._clip = LatentClip(())
         self._mask: torch.Tensor | None = None
-        self._learned_as = ""
+        self._learned_as, self._predictable = "", True
 
     def __str__(self) -> str:
         left = f"; run as they are, since another node has replaced them: {', '.join(self.left_out)}"
@@ -170,6 +171,7 @@ class FittedModel:
         name = getattr(chosen, "__name__", type(chosen).__name__)
         model = type(self.base.diffusion_model).__name__
         self._learned_as = f"{model}, {self.base.get_dtype_inference()}, {name}"
+        self._predictable = name not in TAKING_WHAT_IS_FREE
         self._planner.facts = self.services.device_facts(self._learned_as)
 
     def _planned(self, calls: Sequence[RecordedCall], conds: Mapping[str, Any]) -> CallNeeds:
@@ -220,8 +222,7 @@ class FittedModel:
                 f"({problem})",
                 "free device memory, or use a smaller size or fewer frames",
             )
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_allocator_cache(device)
         assert lower.workspace_bytes is not None
         self._note(f"ran out of memory: the same step again in chunks of {format_gib(lower.workspace_bytes)} a layer")
         self._plans[call.key] = lower
@@ -240,8 +241,9 @@ class FittedModel:
     def _finish(self, plan: CallPlan) -> None:
         """Reports a run, and learns from it."""
         self._tell(self._record.text(plan))
-        for predicted_bytes, measured_bytes in self._record.predicted_and_measured():
-            self.services.learn(self._learned_as, self._planner.facts, predicted_bytes, measured_bytes)
+        if self._predictable:
+            for predicted_bytes, measured_bytes in self._record.predicted_and_measured():
+                self.services.learn(self._learned_as, self._planner.facts, predicted_bytes, measured_bytes)
         report = self._record.report(self._clip.shapes[0])
         if report is not None:
             self.services.keep_report(report)
