@@ -12,7 +12,7 @@ from ...i2v_core.units import MIB, format_gib
 
 _LEAST_WORKSPACE_BYTES = 8 * MIB
 _WORKSPACE_SHARE = 1 / 8
-"""Of the finest cut's peak: a workspace adds about itself to that, and a larger one saves few launches."""
+"""Share of the finest cut's peak: a workspace adds about itself to that, and a larger one saves few launches."""
 
 Peak = Callable[[int | None], int]
 """The traced peak of a call, of the workspace that its layers may take (None: unchunked)."""

@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 OVERRIDE = "optimized_attention_override"
 """Core's name for another node's attention, among a model's options."""
-
-
 _PREFIX = "diffusion_model."
 
 

@@ -19,17 +19,17 @@ class CallNeeds:
     needed_bytes: Mapping[tuple[int, ...], int]
 
     def of(self, input_shape: Sequence[int]) -> int | None:
-        """What a call needs; None where none of this shape is expected."""
+        """Bytes that a call needs; None where none of this shape is expected."""
         return self.needed_bytes.get(tuple(input_shape))
 
     @property
     def largest_branch(self) -> int:
-        """What the largest of single branches needs, which are the calls of the smallest batch."""
+        """Bytes that the largest of single branches needs, which are the calls of the smallest batch."""
         fewest = min(shape[0] for shape in self.needed_bytes)
         return max(needed for shape, needed in self.needed_bytes.items() if shape[0] == fewest)
 
     def scaled(self, input_shape: Sequence[int]) -> int:
-        """What a call of another shape needs, in proportion to the nearest that is known."""
+        """Bytes that a call of another shape needs, in proportion to the nearest that is known."""
         size = math.prod(input_shape)
         shape = min(self.needed_bytes, key=lambda it: abs(math.log(math.prod(it) / size)))
         return math.ceil(self.needed_bytes[shape] * size / math.prod(shape))

@@ -17,6 +17,7 @@ import comfy.quant_ops
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
 
 from ...i2v_core.memory.meter import StorageMeter
@@ -43,7 +44,7 @@ _WORKSPACES: dict[str, Callable[..., int]] = {
     "aten.convolution.default": _convolution_bytes,
     f"{_KITCHEN}.int8_linear.default": _int8_linear_bytes,
 }
-"""What a kernel on a CUDA device takes beside its result."""
+"""Bytes that a kernel on a CUDA device takes beside its result, by operation."""
 
 
 @contextmanager
@@ -131,8 +132,6 @@ def _of_kitchen(
     """An operation of comfy_kitchen as several of PyTorch's, where it runs so."""
     if getattr(operation, "namespace", None) != _KITCHEN:
         return None
-    from torch._library.custom_ops import OPDEFS
-
     name: str = operation._opname  # pyright: ignore[reportFunctionMemberAccess]
     # In place they make the same temporaries, after a test for overlaps that meta tensors do not pass.
     found = OPDEFS.get(f"{_KITCHEN}::{name.removesuffix('_')}")
@@ -151,8 +150,10 @@ def _of_kitchen(
 
 def _runs_as_kernel(name: str, arguments: Mapping[str, Any]) -> bool:
     """Whether comfy_kitchen has a kernel that takes these arguments, by its own rules, on this machine's device."""
-    from comfy_kitchen.constraints import validate_function_call
-
+    try:
+        from comfy_kitchen.constraints import validate_function_call
+    except ImportError:  # a version without such rules: take it for the way that needs more
+        return False
     registry = comfy.quant_ops.ck.registry
     for backend in ("cuda", "hip", "triton"):
         if not registry.is_available(backend) or name not in registry.list_backends()[backend]["capabilities"]:

@@ -28,7 +28,7 @@ class RunMeter:
 
     @property
     def timeline(self) -> Timeline:
-        """What calls took beside the weights, over time."""
+        """Memory that calls took beside the weights, over time."""
         return self._recorder.timeline()
 
     @contextmanager

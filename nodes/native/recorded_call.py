@@ -37,7 +37,7 @@ class RecordedCall:
 
     call: Call
     input_shape: tuple[int, ...]
-    """Of the latents of all its branches, as core passes it to its estimate of memory."""
+    """Shape of the latents of all its branches, as core passes it to its estimate of memory."""
     branches: int
 
 

@@ -1,4 +1,4 @@
-"""What a run of a sampler took of its plan, and what happened in it: for the user, and for later plans."""
+"""Record of a sampler's run: the memory that its calls took, and what happened; for the user, and for later plans."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class RunRecord:
             yield plan.peak_bytes, measured_bytes
 
     def text(self, plan: CallPlan) -> str:
-        """What a call took, beside its prediction and what core's own would take."""
+        """Text that shows what a call took, beside its prediction and what core's own would take."""
         measured = self._largest()
         taken = "" if measured is None else f", measured {format_gib(measured[1])}"
         plan = plan if measured is None else measured[0]

@@ -19,7 +19,7 @@ class LatentClip:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As samplers see it: several parts are packed into one row of numbers."""
+        """Shape that samplers see: several parts are packed into one row of numbers."""
         if len(self.shapes) == 1:
             return self.shapes[0]
         return (self.shapes[0][0], 1, sum(math.prod(it[1:]) for it in self.shapes))
@@ -55,8 +55,9 @@ class SuggestedSizes:
 
 @dataclass(frozen=True, slots=True)
 class _Grid:
-    """How a model's latents lie on the pixels of a clip: latent frames `first`, `first + step`, … stand for frames
-    `first_frames`, `first_frames + step_frames`, …
+    """Places of a model's latents on the pixels of a clip.
+
+    Latent frames `first`, `first + step`, … stand for frames `first_frames`, `first_frames + step_frames`, …
     """
 
     pixels: int

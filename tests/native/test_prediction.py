@@ -1,4 +1,4 @@
-"""What a trace on meta tensors says of attention kernels, fused operations and copies of weights."""
+"""Traces on meta tensors against attention kernels, fused operations and copies of weights."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def call(core: Core, make_patcher: Callable[..., Any]) -> Any:
 
 
 def test_lora_is_counted_where_weights_do_not_stay(core: Core, call: Any) -> None:
-    """Those that stay are patched when they are loaded."""
+    """Weights that stay are patched when they are loaded."""
     patcher, shapes = call
     model = patcher.model.diffusion_model
     names = {f"blocks.{index}.ffn.0.weight" for index in range(3)}

@@ -98,7 +98,7 @@ def test_spilled_memory_is_reported_and_later_calls_take_less(
 
 
 def test_the_memory_report_finds_the_run_of_a_latent(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the prompt that runs; for a latent that was cached, the last of its shape."""
+    """The run of the prompt that runs; for a latent that was cached, the last of its shape."""
     import importlib
 
     runs = importlib.import_module("i2v_native_tests.nodes.native_runs")

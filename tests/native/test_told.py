@@ -1,4 +1,4 @@
-"""What core is told of the memory that a run needs: of one guidance branch, and of those that it can join."""
+"""Memory that core is told a run needs: for one guidance branch, and for those that it can join."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import CASE, Core
+from .conftest import CASE, SMALL_MODELS, Core
 from .test_fit import fit_for, plan_of
 
 pytestmark = pytest.mark.host
@@ -42,7 +42,7 @@ def test_branches_are_recorded_alone_and_together(core: Core, make_patcher: Call
 
 
 def test_branches_that_core_runs_apart_are_not_recorded_together(core: Core, make_patcher: Callable[..., Any]) -> None:
-    """As Wan's with texts of different lengths; the longer one is what one branch needs."""
+    """Wan's with texts of different lengths are such."""
     patcher = make_patcher("wan-t2v")
     assert {branches for branches, _ in recorded(core, patcher, conditioned(patcher, 20, 30))} == {1}
 
@@ -54,7 +54,7 @@ def test_areas_are_calls_of_their_own(core: Core, make_patcher: Callable[..., An
 
 
 def told_by(core: Core, clone: Any, sample: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
-    """What core's loading was told for all branches, and for one."""
+    """Bytes that core's loading was told for all branches, and for one."""
     import comfy.model_management as management  # pyright: ignore[reportMissingImports]
 
     told: list[tuple[float, float]] = []
@@ -126,3 +126,25 @@ def test_a_plan_takes_few_traces(
         assert chunked == (usable_bytes < 2**40)
         assert len(traced) <= most
         traced.clear()
+
+
+@pytest.mark.parametrize("name", SMALL_MODELS)
+def test_calls_are_those_that_were_foreseen(
+    core: Core,
+    make_patcher: Callable[..., Any],
+    sample: Callable[..., torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    """One plan does for a run, made before weights are loaded."""
+    planner = core.native("call_planner").CallPlanner
+    planned: list[Any] = []
+    plan = planner.plan
+
+    def heard(self: Any, *args: Any) -> Any:
+        planned.append(args)
+        return plan(self, *args)
+
+    monkeypatch.setattr(planner, "plan", heard)
+    sample(fit_for(core, make_patcher(name), 2**40))
+    assert len(planned) == 1
