@@ -1,4 +1,5 @@
-"""Activation memory of one call of core's video models: core's own, and in chunks; traced on meta tensors.
+"""Activation memory of one call of core's video models: core's own, and in chunks; traced on meta tensors, as on a CUDA
+device with PyTorch's attention and without comfy_kitchen's kernels (core turns those off below CUDA 13).
 
 Run: `.venv/bin/python benchmarks/native.py [--only NAME] [--out FILE]`. Each row is printed, and written, as it ends.
 """
@@ -36,9 +37,9 @@ class Row:
     core_estimate_bytes: int
     """Core's own estimate of the call, by which it reserves memory."""
     predict_seconds: float
-    """For the first prediction: the shapes of the call, its twin, and core's own peak."""
+    """CPU time of the first prediction: the shapes of the call, its twin, and core's own peak."""
     plan_seconds: float
-    """For choosing the cut after that."""
+    """CPU time of choosing the cut after that."""
 
 
 def main() -> None:
@@ -66,20 +67,31 @@ def main() -> None:
 
 def _row(native: Any, name: str, size: str, case: ModelCase) -> Row:
     import torch
+    from comfy.ldm.modules import attention  # pyright: ignore[reportMissingImports]
+
+    def fused(_chosen: Any, *args: Any, **kwargs: Any) -> Any:
+        return native.attention_memory.attention_output(attention.attention_pytorch.__wrapped__, *args, **kwargs)
 
     base = model_of(case, torch.bfloat16, "meta")
     latent_shape, conds, part_shapes = _input(case)
-    start = time.perf_counter()
-    twin = native.twin.Twin(native.model.native_model(base.diffusion_model), base.diffusion_model, torch.bfloat16)
-    call = native.recorded_call.recorded_calls(base, latent_shape, conds, twin=twin, latent_shapes=part_shapes)[0]
+    start = time.process_time()
+    twin = native.twin.Twin(
+        native.model.native_model(base.diffusion_model),
+        base.diffusion_model,
+        torch.bfloat16,
+        device=torch.device("cuda"),
+        attention=fused,
+    )
+
+    call = native.recorded_call.recorded_calls(base, latent_shape, conds, twin=twin, latent_shapes=part_shapes)[0].call
 
     def peak(workspace_bytes: int | None) -> int:
         return twin.peak_bytes(call, workspace_bytes)
 
     peak(None)
-    predicted = time.perf_counter()
+    predicted = time.process_time()
     plan = native.call_plan.plan_call(peak, usable_bytes=2**40, weights_bytes=2**41, held_bytes=0)
-    planned = time.perf_counter()
+    planned = time.process_time()
     return Row(
         model=name,
         size=size,
@@ -108,7 +120,7 @@ def _input(case: ModelCase) -> tuple[tuple[int, ...], dict[str, Any], list[tuple
 def _load() -> Any:
     """The modules of the native models, beside a host that is not running."""
     load = native_modules("i2v_native_benchmark")
-    names = ("twin", "model", "call_plan", "recorded_call")
+    names = ("twin", "model", "call_plan", "recorded_call", "attention_memory")
     return types.SimpleNamespace(**{name: load(f"nodes.native.{name}") for name in names})
 
 

@@ -65,9 +65,7 @@ def plan_device(architecture: Architecture, device: torch.device | None = None) 
     model on that device.
     """
     device = device or management.get_torch_device()
-    facts = device_facts(device)
-    learned = calibration_store().calibration(calibration_key(facts.name, architecture.fingerprint))
-    facts = replace(facts, calibration=learned)
+    facts = calibrated_device(architecture.fingerprint, device)
     forced = {
         torch.float32: args.force_fp32 or args.fp32_unet,
         torch.float16: args.force_fp16 or args.fp16_unet,
@@ -85,6 +83,12 @@ def plan_device(architecture: Architecture, device: torch.device | None = None) 
     return replace(facts, precisions=tuple(dtype for dtype, good in usable.items() if good))
 
 
+def calibrated_device(model: str, device: torch.device) -> DeviceFacts:
+    """Describe a device, with what earlier runs of a model on it took of their predictions."""
+    facts = device_facts(device)
+    return replace(facts, calibration=calibration_store().calibration(calibration_key(facts.name, model)))
+
+
 def reserve_bytes() -> int:
     """Return the bytes that the host keeps free for other programs (`--reserve-vram`); 0 on the CPU."""
     if management.get_torch_device().type == "cpu":
@@ -98,6 +102,12 @@ def reclaimable_bytes() -> int:
     loaded = [model for model in management.current_loaded_models if model.device == device]
     unloadable_bytes = 0 if device.type == "cpu" else sum(model.model_loaded_memory() for model in loaded)
     return int(management.get_free_memory(device) + unloadable_bytes)
+
+
+def unheld_bytes() -> int | None:
+    """Return the device memory that no process holds, our allocator included; None where that is not known."""
+    device = management.get_torch_device()
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
 
 
 def attention_backend() -> AttentionBackend:

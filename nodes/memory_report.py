@@ -12,6 +12,7 @@ from ..i2v_core.families import family_of
 from ..i2v_core.memory_picture import draw_memory
 from ..i2v_core.planning.plan import Plan
 from ..i2v_core.run_report import RunReport, table_text
+from . import native_runs
 from .sockets import CATEGORY, I2VReportSocket, reports_of
 from .validation import checked
 
@@ -75,7 +76,7 @@ def _check_sources(connected: set[str]) -> None:
 
 
 def _known_stages(latent: dict[str, Any] | None) -> tuple[Any, ...]:
-    stages = reports_of(latent)
+    stages = reports_of(latent) or native_runs.of(latent)
     if not stages:
         raise BadInputError(
             "the latent has no report of its stages: it was loaded from a file, or another node has dropped the report",

@@ -7,11 +7,15 @@ from typing import Any
 
 import comfy.model_management as management
 from comfy_api.latest import io
+from comfyui_version import __version__ as host_version
 
 from ..i2v_core.errors import I2VError
+from ..i2v_core.memory.calibration import calibration_key
+from ..i2v_core.memory.device import DeviceFacts
 from ..i2v_core.placement.precision import AUTO
+from ..i2v_core.planning.plan import Stage
 from ..i2v_core.units import parse_bytes
-from . import host
+from . import host, native_runs
 from .host_progress import node_text_sender
 from .native.fit import Services, fitted
 from .sockets import CATEGORY
@@ -63,7 +67,11 @@ class VRAMFit(io.ComfyNode):
         services = Services(
             usable_bytes=_usable(_limit_bytes(budget)),
             check_cancelled=management.throw_exception_if_processing_interrupted,
-            say=_say,
+            say=_say_here_and_on(node_text_sender()),
+            free_bytes=host.unheld_bytes,
+            device_facts=_device_facts,
+            learn=_learn,
+            keep_report=native_runs.keep,
         )
         fits = [fitted(it, services) for it in (model, model_2) if it is not None]
         report = "\n".join(text for _, text in fits)
@@ -71,9 +79,32 @@ class VRAMFit(io.ComfyNode):
         return io.NodeOutput(models[0], models[1], vae, report, ui={"text": [report]})
 
 
-def _say(line: str) -> None:
-    """Shows a line on the node that runs now, which is the sampler."""
-    node_text_sender()(line)
+def _say_here_and_on(own_node: Callable[[str], None]) -> Callable[[str], None]:
+    """Shows a line on this node, and on the one that runs then, which is the sampler."""
+
+    def say(line: str) -> None:
+        own_node(line)
+        node_text_sender()(line)
+
+    return say
+
+
+def _device_facts(model: str) -> DeviceFacts:
+    return host.calibrated_device(_learned_as(model), management.get_torch_device())
+
+
+def _learn(model: str, facts: DeviceFacts, predicted_bytes: int, measured_bytes: int) -> None:
+    host.calibration_store().record(
+        calibration_key(facts.name, _learned_as(model)),
+        Stage.SAMPLE.value,
+        predicted_bytes=predicted_bytes,
+        measured_bytes=measured_bytes,
+    )
+
+
+def _learned_as(model: str) -> str:
+    """A model's name in the calibration: each host has another version of its classes."""
+    return f"{model}, ComfyUI {host_version}"
 
 
 def _limit_bytes(budget: str) -> int | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 
 from .calibration import UNCALIBRATED, Calibration
+
+logger = logging.getLogger(__name__)
 
 # CUDA compute capability from which bf16 and fp16 are fast: Ampere (8.0) and Turing (7.0 has the tensor cores too).
 _BF16_CAPABILITY, _FP16_CAPABILITY = (8, 0), (7, 0)
@@ -70,3 +73,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         sign in message for sign in ("out of memory", "cublas_status_alloc_failed", "allocation on device")
     )
+
+
+def empty_allocator_cache(device: torch.device) -> None:
+    """Return the memory that a failed attempt left in the allocator to the device."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.zeros(1, device=device)  # takes the CUDA error that the next operation would report again
+    except RuntimeError as error:
+        logger.debug("the device reported again: %s", error)
+    torch.cuda.empty_cache()

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 ALLOCATION_BYTES = 512
 """Block size of PyTorch's CUDA allocator, which rounds every allocation up to a multiple of it."""
@@ -236,9 +236,13 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the strided tensors in an operation's arguments or results, nested ones included."""
+    """Yield the strided tensors in an operation's arguments or results, nested ones included, as those that a tensor
+    subclass wraps (quantised weights): its own storage is empty.
+    """
     if isinstance(value, torch.Tensor):
-        if value.layout is torch.strided:
+        if is_traceable_wrapper_subclass(value):
+            yield from tensors_in([getattr(value, name) for name in value.__tensor_flatten__()[0]])
+        elif value.layout is torch.strided:
             yield value
     elif isinstance(value, (list, tuple)):
         for item in cast("Iterable[Any]", value):

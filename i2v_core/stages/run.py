@@ -14,7 +14,7 @@ from torch import Tensor
 from ..chunking import LayerRunner
 from ..errors import RanOutError
 from ..families import I2VModel, Placed
-from ..memory.device import is_out_of_memory
+from ..memory.device import empty_allocator_cache, is_out_of_memory
 from ..memory.stage_meter import StageMeter, stage_meter
 from ..placement.offload import release_pinned_memory
 from ..placement.placed import placed
@@ -84,7 +84,7 @@ class StageRun:
         Raises:
             RanOutError: there is nothing left to try.
         """
-        _empty_allocator_cache(self.runtime.device)
+        empty_allocator_cache(self.runtime.device)
         self._failed.append((self.plan.prediction(self._stage).peak_bytes, self.meter.peak_bytes))
         lower = next_fallback(self.plan, self._stage)
         if lower is not None:
@@ -175,17 +175,6 @@ def retry_with_fallback(run: StageRun, attempt: Callable[[], Result], where: Cal
                 raise
             problem = str(error)
         run.fall_back(problem, where())
-
-
-def _empty_allocator_cache(device: torch.device) -> None:
-    """Return the memory that a failed attempt left in the allocator to the device."""
-    if device.type != "cuda":
-        return
-    try:
-        torch.zeros(1, device=device)  # takes the CUDA error that the next operation would report again
-    except RuntimeError as error:
-        logger.debug("the device reported again: %s", error)
-    torch.cuda.empty_cache()
 
 
 @contextmanager

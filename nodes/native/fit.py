@@ -30,7 +30,7 @@ def _attach(patcher: Any, services: Services) -> str:
     native = native_model(model)
     if native is None:
         return f"{type(model).__name__} is not known to VRAM Fit: it runs as it is"
-    fit = FittedModel(native, patcher.model, services)
+    fit = FittedModel(native, patcher.model, patcher.load_device, services)
     for patch in native.patches(model, fit.state):
         name = f"diffusion_model.{patch.name}"
         if _is_free(patcher, name, patch):

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from comfy.ldm.modules import attention
 from comfy.patcher_extension import WrappersMP
-from torch import nn
 
 from ...i2v_core.errors import DoesNotFitError, RanOutError
-from ...i2v_core.memory.device import is_out_of_memory
+from ...i2v_core.memory.device import DeviceFacts, empty_allocator_cache, is_out_of_memory
 from ...i2v_core.units import format_gib
-from .call_plan import CallPlan, Peak, finer, lowest_needed_bytes, plan_call
+from .attention_memory import TAKING_WHAT_IS_FREE
+from .call_plan import UNKNOWN_DEVICE, CallPlan
+from .call_planner import CallPlanner
 from .calls import CallState
 from .held_weights import HeldWeightsRunner
-from .host_memory import estimating_shape, memory_required_as
-from .measured import PeakReading
+from .host_memory import CallNeeds, batching_for, loading_for
 from .model import NativeModel
-from .recorded_call import recorded_calls
-from .suggested_size import suggested_sizes
-from .twin import Call, Twin
+from .recorded_call import RecordedCall
+from .run_record import RunRecord
+from .suggested_size import LatentClip
+from .twin import Call
 
 logger = logging.getLogger(__name__)
+
+OVERRIDE = "optimized_attention_override"
+"""Core's name for another node's attention, among a model's options."""
+_PREFIX = "diffusion_model."
+
+
+def _no_learning(_model: str, _facts: DeviceFacts, _predicted_bytes: int, _measured_bytes: int) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,26 +47,42 @@ class Services:
     """Raises when the user has cancelled."""
     say: Callable[[str], None] = lambda _: None
     """Shows a line to the user."""
+    free_bytes: Callable[[], int | None] = lambda: None
+    """Device memory that nobody holds; None where that is not known."""
+    device_facts: Callable[[str], DeviceFacts] = lambda _: UNKNOWN_DEVICE
+    """The device, with what earlier runs of a model took of their predictions."""
+    learn: Callable[[str, DeviceFacts, int, int], None] = _no_learning
+    """Keeps a model's predicted and measured peak in bytes for later runs."""
+    keep_report: Callable[[Mapping[str, Any]], None] = lambda _: None
+    """Takes the report of a run, as `run_report.StageFigures` reads it."""
 
 
 class FittedModel:
-    """One fitted model: what its runs are planned from, and the wrappers around them."""
+    """One fitted model: what its runs are planned from, and the wrappers around them.
 
-    def __init__(self, native: NativeModel, base: Any, services: Services) -> None:
+    Args:
+        native: the file that knows the model.
+        base: core's `BaseModel`.
+        device: where the model runs.
+    """
+
+    def __init__(self, native: NativeModel, base: Any, device: torch.device, services: Services) -> None:
         self.state = CallState(on_chunk=services.check_cancelled)
         self.base, self.services = base, services
         self.patched: dict[str, Any] = {}
         self.left_out: list[str] = []
-        self._native = native
         self.plan: CallPlan | None = None
         """Plan of one guidance branch, while and after a sampler runs."""
+        self._native = native
+        self._planner = CallPlanner(native, base, device)
         self._plans: dict[object, CallPlan] = {}
-        self._peaks: dict[object, Peak] = {}
-        self._reading = PeakReading()
-        self._fallbacks: list[str] = []
+        self._calls: dict[object, Call] = {}
+        self._needs: CallNeeds | None = None
+        self._record = RunRecord(services.free_bytes)
+        self._clip = LatentClip(())
         self._usable_bytes: int | None = None
         self._mask: torch.Tensor | None = None
-        self._latent_shapes: Any = None
+        self._learned_as, self._predictable = "", True
 
     def __str__(self) -> str:
         left = f"; run as they are, since another node has replaced them: {', '.join(self.left_out)}"
@@ -78,43 +103,42 @@ class FittedModel:
 
     def outer_sample(self, executor: Any, noise: Any, latent_image: Any, *args: Any, **kwargs: Any) -> Any:
         """Around a whole run of a sampler."""
-        self.plan, self._plans, self._usable_bytes = None, {}, None
-        self._reading, self._fallbacks = PeakReading(), []
+        self.plan, self._plans, self._calls, self._needs = None, {}, {}, None
+        self._usable_bytes = None
+        self._record = RunRecord(self.services.free_bytes)
         self._mask = kwargs.get("denoise_mask", args[2] if len(args) > 2 else None)
-        self._latent_shapes = kwargs.get("latent_shapes")
+        self._clip = LatentClip(tuple(map(tuple, kwargs.get("latent_shapes") or (noise.shape,))))
         try:
             return executor(noise, latent_image, *args, **kwargs)
         finally:
             self.state.workspace_bytes = None
             self.state.runner = HeldWeightsRunner(torch.device("cpu"), torch.float32)
             if self.plan is not None:
-                self._tell(self._report(self.plan))
+                self._finish(self.plan)
 
     def prepare_sampling(
         self, executor: Any, model: Any, noise_shape: Sequence[int], conds: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Plans the run, and tells core what it needs."""
-        calls = self._recorded(noise_shape, conds)
+        self._look_at(model, kwargs.get("model_options") or model.model_options)
+        calls = self._planner.recorded(self._clip, conds, self._mask)
         if not calls:
             return executor(model, noise_shape, conds, *args, **kwargs)
-        call = max(calls, key=lambda it: self._peak(it)(None))
-        plan = self._planned(call, noise_shape, conds)
-        shape = estimating_shape(model, noise_shape, conds, plan.needed_bytes)
-        return executor(model, shape, conds, *args, **kwargs)
+        self._needs = self._planned(calls, conds)
+        with loading_for(model.model, self._needs):
+            return executor(model, noise_shape, conds, *args, **kwargs)
 
     def calc_cond_batch(
         self, executor: Any, model: Any, conds: Any, x_in: torch.Tensor, timestep: Any, model_options: Any
     ) -> Any:
-        """Lets core run both guidance branches together where they fit."""
-        plan = self.plan
-        if plan is None:
+        """Lets core run guidance branches together where they fit, and looks for memory that was spilled."""
+        warning = self._record.begin_step()
+        if warning is not None:
+            self._take_less(warning)
+        if self.plan is None:
             return executor(model, conds, x_in, timestep, model_options)
-        with memory_required_as(
-            model,
-            plan.needed_bytes,
-            branch_size=x_in.shape[0],
-            most_bytes=plan.usable_bytes - plan.resident_bytes,
-        ):
+        needs = self._needs or CallNeeds({tuple(x_in.shape): self.plan.needed_bytes})
+        with batching_for(model, needs, most_bytes=self.plan.usable_bytes - self.plan.resident_bytes):
             return executor(model, conds, x_in, timestep, model_options)
 
     def diffusion_model(self, executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -124,9 +148,10 @@ class FittedModel:
         self.state.dtype = first.dtype
         self.state.runner = HeldWeightsRunner(first.device, first.dtype)
         while True:
-            self.state.workspace_bytes = self._plan_of(call).workspace_bytes
+            plan = self._plan_of(call)
+            self.state.workspace_bytes = plan.workspace_bytes
             try:
-                with self._reading.around(first.device):
+                with self._record.call(call.key, plan, first.device):
                     return executor(x, *args, **kwargs)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -137,53 +162,50 @@ class FittedModel:
 
     # Planning.
 
-    def _recorded(self, noise_shape: Sequence[int], conds: Mapping[str, Any]) -> list[Call]:
-        """The calls to come; none where core's preparation cannot be followed, and the first call is planned for."""
-        try:
-            return recorded_calls(
-                self.base,
-                noise_shape,
-                conds,
-                twin=self._twin,
-                denoise_mask=self._mask,
-                latent_shapes=self._latent_shapes,
-            )
-        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:
-            logger.info("VRAM Fit plans with the first call: its shapes are not known before (%r)", error)
-            return []
+    def _look_at(self, patcher: Any, model_options: Mapping[str, Any]) -> None:
+        """Takes note of what the memory of calls depends on besides the model: attention, and patched weights."""
+        override = model_options.get("transformer_options", {}).get(OVERRIDE)
+        patched = {name.removeprefix(_PREFIX) for name in patcher.patches}
+        self._planner.look_at(replaced_attention=override is not None, patched=patched)
+        chosen = attention.optimized_attention if override is None else override
+        name = getattr(chosen, "__name__", type(chosen).__name__)
+        model = type(self.base.diffusion_model).__name__
+        self._learned_as = f"{model}, {self.base.get_dtype_inference()}, {name}"
+        self._predictable = name not in TAKING_WHAT_IS_FREE
+        self._planner.facts = self.services.device_facts(self._learned_as)
 
-    def _planned(self, call: Call, noise_shape: Sequence[int], conds: Mapping[str, Any]) -> CallPlan:
+    def _planned(self, calls: Sequence[RecordedCall], conds: Mapping[str, Any]) -> CallNeeds:
+        """Plans the largest branch, and calls of several by the same cut; what all of them need."""
+        largest = max((it for it in calls if it.branches == 1), key=lambda it: it.call.input_bytes)
         usable_bytes = self._usable()
-        plan = self._find(call, usable_bytes)
+        plan = self._planner.plan(largest.call, usable_bytes)
         if plan is None:
-            needed = self._lowest_needed_bytes(call)
-
-            def fits(shape: Sequence[int]) -> bool:
-                others = self._recorded(shape, conds)
-                return max(map(self._lowest_needed_bytes, others), default=needed) <= usable_bytes
-
-            sizes = suggested_sizes(self.base.latent_format, noise_shape, fits)
-            raise DoesNotFitError(
-                f"{sizes.asked} with {self._native.name} does not fit: a call needs {format_gib(needed)} even with the "
-                f"lowest-memory settings, and {format_gib(usable_bytes)} can be used",
-                sizes.remedy(needed),
-            )
-        self.plan = self._plans[call.key] = plan
+            raise self._planner.refusal(largest.call, usable_bytes, self._clip, conds, self._mask)
+        self.plan = plan
+        needed: dict[tuple[int, ...], int] = {}
+        for it in calls:
+            planned = plan
+            if it.input_shape != largest.input_shape:
+                peak = self._planner.peak(it.call)
+                planned = replace(plan, peak_bytes=peak(plan.workspace_bytes), stock_bytes=peak(None))
+            # Branches of one size differ in the length of their text alone, and need no more than the largest.
+            self._plans[it.call.key], self._calls[it.call.key] = planned, it.call
+            needed[it.input_shape] = max(needed.get(it.input_shape, 0), planned.needed_bytes)
         self._tell(str(plan))
-        return plan
+        return CallNeeds(needed)
 
     def _plan_of(self, call: Call) -> CallPlan:
         """The plan for calls of these shapes; made with the first of them where it was not foreseen."""
         if call.key not in self._plans:
-            found = self._find(call, self._usable())
+            found = self._planner.plan(call, self._usable())
             if found is None:
-                needed = self._lowest_needed_bytes(call)
+                needed = self._planner.lowest_needed_bytes(call)
                 raise DoesNotFitError(
                     f"a call of {self._native.name} needs {format_gib(needed)} even with the lowest-memory settings, "
                     "which is more than can be used",
                     "use a smaller size or fewer frames, or a larger budget",
                 )
-            self._plans[call.key] = found
+            self._plans[call.key], self._calls[call.key] = found, call
             if self.plan is None:
                 self.plan = found
                 self._tell(str(found))
@@ -195,71 +217,43 @@ class FittedModel:
             self._usable_bytes = self.services.usable_bytes()
         return self._usable_bytes
 
-    def _find(self, call: Call, usable_bytes: int) -> CallPlan | None:
-        return plan_call(
-            self._peak(call),
-            usable_bytes=usable_bytes,
-            weights_bytes=_weights_bytes(self.base),
-            held_bytes=self._held_bytes,
-        )
-
-    def _lowest_needed_bytes(self, call: Call) -> int:
-        """Device memory without which no call of these shapes runs: the finest cut, and the widest layer's weights."""
-        return lowest_needed_bytes(self._peak(call)) + self._held_bytes
-
-    @cached_property
-    def _twin(self) -> Twin:
-        return Twin(self._native, self.base.diffusion_model, self.base.get_dtype_inference())
-
-    def _peak(self, call: Call) -> Peak:
-        twin = self._twin
-        if call.key not in self._peaks:
-            self._peaks[call.key] = lru_cache(maxsize=64)(
-                lambda workspace_bytes: twin.peak_bytes(call, workspace_bytes)
-            )
-        return self._peaks[call.key]
-
-    @property
-    def _held_bytes(self) -> int:
-        """Weights that the widest layer call holds: two linear layers at most, in the precision of computation."""
-        model, itemsize = self.base.diffusion_model, self.base.get_dtype_inference().itemsize
-        in_blocks = _widest(block for path in self._native.block_lists(model) for block in model.get_submodule(path))
-        return itemsize * max(2 * in_blocks, _widest([model]))
+    # What goes wrong, and the end.
 
     def _fall_back(self, call: Call, problem: str, device: torch.device) -> None:
         """Plans calls of these shapes finer, after one ran out of memory."""
-        lower = finer(self._plans[call.key], self._peak(call))
+        lower = self._planner.finer(call, self._plans[call.key])
         if lower is None:
             raise RanOutError(
                 f"the device ran out of memory in a call of {self._native.name}, even with the lowest-memory settings "
                 f"({problem})",
                 "free device memory, or use a smaller size or fewer frames",
             )
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_allocator_cache(device)
         assert lower.workspace_bytes is not None
-        note = f"ran out of memory: the same step again in chunks of {format_gib(lower.workspace_bytes)} a layer"
-        logger.warning("%s: %s", self._native.name, note)
-        self._fallbacks.append(note)
-        self._tell(note)
+        self._note(f"ran out of memory: the same step again in chunks of {format_gib(lower.workspace_bytes)} a layer")
         self._plans[call.key] = lower
 
-    def _report(self, plan: CallPlan) -> str:
-        measured = self._reading.peak_bytes
-        beside = "" if measured is None else f", measured {format_gib(measured)}"
-        lines = [f"sampled: predicted {format_gib(plan.peak_bytes)} of activations a call{beside}", str(plan)]
-        return "\n".join([*lines, *self._fallbacks])
+    def _take_less(self, warning: str) -> None:
+        """Plans all calls finer, after the driver has put device memory into the host's."""
+        self._note(warning)
+        for key, call in self._calls.items():
+            self._plans[key] = self._planner.finer(call, self._plans[key]) or self._plans[key]
+
+    def _note(self, note: str) -> None:
+        logger.warning("%s: %s", self._native.name, note)
+        self._record.notes.append(note)
+        self._tell(note)
+
+    def _finish(self, plan: CallPlan) -> None:
+        """Reports a run, and learns from it."""
+        self._tell(self._record.text(plan))
+        if self._predictable:
+            for predicted_bytes, measured_bytes in self._record.predicted_and_measured():
+                self.services.learn(self._learned_as, self._planner.facts, predicted_bytes, measured_bytes)
+        report = self._record.report(self._clip.shapes[0])
+        if report is not None:
+            self.services.keep_report(report)
 
     def _tell(self, line: str) -> None:
         logger.info("VRAM Fit, %s: %s", self._native.name, line)
         self.services.say(line)
-
-
-def _widest(modules: Iterable[nn.Module]) -> int:
-    """Numbers in the largest weight."""
-    return max((it.numel() for module in modules for it in module.parameters()), default=0)
-
-
-def _weights_bytes(base: Any) -> int:
-    """Bytes of all weights as they are stored, quantised ones too."""
-    return sum(it.nbytes for it in base.diffusion_model.parameters())

@@ -1,55 +1,79 @@
-"""Telling core what a call needs, in core's own terms."""
+"""Telling core what calls need, in core's own terms."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import comfy.sampler_helpers
-
 _CORE_FACTOR = 1.5
-"""Core wants this many times its own estimate free before it runs both guidance branches together."""
+"""Core wants this many times its own estimate free before it runs guidance branches together."""
 
 
-def estimating_shape(model: Any, noise_shape: Sequence[int], conds: Any, needed_bytes: int) -> list[int]:
-    """A latent shape for which core's own estimate of one branch is `needed_bytes`.
+@dataclass(frozen=True, slots=True)
+class CallNeeds:
+    """Memory that calls need, by the shape of the latents of all their branches."""
 
-    Core's estimate grows linearly with the latent's area and takes the shape for nothing else, so two estimates tell
-    the area that is wanted.
-    """
-    batch, channels = noise_shape[:2]
-    area = max(2, math.prod(noise_shape[2:]))
+    needed_bytes: Mapping[tuple[int, ...], int]
 
-    def estimate(area: int) -> float:
-        _, minimum = comfy.sampler_helpers.estimate_memory(model, [batch, channels, 1, 1, area], conds)
-        return minimum
+    def of(self, input_shape: Sequence[int]) -> int | None:
+        """Bytes that a call needs; None where none of this shape is expected."""
+        return self.needed_bytes.get(tuple(input_shape))
 
-    whole, half = estimate(area), estimate(area // 2)
-    slope = (whole - half) / (area - area // 2)
-    if slope <= 0:
-        return list(noise_shape)
-    wanted = area + (needed_bytes - whole) / slope
-    return [batch, channels, 1, 1, max(1, math.ceil(wanted))]
+    @property
+    def largest_branch(self) -> int:
+        """Bytes that the largest of single branches needs, which are the calls of the smallest batch."""
+        fewest = min(shape[0] for shape in self.needed_bytes)
+        return max(needed for shape, needed in self.needed_bytes.items() if shape[0] == fewest)
+
+    def scaled(self, input_shape: Sequence[int]) -> int:
+        """Bytes that a call of another shape needs, in proportion to the nearest that is known."""
+        size = math.prod(input_shape)
+        shape = min(self.needed_bytes, key=lambda it: abs(math.log(math.prod(it) / size)))
+        return math.ceil(self.needed_bytes[shape] * size / math.prod(shape))
 
 
 @contextmanager
-def memory_required_as(model: Any, branch_bytes: int, *, branch_size: int, most_bytes: int) -> Generator[None]:
-    """Core's estimate of a call replaced by what was traced, while the context lasts.
+def loading_for(model: Any, needs: CallNeeds) -> Generator[None]:
+    """Core's estimates of a run replaced by what its calls need, while the context lasts, in which core loads models.
 
-    Args:
-        branch_bytes: what one guidance branch takes.
-        branch_size: the batch of one branch.
-        most_bytes: what calls may take at most; branches that take more together run one after another.
+    Core asks for one branch, which must be free, and for two, for which it unloads other models. Branches that cannot
+    run together need what one does.
     """
 
     def memory_required(input_shape: Sequence[int], cond_shapes: Any = None) -> float:  # noqa: ARG001
-        needed_bytes = branch_bytes * input_shape[0] / branch_size
+        needed_bytes = needs.of(input_shape)
+        return needs.largest_branch if needed_bytes is None else needed_bytes
+
+    with _replaced(model, memory_required):
+        yield
+
+
+@contextmanager
+def batching_for(model: Any, needs: CallNeeds, *, most_bytes: int) -> Generator[None]:
+    """Core's estimates of calls replaced by what they need, while the context lasts, in which core joins branches.
+
+    Args:
+        most_bytes: what a call may take at most; branches that take more together run one after another.
+    """
+
+    def memory_required(input_shape: Sequence[int], cond_shapes: Any = None) -> float:  # noqa: ARG001
+        needed_bytes = needs.of(input_shape) or needs.scaled(input_shape)
         return needed_bytes / _CORE_FACTOR if needed_bytes <= most_bytes else math.inf
 
+    with _replaced(model, memory_required):
+        yield
+
+
+@contextmanager
+def _replaced(model: Any, memory_required: Any) -> Generator[None]:
+    before = model.__dict__.get("memory_required")
     model.memory_required = memory_required
     try:
         yield
     finally:
         del model.memory_required
+        if before is not None:
+            model.memory_required = before

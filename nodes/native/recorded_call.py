@@ -1,13 +1,15 @@
-"""The first call that a sampler will make of a model: its shapes, before weights are loaded.
+"""The calls that a sampler will make of a model: their shapes, before weights are loaded.
 
-Core's own code prepares the call, from the latent and the conditioning to the diffusion model's arguments. It runs on
-the CPU and stops where the diffusion model would run; everything until there is as small as a latent.
+Core's own code prepares them, from the latent and the conditioning to the diffusion model's arguments, and stops where
+the diffusion model would run. It runs on the meta device, or on the CPU where it looks at values; everything until
+there is as small as a latent.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.samplers
@@ -15,7 +17,28 @@ import torch
 
 from .twin import Call, Twin
 
-_CPU = torch.device("cpu")
+_DEVICES = (torch.device("meta"), torch.device("cpu"))
+_NOT_OF_SHAPES = (
+    "mask",
+    "control",
+    "hooks",
+    "gligen",
+    "timestep_start",
+    "timestep_end",
+    "start_percent",
+    "end_percent",
+)
+"""Entries of a conditioning that leave the shapes of its calls alone, or turn it off for a part of the steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedCall:
+    """One call, of one guidance branch or of several that core can join."""
+
+    call: Call
+    input_shape: tuple[int, ...]
+    """Shape of the latents of all its branches, as core passes it to its estimate of memory."""
+    branches: int
 
 
 class _RecordedError(Exception):
@@ -34,8 +57,8 @@ def recorded_calls(
     twin: Twin,
     denoise_mask: torch.Tensor | None = None,
     latent_shapes: Sequence[Sequence[int]] | None = None,
-) -> list[Call]:
-    """The calls, one of each shape, that the conditioning leads to; one guidance branch each.
+) -> list[RecordedCall]:
+    """The calls, one of each shape, that the conditioning leads to: of each branch alone, and of all alike together.
 
     Args:
         model: core's `BaseModel`.
@@ -45,30 +68,69 @@ def recorded_calls(
         denoise_mask: of the latent, if it has one.
         latent_shapes: of the parts of a latent that is packed from several.
     """
-    probe = _probe(model, twin)
-    noise = torch.zeros(tuple(latent_shape))
-    more: dict[str, Any] = {"latent_image": noise, "denoise_mask": denoise_mask, "seed": 0}
-    if latent_shapes is not None:
-        more["latent_shapes"] = latent_shapes
-    calls: dict[object, Call] = {}
-    for name, entries in conds.items():
-        encoded = comfy.samplers.encode_model_conds(
-            probe.extra_conds, [dict(entry) for entry in entries], noise, _CPU, name, **more
-        )
-        for entry in encoded:
-            call = _recorded(probe, noise, entry["model_conds"])
-            calls[call.key] = call
-    return list(calls.values())
-
-
-def _recorded(probe: Any, noise: torch.Tensor, model_conds: Mapping[str, Any]) -> Call:
-    processed = {name: it.process_cond(batch_size=noise.shape[0], area=None) for name, it in model_conds.items()}
-    arguments = comfy.samplers.cond_cat([processed])
-    sigma = torch.full((noise.shape[0],), float(probe.model_sampling.sigma_max))
+    on_meta, on_cpu = _DEVICES
     try:
-        probe.apply_model(noise, sigma, transformer_options={}, **arguments)
+        return _recorded_on(on_meta, model, twin, latent_shape, conds, denoise_mask, latent_shapes)
+    except RuntimeError:  # some model's preparation looks at values
+        return _recorded_on(on_cpu, model, twin, latent_shape, conds, denoise_mask, latent_shapes)
+
+
+def _recorded_on(
+    device: torch.device,
+    model: Any,
+    twin: Twin,
+    latent_shape: Sequence[int],
+    conds: Mapping[str, Sequence[Mapping[str, Any]]],
+    denoise_mask: torch.Tensor | None,
+    latent_shapes: Sequence[Sequence[int]] | None,
+) -> list[RecordedCall]:
+    probe = _probe(model, twin)
+    noise = torch.zeros(tuple(latent_shape), device=device)
+    prepared = comfy.samplers.process_conds(
+        probe,
+        noise,
+        {name: [_shapes_only(entry) for entry in entries] for name, entries in conds.items()},
+        device,
+        latent_image=noise,
+        denoise_mask=None if denoise_mask is None else denoise_mask.to(device),
+        seed=0,
+        latent_shapes=latent_shapes,
+    )
+    sigma = torch.full((noise.shape[0],), float(probe.model_sampling.sigma_max), device=device)
+    branches = [
+        comfy.samplers.get_area_and_mult(_shapes_only(entry), noise, sigma)
+        for entries in prepared.values()
+        for entry in entries
+    ]
+    found: dict[object, RecordedCall] = {}
+    for group in _groups(branches):
+        recorded = _recorded(probe, group, sigma)
+        found.setdefault(recorded.call.key, recorded)
+    return list(found.values())
+
+
+def _shapes_only(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name not in _NOT_OF_SHAPES}
+
+
+def _groups(branches: Sequence[Any]) -> Iterator[list[Any]]:
+    """Each branch alone, and then those that core can join, together."""
+    yield from ([branch] for branch in branches)
+    left = list(branches)
+    while left:
+        alike = [it for it in left if comfy.samplers.can_concat_cond(it, left[0])]
+        left = [it for it in left if not any(it is other for other in alike)]
+        if len(alike) > 1:
+            yield alike
+
+
+def _recorded(probe: Any, branches: Sequence[Any], sigma: torch.Tensor) -> RecordedCall:
+    latents = torch.cat([it.input_x for it in branches])
+    arguments = comfy.samplers.cond_cat([it.conditioning for it in branches])
+    try:
+        probe.apply_model(latents, torch.cat([sigma] * len(branches)), transformer_options={}, **arguments)
     except _RecordedError as recorded:
-        return recorded.call
+        return RecordedCall(recorded.call, tuple(latents.shape), len(branches))
     raise AssertionError("core ran the call without the diffusion model")
 
 

@@ -5,20 +5,25 @@ Blocks run one after another and leave nothing behind but the hidden state, so t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from inspect import signature
 from typing import Any
 
 import comfy.ops
+import comfy.quant_ops
 import torch
 from torch import Tensor, nn
 
 from ...i2v_core.chunking import DistinctChunks
-from ...i2v_core.memory.meter import StorageMeter
+from ...i2v_core.memory.meter import tensors_in
+from .attention_memory import attention_output as _attention_output
 from .calls import CallState
+from .held_weights import HeldWeightsRunner
+from .kernel_memory import kernels_traced
 from .model import NativeModel
 
 _BLOCKS = 2
+_CPU = torch.device("cpu")
 _NOT_OF_SHAPES = ("transformer_options", "control", "seed")
 """Arguments, and their entries, that change no shape: other nodes act through the first two."""
 
@@ -30,20 +35,38 @@ class Twin:
         native: the file that knows the model.
         model: the diffusion model; it is not changed.
         dtype: the precision in which it computes.
+        device: where it runs.
+        attention: core's `optimized_attention_override` for the trace.
+        patched: names of weights that patches change at each use, as LoRA those that do not stay on the device.
     """
 
-    def __init__(self, native: NativeModel, model: nn.Module, dtype: torch.dtype) -> None:
-        self._state = CallState(runner=DistinctChunks())
-        self.model = _on_meta(model, native.block_lists(model), dtype)
+    def __init__(
+        self,
+        native: NativeModel,
+        model: nn.Module,
+        dtype: torch.dtype,
+        *,
+        device: torch.device = _CPU,
+        attention: Callable[..., Tensor] = _attention_output,
+        patched: Collection[str] = (),
+    ) -> None:
+        self._state = CallState(runner=_TwinRunner(torch.device("meta"), dtype))
+        self._device = device
+        self._attention = attention
+        self.model = _on_meta(model, native.block_lists(model), patched)
         for patch in native.patches(self.model, self._state):
             setattr(patch.module, patch.method, patch.replacement)
 
     def peak_bytes(self, call: Call, workspace_bytes: int | None) -> int:
-        """The highest sum of live activations during a call; weights and the call's inputs do not count."""
+        """The highest sum of live activations during a call, with copies of weights that are made for a layer; neither
+        weights as they are stored nor the call's inputs count.
+        """
         self._state.workspace_bytes = workspace_bytes
         self._state.dtype = call.dtype
-        with torch.no_grad(), StorageMeter(device_type="meta") as meter:
-            result = self.model(call.first, **call.kwargs)
+        kwargs = call.kwargs
+        kwargs["transformer_options"]["optimized_attention_override"] = self._attention
+        with torch.no_grad(), kernels_traced(self._device) as meter:
+            result = self.model(call.first, **kwargs)
             del result
         return meter.peak_bytes
 
@@ -51,7 +74,8 @@ class Twin:
         """Zeros in the shape of what some models make of a text once, before they are called."""
         model: Any = self.model
         made = model.preprocess_text_embeds(*_described(args), **_described(kwargs))
-        return torch.zeros(made.shape, dtype=made.dtype)
+        (device, *_) = (it.device for it in tensors_in((args, kwargs)))
+        return torch.zeros(made.shape, dtype=made.dtype, device=device)
 
 
 class Call:
@@ -81,6 +105,11 @@ class Call:
         """Equal for calls of the same shapes."""
         return (_key(self.first), *sorted((name, repr(_key(it))) for name, it in self.arguments.items()))
 
+    @property
+    def input_bytes(self) -> int:
+        """Size of all arguments."""
+        return sum(it.nbytes for it in tensors_in((self.first, self.arguments)))
+
 
 def _first_tensor(value: Any) -> Tensor:
     return value[0] if isinstance(value, (list, tuple)) else value
@@ -107,37 +136,35 @@ def _key(value: Any) -> object:
     return repr(value) if isinstance(value, (int, float, str, bool, type(None))) else type(value)
 
 
-def _attention_output(_func: Any, q: Tensor, *_args: Any, **kwargs: Any) -> Tensor:
-    """Allocates as a fused attention kernel does: its output alone, in core's layout."""
-    if not kwargs.get("skip_reshape"):
-        return torch.empty_like(q)
-    batch, heads, tokens, width = q.shape
-    shape = (batch, heads, tokens, width) if kwargs.get("skip_output_reshape") else (batch, tokens, heads * width)
-    return q.new_empty(shape)
+class _TwinRunner(HeldWeightsRunner, DistinctChunks):
+    """Holds the weights of each layer call as a run does, and skips chunks that need the memory of one that ran."""
 
 
-def _on_meta(model: nn.Module, block_lists: tuple[str, ...], dtype: torch.dtype) -> nn.Module:
-    """A copy of the model with two blocks of each list, whose weights have a shape and nothing else."""
+def _on_meta(model: nn.Module, block_lists: tuple[str, ...], patched: Collection[str]) -> nn.Module:
+    """A copy of the model with two blocks of each list, whose weights have a shape and a format and nothing else."""
     shortened = {id(model.get_submodule(path)) for path in block_lists}
-    return _copied(model, dtype, shortened, {})
+    return _copied(model, "", shortened, patched, {})
 
 
-def _copied(module: nn.Module, dtype: torch.dtype, shortened: set[int], memo: dict[int, nn.Module]) -> nn.Module:
+def _copied(
+    module: nn.Module, path: str, shortened: set[int], patched: Collection[str], memo: dict[int, nn.Module]
+) -> nn.Module:
     """The module with its own dictionaries; what is neither a tensor nor a module is shared with the original."""
     if id(module) in memo:
         return memo[id(module)]
-    twin: nn.Module = object.__new__(_plain_class(module) or type(module))
+    packed = _is_packed(module)
+    twin: nn.Module = object.__new__(_casting_class(module) if packed else type(module))
     memo[id(module)] = twin
     twin.__dict__.update(module.__dict__)
     children = list(module._modules.items())
     if id(module) in shortened:
         children = children[:_BLOCKS]
     twin.__dict__["_modules"] = {
-        name: None if child is None else _copied(child, dtype, shortened, memo) for name, child in children
+        name: None if child is None else _copied(child, f"{path}{name}.", shortened, patched, memo)
+        for name, child in children
     }
-    shape = getattr(module, "_orig_shape", None)  # of a weight that is packed
     twin.__dict__["_parameters"] = {
-        name: None if it is None else _parameter(it, shape if name == "weight" else None, dtype)
+        name: None if it is None else _parameter(it, packed=packed and name == "weight")
         for name, it in module._parameters.items()
     }
     twin.__dict__["_buffers"] = {
@@ -149,18 +176,42 @@ def _copied(module: nn.Module, dtype: torch.dtype, shortened: set[int], memo: di
     ]:
         del twin.__dict__[name]  # another model's loading, and methods that are replaced in the instance
     if isinstance(twin, comfy.ops.CastWeightBiasOp):
-        twin.__dict__.update(comfy_cast_weights=False, weight_function=[], bias_function=[])
+        functions = [_dequantised] if packed else []
+        functions += [_with_lora] if f"{path}weight" in patched else []
+        twin.__dict__.update(weight_function=functions, bias_function=[])
     return twin
 
 
-def _parameter(tensor: Tensor, shape: tuple[int, ...] | None, dtype: torch.dtype) -> nn.Parameter:
-    """A parameter of the same shape, in the precision of computation unless it is kept in fp32."""
-    wanted = tensor.dtype if tensor.dtype == torch.float32 else dtype
-    return nn.Parameter(torch.empty(shape or tuple(tensor.shape), dtype=wanted, device="meta"), requires_grad=False)
+def _is_packed(module: Any) -> bool:
+    """Whether a layer's weight is in a format of another node's (GGUF), which core does not see."""
+    return hasattr(module, "is_ggml_quantized") and bool(module.is_ggml_quantized())
 
 
-def _plain_class(module: nn.Module) -> type[nn.Module] | None:
-    """Core's layer class without casts, for a layer of any of core's sets of operations."""
-    if not isinstance(module, comfy.ops.CastWeightBiasOp):
-        return None
-    return getattr(comfy.ops.disable_weight_init, type(module).__name__, None)
+def _parameter(tensor: Tensor, *, packed: bool) -> nn.Parameter:
+    """A parameter of the same shape and format; one that is packed has numbers of 8 bits."""
+    if packed:
+        described = torch.empty(tuple(tensor.shape), dtype=torch.float8_e4m3fn, device="meta")
+    elif isinstance(tensor, comfy.quant_ops.QuantizedTensor):
+        described = tensor.detach().to("meta")
+    else:
+        described = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return nn.Parameter(described, requires_grad=False)
+
+
+def _casting_class(module: nn.Module) -> type[nn.Module]:
+    """Core's layer class that casts its weights, for a layer of another node's operations."""
+    return getattr(comfy.ops.manual_cast, type(module).__name__)
+
+
+def _dequantised(weight: Tensor) -> Tensor:
+    """Allocates as ComfyUI-GGUF's K-quants do (`dequant.py`, 2026): integers, and their products with the scales."""
+    parts = [torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)]
+    del parts
+    return weight
+
+
+def _with_lora(weight: Tensor) -> Tensor:
+    """Allocates as core's `calculate_weight` does: the product of a LoRA's matrices, and that times its strength."""
+    parts = [torch.empty_like(weight), torch.empty_like(weight)]
+    del parts
+    return weight

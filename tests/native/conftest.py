@@ -43,6 +43,13 @@ class Core:
         """A module of the library, as the native models import it."""
         return importlib.import_module(f"{PACKAGE}.i2v_core.{name}")
 
+    def recorded_calls(self, patcher: Any, conds: Any) -> list[Any]:
+        """The calls to come for the latent of a patcher's case."""
+        model, case = patcher.model, patcher.get_attachment(CASE)
+        native = self.native("model").native_model(model.diffusion_model)
+        twin = self.native("twin").Twin(native, model.diffusion_model, torch.float32)
+        return self.native("recorded_call").recorded_calls(model, case.latent_shape, conds, twin=twin)
+
     def chunked(self, patcher: Any, workspace_bytes: int | None) -> Any:
         """A fitted clone that always runs in chunks of a workspace (None: unchunked)."""
         fit = self.native("fit")
@@ -51,8 +58,8 @@ class Core:
             workspace_bytes=workspace_bytes, peak_bytes=2**30, stock_bytes=2**30, usable_bytes=2**40, weights_bytes=0
         )
         fitted = clone.get_attachment(fit.KEY)
-        fitted._planned = lambda *_: plan  # planning traces a dozen calls, and has tests of its own
-        fitted._plan_of = lambda _: plan
+        fitted._planner.plan = lambda *_: plan  # planning traces calls, and has tests of its own
+        fitted._planner.peak = lambda _: lambda _: 2**30
         return clone
 
 

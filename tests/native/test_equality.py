@@ -37,7 +37,7 @@ def test_two_blocks_predict_the_peak_of_all(
     workspace_bytes: int | None,
 ) -> None:
     """Held against the metered calls of a sampler's run of the whole model."""
-    meter, twin = core.library("memory.meter"), core.native("twin")
+    memory, twin = core.native("kernel_memory"), core.native("twin")
     patcher = make_patcher(name)
     model = patcher.model.diffusion_model
     peaks: list[tuple[int, int]] = []
@@ -45,7 +45,7 @@ def test_two_blocks_predict_the_peak_of_all(
     def metered(executor: Any, *args: Any, **kwargs: Any) -> Any:
         shapes = twin.Twin(core.native("model").native_model(model), model, torch.float32)
         predicted = shapes.peak_bytes(twin.Call(model, args, kwargs), workspace_bytes)
-        with meter.StorageMeter() as measured:
+        with memory.kernel_meter(torch.device("cpu"), None) as measured:
             result = executor(*args, **kwargs)
         peaks.append((measured.peak_bytes, predicted))
         return result

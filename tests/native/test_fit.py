@@ -66,33 +66,6 @@ def test_what_cannot_fit_is_refused_before_the_first_step_with_what_would(
     assert not called
 
 
-@pytest.mark.parametrize("name", ["wan-i2v", "minimax_h3-t2v"])
-def test_core_is_told_what_a_call_needs(
-    core: Core,
-    make_patcher: Callable[..., Any],
-    sample: Callable[..., torch.Tensor],
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-) -> None:
-    import comfy.model_management as management  # pyright: ignore[reportMissingImports]
-
-    told: list[tuple[float, float]] = []
-    load = management.load_models_gpu
-
-    def heard(models: Any, memory_required: float = 0, *args: Any, **kwargs: Any) -> Any:
-        told.append((memory_required, kwargs.get("minimum_memory_required", 0)))
-        return load(models, memory_required, *args, **kwargs)
-
-    monkeypatch.setattr(management, "load_models_gpu", heard)
-    clone = fit_for(core, make_patcher(name), 2**40)
-    sample(clone)
-    needed_bytes = plan_of(core, clone).needed_bytes
-    (both, one), *_ = told
-    assert one == pytest.approx(needed_bytes, rel=0.02)
-    assert both == pytest.approx(2 * needed_bytes, rel=0.02)
-    assert "memory_required" not in clone.model.__dict__
-
-
 def test_out_of_memory_costs_no_step(
     core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
 ) -> None:

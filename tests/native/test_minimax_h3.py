@@ -34,8 +34,12 @@ def test_int8_weights(core: Core, make_patcher: Callable[..., Any], sample: Call
     quantised = [it for it in patcher.model.diffusion_model.parameters() if isinstance(it, QuantizedTensor)]
     assert any(it is patcher.model.diffusion_model.blocks[0].attn.qkv_proj.weight for it in quantised)
     assert off_by(sample(core.chunked(patcher, 1), cfg=1.0), sample(patcher, cfg=1.0)) <= TOLERANCE
-    weights_bytes = core.native("fitted_model")._weights_bytes
-    assert weights_bytes(plain) - weights_bytes(patcher.model) == sum(3 * it.numel() for it in quantised)
+    native = core.native("model").native_model(plain.diffusion_model)
+    in_fp32, in_int8 = (
+        core.native("call_planner").CallPlanner(native, base, torch.device("cpu")).weights_bytes
+        for base in (plain, patcher.model)
+    )
+    assert in_fp32 - in_int8 == sum(3 * it.numel() for it in quantised)
 
 
 def test_what_core_computes_in_fp32_stays_so(core: Core, make_patcher: Callable[..., Any]) -> None:
@@ -73,8 +77,8 @@ def test_the_call_is_foreseen(
     assert torch.equal(sample(clone, steps=2, cfg=1.0), expected)
     assert len(refined) == 2 * of_core
     assert len(asked) == 1
-    traced = clone.get_attachment(fit.KEY)._peaks
-    assert len(traced) == 2, "the shapes of both prompts are foreseen, and there are no others"
+    plans = clone.get_attachment(fit.KEY)._plans
+    assert len(plans) == 2, "the shapes of both prompts are foreseen, and there are no others"
 
 
 @pytest.mark.parametrize(("quant_format", "group"), [(None, 4), ("one_that_cannot_be_sliced", 8)])
