@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,8 @@ class CallState:
     dtype: torch.dtype = torch.float32
     """Precision of the hidden state in the call under way."""
     runner: LayerRunner = field(default_factory=LayerRunner)
+    attention_options: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Options for attention that core calls without those of the call; a twin's replace the kernel."""
     on_chunk: Callable[[], None] = nothing
     """Called before every chunk; may raise to cancel the call."""
 
@@ -40,13 +43,16 @@ class CallState:
         return self.workspace_bytes is not None
 
     @contextmanager
-    def tokens(self, kind: LayerKind, *modules: nn.Module, total: int, unit_bytes: int) -> Generator[Iterator[slice]]:
-        """The chunks of one layer's tokens, inside the runner's context around `modules`.
+    def tokens(
+        self, kind: LayerKind, *modules: nn.Module, total: int, unit_bytes: int, multiple: int = TOKEN_MULTIPLE
+    ) -> Generator[Iterator[slice]]:
+        """The chunks of one layer's tokens, or of other units, inside the runner's context around `modules`.
 
         Args:
             modules: those whose weights the layer needs.
             total: tokens of the call.
             unit_bytes: temporary bytes of one token, over the whole batch.
+            multiple: of units that chunks have; 1 for units of many tokens, such as frames.
         """
         assert self.workspace_bytes is not None
         execution = Execution(
@@ -60,8 +66,8 @@ class CallState:
             *modules,
             total=total,
             unit_bytes=unit_bytes,
-            smallest=min(TOKEN_MULTIPLE, total),
+            smallest=min(multiple, total),
             result_excluded=True,
         ) as call:
-            size = -(-call.chunk_size // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+            size = -(-call.chunk_size // multiple) * multiple
             yield execution.chunk_slices(total, min(size, total))

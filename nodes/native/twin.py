@@ -17,10 +17,13 @@ from ...i2v_core.chunking import DistinctChunks
 from ...i2v_core.memory.meter import StorageMeter
 from .calls import CallState
 from .model import NativeModel
+from .traced_attention import attention_override, trace_attention
 
 _BLOCKS = 2
 _NOT_OF_SHAPES = ("transformer_options", "control")
 """Arguments through which other nodes act on a call."""
+_NUMBERS = ("fps", "audio_inject_scale")
+"""Arguments whose value core looks at, which some of its versions hand over as tensors."""
 
 
 class Twin:
@@ -33,7 +36,8 @@ class Twin:
     """
 
     def __init__(self, native: NativeModel, model: nn.Module, dtype: torch.dtype) -> None:
-        self._state = CallState(runner=DistinctChunks())
+        attention = {"optimized_attention_override": attention_override}
+        self._state = CallState(runner=DistinctChunks(), attention_options=attention)
         self.model = _on_meta(model, native.block_lists(model), dtype)
         for patch in native.patches(self.model, self._state):
             setattr(patch.module, patch.method, patch.replacement)
@@ -58,11 +62,15 @@ class Call:
         self.dtype: torch.dtype = _first_tensor(first).dtype
         named = dict(zip(list(bound.signature.parameters)[2:], rest, strict=False)) | bound.kwargs
         self.first = _described(first)
-        self.arguments = {name: _described(it) for name, it in named.items() if name not in _NOT_OF_SHAPES}
+        self.arguments = {
+            name: it.item() if name in _NUMBERS and isinstance(it, Tensor) and it.numel() == 1 else _described(it)
+            for name, it in named.items()
+            if name not in _NOT_OF_SHAPES
+        }
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        return {**self.arguments, "transformer_options": {"optimized_attention_override": _attention_output}}
+        return {**self.arguments, "transformer_options": {"optimized_attention_override": attention_override}}
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -93,15 +101,6 @@ def _key(value: Any) -> object:
     if isinstance(value, dict):
         return tuple(sorted((name, _key(it)) for name, it in value.items()))
     return repr(value) if isinstance(value, (int, float, str, bool, type(None))) else type(value)
-
-
-def _attention_output(_func: Any, q: Tensor, *_args: Any, **kwargs: Any) -> Tensor:
-    """Allocates as a fused attention kernel does: its output alone, in core's layout."""
-    if not kwargs.get("skip_reshape"):
-        return torch.empty_like(q)
-    batch, heads, tokens, width = q.shape
-    shape = (batch, heads, tokens, width) if kwargs.get("skip_output_reshape") else (batch, tokens, heads * width)
-    return q.new_empty(shape)
 
 
 def _on_meta(model: nn.Module, block_lists: tuple[str, ...], dtype: torch.dtype) -> nn.Module:
@@ -136,6 +135,7 @@ def _copied(module: nn.Module, dtype: torch.dtype, shortened: set[int], memo: di
         name for name in twin.__dict__ if name in ("_v", "_prefetch") or callable(getattr(type(twin), name, None))
     ]:
         del twin.__dict__[name]  # another model's loading, and methods that are replaced in the instance
+    trace_attention(twin)
     if isinstance(twin, comfy.ops.CastWeightBiasOp):
         twin.__dict__.update(comfy_cast_weights=False, weight_function=[], bias_function=[])
     return twin
