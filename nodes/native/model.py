@@ -1,4 +1,4 @@
-"""The protocol of a native model, and the search for it: one file a model, with an object named `MODEL`."""
+"""The protocol of a native model, and the search for it: one file or folder a model, with an object named `MODEL`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Patch:
 class NativeModel(Protocol):
     """One of core's model classes, run in chunks.
 
-    A file in this folder implements it:
+    A file or folder beside this one implements it:
 
         class Wan:
             name = "Wan"
@@ -81,7 +81,7 @@ def is_own(found: Any, module: nn.Module, method: str = "forward") -> bool:
 def own_method(module: nn.Module, method: str = "forward") -> Callable[..., Any]:
     """A module's method as its class has it, or the twin's copy of it, whatever has been put in its place."""
     found = module.__dict__.get(method)
-    return found if hasattr(found, COPY_OF) else getattr(type(module), method).__get__(module)
+    return found if found is not None and hasattr(found, COPY_OF) else getattr(type(module), method).__get__(module)
 
 
 def is_plain(module: object, kind: type[nn.Module]) -> bool:
@@ -90,7 +90,7 @@ def is_plain(module: object, kind: type[nn.Module]) -> bool:
 
 
 def native_model(model: nn.Module) -> NativeModel | None:
-    """The file that knows a diffusion model; None where there is none."""
+    """The native model of a diffusion model's class; None where there is none."""
     return next((found for found in _models() if found.recognises(model)), None)
 
 

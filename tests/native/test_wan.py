@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -322,6 +323,42 @@ def test_the_face_of_animate(core: Core, make_patcher: Callable[..., Any], sampl
     for workspace_bytes in (1, 300_000):
         assert off_by(sample(core.chunked(patcher, workspace_bytes)), expected) <= TOLERANCE
     assert torch.equal(sample(core.chunked(patcher, None)), expected)
+
+
+class SpeechBlock(torch.nn.Module):
+    """A block of InfiniteTalk's model patch, which in core has forty heads."""
+
+    def __init__(self, core: Core) -> None:
+        super().__init__()
+        multitalk = importlib.import_module("comfy.ldm.wan.model_multitalk")
+        operations = core.ops.disable_weight_init
+        self.audio_cross_attn = multitalk.SingleStreamMultiAttention(96, 64, 4, qkv_bias=True, operations=operations)
+        self.norm_x = operations.LayerNorm(96)
+        for parameter in self.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_a_speaker_is_heard_some_frames_at_a_time(
+    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor], *, others: bool
+) -> None:
+    """In place, unless another node's patch has run before, which may hold the hidden state."""
+    patcher = make_patcher("wan-t2v")
+    expected_silence = sample(patcher, cfg=1.0)
+    speech = torch.nn.Module()
+    speech.blocks = torch.nn.ModuleList(SpeechBlock(core) for _ in patcher.model.diffusion_model.blocks)
+    cpu = torch.device("cpu")
+    model_patch = core.model_patcher.ModelPatcher(speech, load_device=cpu, offload_device=cpu)
+    if others:
+        patcher.set_model_patch(lambda given: given["x"], "attn2_patch")
+    multitalk = importlib.import_module("comfy.ldm.wan.model_multitalk")
+    patcher.set_model_patch(multitalk.MultiTalkCrossAttnPatch(model_patch, 0.8), "attn2_patch")
+    patcher.model_options["transformer_options"]["audio_embeds"] = torch.randn(1, 3, 5, 64)
+    expected = sample(patcher, cfg=1.0)
+    assert off_by(expected, expected_silence) > 1e-3
+    with recorded(patcher.model.diffusion_model.blocks) as storages:
+        assert off_by(sample(core.chunked(patcher, 1), cfg=1.0), expected) <= TOLERANCE
+    assert all((given == made) is not others for given, made in storages)
 
 
 def test_an_autoregressive_model_is_not_known(core: Core) -> None:

@@ -86,8 +86,9 @@ class AfterPatchEmbedding:
             "face_images", encoder.net_app, total=images.shape[0], unit_bytes=unit_bytes, multiple=1
         ) as chunks:
             for some in chunks:
-                made = encoder.net_app(images[some])
-                features = made.new_empty(images.shape[0], made.shape[1]) if features is None else features
+                made: Tensor = encoder.net_app(images[some])
+                if features is None:
+                    features = made.new_empty(images.shape[0], made.shape[1])
                 features[some] = made
         assert features is not None
         directions = self._model.motion_encoder.dec.direction(encoder.fc(features))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..calls import CallState
 from ..model import is_plain
 from .modulation import modulated, modulation, rows_of
+from .speech import add_speech, is_one_speakers
 
 
 class Block:
@@ -51,7 +52,7 @@ class Block:
         watched = "double_block" in transformer_options.get("patches", {}) or replaced
         if self._may_overwrite() and not watched:
             return x.contiguous()
-        return x.clone(memory_format=torch.contiguous_format)
+        return _copy(x)
 
     def run(
         self,
@@ -65,13 +66,20 @@ class Block:
         """The block on a hidden state that is updated in place, or replaced by another node's patch."""
         rows = modulation(self._block.modulation, e, hidden)
         self.attend(hidden, rows, freqs, context, context_img_len, transformer_options)
-        patches = transformer_options.get("patches", {}).get("attn2_patch", ())
-        for patch in patches:
-            hidden = patch({"x": hidden, "transformer_options": transformer_options})
-        if patches:  # which may hold what they gave
-            hidden = hidden.clone(memory_format=torch.contiguous_format)
+        hidden = self._patched(hidden, transformer_options)
         self.feed_forward(hidden, rows)
         return hidden
+
+    def _patched(self, hidden: Tensor, transformer_options: dict[str, Any]) -> Tensor:
+        """The hidden state after the patches between attention and feed-forward; a copy, since they may hold theirs."""
+        held = False
+        for patch in transformer_options.get("patches", {}).get("attn2_patch", ()):
+            if not is_one_speakers(patch, hidden, transformer_options):
+                hidden, held = patch({"x": hidden, "transformer_options": transformer_options}), True
+                continue
+            hidden, held = _copy(hidden) if held else hidden, False
+            add_speech(self._state, patch, hidden, transformer_options)
+        return _copy(hidden) if held else hidden
 
     def attend(
         self,
@@ -181,6 +189,10 @@ class Block:
                 del parts
                 hidden[:, tokens].add_(attention.o(attended))
                 del attended
+
+
+def _copy(hidden: Tensor) -> Tensor:
+    return hidden.clone(memory_format=torch.contiguous_format)
 
 
 def keys_and_values(
