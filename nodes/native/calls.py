@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,6 +35,8 @@ class CallState:
     dtype: torch.dtype = torch.float32
     """Precision of the hidden state in the call under way."""
     runner: LayerRunner = field(default_factory=LayerRunner)
+    attention_options: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Options for attention that core calls without those of the call; a twin's replace the kernel."""
     on_chunk: Callable[[], None] = nothing
     """Called before every chunk; may raise to cancel the call."""
 
@@ -48,18 +51,25 @@ class CallState:
             yield
 
     def tokens(
-        self, kind: LayerKind, *modules: nn.Module, total: int, unit_bytes: int, smallest: int = TOKEN_MULTIPLE
+        self,
+        kind: LayerKind,
+        *modules: nn.Module,
+        total: int,
+        unit_bytes: int,
+        multiple: int = TOKEN_MULTIPLE,
+        smallest: int | None = None,
     ) -> AbstractContextManager[Iterator[slice]]:
-        """The chunks of one layer's tokens, inside the runner's context around `modules`.
+        """The chunks of one layer's tokens, or of other units, inside the runner's context around `modules`.
 
         Args:
             modules: those whose weights the layer needs, for inputs in the precision of the hidden state.
             total: tokens of the call.
             unit_bytes: temporary bytes of one token, over the whole batch.
-            smallest: fewest tokens of a chunk, whatever they take.
+            multiple: of units that chunks have; 1 for units of many tokens, such as frames.
+            smallest: fewest units of a chunk, whatever they take; None: the multiple.
         """
         return self._chunks(
-            kind, *modules, total=total, unit_bytes=unit_bytes, multiple=TOKEN_MULTIPLE, smallest=smallest
+            kind, *modules, total=total, unit_bytes=unit_bytes, multiple=multiple, smallest=smallest or multiple
         )
 
     def heads(

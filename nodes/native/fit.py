@@ -6,13 +6,14 @@ its weights and core's modules stay as they are; without the clone, core's own r
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
 from .fitted_model import FittedModel, Services
-from .model import Patch, native_model
+from .model import Patch, is_own, native_model
 
 KEY = "i2v_vram_fit"
 """Key of this pack's wrappers and callbacks among those of other nodes."""
@@ -31,7 +32,9 @@ def _attach(patcher: Any, services: Services) -> str:
     if native is None:
         return f"{type(model).__name__} is not known to VRAM Fit: it runs as it is"
     fit = FittedModel(native, patcher.model, patcher.load_device, services)
-    for patch in native.patches(model, fit.state):
+    patches = list(native.patches(model, fit.state))
+    fit.not_cores_own.extend(_without_patch(model, native.block_lists(model), patches))
+    for patch in patches:
         name = f"diffusion_model.{patch.name}"
         if _is_free(patcher, name, patch):
             patcher.add_object_patch(name, patch.replacement)
@@ -66,11 +69,21 @@ def _detach(patcher: Any) -> None:
     patcher.remove_attachments(KEY)
 
 
+def _without_patch(model: nn.Module, block_lists: Sequence[str], patches: Sequence[Patch]) -> Iterator[str]:
+    """How many blocks of each list have no patch in them, where there are some: core's own blocks have one."""
+    if any(not patch.path and patch.method.startswith(("forward", "_forward")) for patch in patches):
+        return  # of the whole model, and its blocks with it
+    patched = {".".join(patch.path.split(".")[: path.count(".") + 2]) for path in block_lists for patch in patches}
+    for path in block_lists:
+        names = [f"{path}.{name}" for name, _ in model.get_submodule(path).named_children()]
+        if count := sum(name not in patched for name in names):
+            yield f"{count} of {len(names)} {path}"
+
+
 def _is_free(patcher: Any, name: str, patch: Patch) -> bool:
     """Whether a part runs core's own method, or one that a fit has put in: not another node's."""
     if name in patcher.object_patches:
         return False
     now = patch.module.__dict__.get(patch.method)
     before = patcher.object_patches_backup.get(name, now)
-    ours = type(before) is type(patch.replacement)
-    return ours or before is None or getattr(before, "__func__", None) is getattr(type(patch.module), patch.method)
+    return type(before) is type(patch.replacement) or is_own(before, patch.module, patch.method)

@@ -71,6 +71,9 @@ class FittedModel:
         self.base, self.services = base, services
         self.patched: dict[str, Any] = {}
         self.left_out: list[str] = []
+        """Patches whose place another node has taken."""
+        self.not_cores_own: list[str] = []
+        """Blocks of other classes than core's, counted."""
         self.plan: CallPlan | None = None
         """Plan of one guidance branch, while and after a sampler runs."""
         self._native = native
@@ -85,11 +88,14 @@ class FittedModel:
         self._learned_as, self._predictable = "", True
 
     def __str__(self) -> str:
-        left = f"; run as they are, since another node has replaced them: {', '.join(self.left_out)}"
-        return (
-            f"{self._native.name}: {len(self.patched)} layers run within the budget"
-            f"{left if self.left_out else ''}; planned when sampling starts"
-        )
+        parts = [f"{self._native.name}: {len(self.patched)} layers run within the budget"]
+        for reason, names in (
+            ("another node has replaced them", self.left_out),
+            ("their class is not core's own", self.not_cores_own),
+        ):
+            if names:
+                parts.append(f"run as they are, since {reason}: {', '.join(names)}")
+        return "; ".join([*parts, "planned when sampling starts"])
 
     @property
     def wrappers(self) -> Mapping[str, Callable[..., Any]]:

@@ -33,7 +33,7 @@ class Patch:
 class NativeModel(Protocol):
     """One of core's model classes, run in chunks.
 
-    A file in this folder implements it:
+    A file or folder beside this one implements it:
 
         class Wan:
             name = "Wan"
@@ -60,13 +60,28 @@ class NativeModel(Protocol):
         ...
 
 
+COPY_OF = "i2v_copy_of"
+"""Attribute of a function: the method of core's that it is a copy of, see `traced_attention.py`."""
+
+
 def is_own_method(module: nn.Module, method: str = "forward") -> bool:
-    """Whether a module runs its class's method.
+    """Whether a module runs its class's method."""
+    return is_own(module.__dict__.get(method), module, method)
+
+
+def is_own(found: Any, module: nn.Module, method: str = "forward") -> bool:
+    """Whether what lies in the place of a module's method is its class's method; None: nothing lies there.
 
     An object patch that was taken back leaves the class's bound method in the instance, which is its own too.
     """
-    now = module.__dict__.get(method)
-    return now is None or getattr(now, "__func__", None) is getattr(type(module), method)
+    function = getattr(found, "__func__", None)
+    return found is None or getattr(function, COPY_OF, function) is getattr(type(module), method)
+
+
+def own_method(module: nn.Module, method: str = "forward") -> Callable[..., Any]:
+    """A module's method as its class has it, or the twin's copy of it, whatever has been put in its place."""
+    found = module.__dict__.get(method)
+    return found if found is not None and hasattr(found, COPY_OF) else getattr(type(module), method).__get__(module)
 
 
 def is_plain(module: object, kind: type[nn.Module]) -> bool:
@@ -75,7 +90,7 @@ def is_plain(module: object, kind: type[nn.Module]) -> bool:
 
 
 def native_model(model: nn.Module) -> NativeModel | None:
-    """The file that knows a diffusion model; None where there is none."""
+    """The native model of a diffusion model's class; None where there is none."""
     return next((found for found in _models() if found.recognises(model)), None)
 
 

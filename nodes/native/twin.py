@@ -16,16 +16,19 @@ from torch import Tensor, nn
 
 from ...i2v_core.chunking import DistinctChunks
 from ...i2v_core.memory.meter import tensors_in
-from .attention_memory import attention_output as _attention_output
+from .attention_memory import attention_output
 from .calls import CallState
 from .held_weights import HeldWeightsRunner
 from .kernel_memory import kernels_traced
 from .model import NativeModel
+from .traced_attention import trace_attention
 
 _BLOCKS = 2
 _CPU = torch.device("cpu")
 _NOT_OF_SHAPES = ("transformer_options", "control", "seed")
 """Arguments, and their entries, that change no shape: other nodes act through the first two."""
+_NUMBERS = ("fps", "audio_inject_scale")
+"""Arguments whose value core looks at, which some of its versions hand over as tensors."""
 
 
 class Twin:
@@ -47,13 +50,18 @@ class Twin:
         dtype: torch.dtype,
         *,
         device: torch.device = _CPU,
-        attention: Callable[..., Tensor] = _attention_output,
+        attention: Callable[..., Tensor] = attention_output,
         patched: Collection[str] = (),
     ) -> None:
-        self._state = CallState(runner=_TwinRunner(torch.device("meta"), dtype))
+        self._state = CallState(
+            runner=_TwinRunner(torch.device("meta"), dtype),
+            attention_options={"optimized_attention_override": attention},
+        )
         self._device = device
         self._attention = attention
         self.model = _on_meta(model, native.block_lists(model), patched)
+        for layer in self.model.modules():
+            trace_attention(layer, attention)
         for patch in native.patches(self.model, self._state):
             setattr(patch.module, patch.method, patch.replacement)
 
@@ -88,12 +96,16 @@ class Call:
         self.dtype: torch.dtype = _first_tensor(first).dtype
         named = dict(zip(list(bound.signature.parameters)[2:], rest, strict=False)) | bound.kwargs
         self.first = _described(first)
-        self.arguments: dict[str, Any] = _described(named)
+        self.arguments: dict[str, Any] = {
+            name: it.item() if name in _NUMBERS and isinstance(it, Tensor) and it.numel() == 1 else _described(it)
+            for name, it in named.items()
+            if name not in _NOT_OF_SHAPES
+        }
 
     @property
     def kwargs(self) -> dict[str, Any]:
         options = {
-            "optimized_attention_override": _attention_output,
+            "optimized_attention_override": attention_output,
             # As samplers give them. Their values are looked at, so they are on the CPU.
             "sigmas": torch.ones(1),
             "sample_sigmas": torch.tensor([1.0, 0.0]),

@@ -10,7 +10,7 @@ import torch
 
 from .conftest import SMALL_MODELS, TOLERANCE, Core, off_by
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.usefixtures("one_thread")]
 WORKSPACES = [1, 300_000]
 
 
@@ -53,7 +53,7 @@ def test_two_blocks_predict_the_peak_of_all(
     clone = core.chunked(patcher, workspace_bytes)
     clone.add_wrapper_with_key(core.extension.WrappersMP.DIFFUSION_MODEL, "metered", metered)
     options = clone.model_options.setdefault("transformer_options", {})
-    options["optimized_attention_override"] = twin._attention_output
+    options["optimized_attention_override"] = core.native("attention_memory").attention_output
     sample(clone, cfg=1.0)
     assert peaks
     for measured, predicted in peaks:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from .conftest import TOLERANCE, Core, off_by
+from .conftest import CASE, TOLERANCE, Core, off_by
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.usefixtures("one_thread")]
 
 
 def test_a_time_step_for_each_frame(
@@ -103,16 +106,23 @@ def test_two_fits_in_a_row_are_one(
     assert off_by(sample(twice), expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("stored", [torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        ("t2v", torch.float8_e4m3fn),
+        *((it, torch.float16) for it in ("i2v", "camera", "vace", "s2v", "humo", "animate")),
+    ],
+)
 def test_weights_are_cast_as_often_as_in_core(
     core: Core,
     make_patcher: Callable[..., Any],
     sample: Callable[..., torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
+    name: str,
     stored: torch.dtype,
 ) -> None:
     """However many chunks a layer runs in."""
-    patcher = make_patcher("wan-t2v", dtype=stored, compute_dtype=torch.float32)
+    patcher = make_patcher(f"wan-{name}", dtype=stored, compute_dtype=torch.float32)
     casts: list[str] = []
     cast = core.ops.cast_bias_weight
 
@@ -137,3 +147,222 @@ def test_a_lora_is_applied(core: Core, make_patcher: Callable[..., Any], sample:
     expected = sample(patched)
     assert off_by(expected, sample(patcher)) > 1e-3
     assert off_by(sample(core.chunked(patched, 1)), expected) <= TOLERANCE
+
+
+@contextmanager
+def recorded(blocks: Any) -> Iterator[list[tuple[int, int]]]:
+    """The storages of the hidden states that blocks get and give."""
+    seen: list[tuple[int, int]] = []
+
+    def storage(value: Any) -> int:
+        return value.untyped_storage().data_ptr()
+
+    def hook(_block: Any, args: tuple[Any, ...], result: Any) -> None:
+        made = result[1] if isinstance(result, tuple) else result  # VACE's give what they add first
+        seen.append((storage(args[0]), storage(made)))
+
+    handles = [block.register_forward_hook(hook) for block in blocks]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+IN_PLACE = ["i2v", "bernini", "fun-control-2.2", "camera", "vace", "s2v", "humo", "animate", "scail-2", "dancer"]
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_the_hidden_state_is_never_copied(
+    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor], name: str
+) -> None:
+    patcher = make_patcher(f"wan-{name}")
+    model = patcher.model.diffusion_model
+    blocks = [*model.blocks, *getattr(model, "vace_blocks", ())]
+    with recorded(blocks) as storages:
+        sample(core.chunked(patcher, 1), cfg=1.0)
+    assert storages
+    assert all(given == made for given, made in storages)
+
+
+def test_a_model_of_another_class_is_not_overwritten(
+    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
+) -> None:
+    """It may hold the hidden state; and blocks of another class than core's run as they are."""
+    patcher = make_patcher("wan-t2v")
+    model = patcher.model.diffusion_model
+    model.__class__ = type("OtherModel", (type(model),), {})
+    model.blocks[1].__class__ = type("OtherBlock", (type(model.blocks[1]),), {})
+    expected = sample(patcher)
+    clone = core.chunked(patcher, 1)
+    assert "run as they are, since their class is not core's own: 1 of 3 blocks" in str(
+        clone.get_attachment(core.native("fit").KEY)
+    )
+    with recorded(model.blocks) as storages:
+        assert off_by(sample(clone), expected) <= TOLERANCE
+    assert all(given != made for given, made in storages)
+
+
+def test_what_another_nodes_block_keeps_is_not_overwritten(
+    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
+) -> None:
+    """As a cache of residuals does it, in the place of a block's forward."""
+    patcher = make_patcher("wan-t2v")
+    block = patcher.model.diffusion_model.blocks[0]
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def forward(x: torch.Tensor, **options: Any) -> torch.Tensor:
+        result = type(block).forward(block, x, **options)
+        kept.append((result, result.clone()))
+        return result
+
+    patcher.add_object_patch("diffusion_model.blocks.0.forward", forward)
+    expected = sample(patcher)
+    kept.clear()
+    assert off_by(sample(core.chunked(patcher, 1)), expected) <= TOLERANCE
+    assert kept
+    assert all(torch.equal(result, then) for result, then in kept)
+
+
+def test_what_an_attention_patch_keeps_is_not_overwritten(
+    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
+) -> None:
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def patch(given: dict[str, Any]) -> torch.Tensor:
+        kept.append((given["x"], given["x"].clone()))
+        return given["x"]
+
+    patcher = make_patcher("wan-t2v")
+    patcher.set_model_patch(patch, "attn2_patch")
+    expected = sample(patcher)
+    kept.clear()
+    assert off_by(sample(core.chunked(patcher, 1)), expected) <= TOLERANCE
+    assert kept
+    assert all(torch.equal(given, then) for given, then in kept)
+
+
+@pytest.mark.parametrize("part", ["patch_embedding", "vace_patch_embedding", "vace_blocks.0", "blocks.0"])
+def test_vace_with_a_part_of_another_node(
+    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor], part: str
+) -> None:
+    """Both lines' first hidden states are summed before the first block only where all of it is this pack's."""
+    patcher = make_patcher("wan-vace")
+    module = patcher.model.diffusion_model.get_submodule(part)
+    patcher.add_object_patch(
+        f"diffusion_model.{part}.forward", lambda *args, **options: type(module).forward(module, *args, **options)
+    )
+    expected = sample(patcher)
+    assert off_by(sample(core.chunked(patcher, 1)), expected) <= TOLERANCE
+
+
+def test_vace_with_a_patch_after_its_blocks(
+    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
+) -> None:
+    patcher = make_patcher("wan-vace")
+    patcher.set_model_patch(lambda given: given, "double_block")
+    patcher.set_model_patch(lambda given: given["x"], "attn2_patch")
+    expected = sample(patcher)
+    assert off_by(sample(core.chunked(patcher, 1)), expected) <= TOLERANCE
+
+
+def test_audio_attention_that_another_node_has_replaced(
+    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
+) -> None:
+    parts = {"wan-s2v": "audio_injector.injector.0", "wan-humo": "blocks.0.audio_cross_attn_wrapper.audio_cross_attn"}
+    for name, part in parts.items():
+        patcher = make_patcher(name)
+        own = patcher.model.diffusion_model.get_submodule(part)
+
+        def forward(x: torch.Tensor, context: torch.Tensor, own: Any = own, **options: Any) -> torch.Tensor:
+            # Looks at a token's place in the whole.
+            place = torch.linspace(0, 1, x.shape[0] * x.shape[1]).view(*x.shape[:2], 1)
+            return type(own).forward(own, x, context, **options) * place
+
+        patcher.add_object_patch(f"diffusion_model.{part}.forward", forward)
+        expected = sample(patcher)
+        assert off_by(sample(core.chunked(patcher, 1)), expected) <= TOLERANCE, name
+
+
+def test_dancer_at_another_frame_rate(
+    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
+) -> None:
+    """Has layers of its own; some of core's versions hand the rate over as a tensor, whose value the twin must know."""
+    patcher = make_patcher("wan-dancer")
+    case = patcher.get_attachment(CASE)
+
+    def slower(generator: torch.Generator, shape: tuple[int, ...]) -> list[Any]:
+        text, options = case.conditioning(generator, shape)
+        return [text, {**options, "fps": 15, "audio_inject_scale": 0.8}]
+
+    usual = sample(patcher, cfg=1.0)
+    patcher.set_attachments(CASE, replace(case, conditioning=slower))
+    expected = sample(patcher, cfg=1.0)
+    assert off_by(expected, usual) > 1e-3
+    assert off_by(sample(core.chunked(patcher, 1), cfg=1.0), expected) <= TOLERANCE
+    fit = core.native("fit")
+    planned, _ = fit.fitted(patcher, fit.Services(usable_bytes=lambda: 2**40, check_cancelled=lambda: None))
+    assert torch.equal(sample(planned, cfg=1.0), expected)
+
+
+def test_the_face_of_animate(core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]) -> None:
+    """With small images of it, for which the encoder has fewer layers."""
+    patcher = make_patcher("wan-animate")
+    encoder = patcher.model.diffusion_model.motion_encoder.enc.net_app
+    encoder.convs = torch.nn.Sequential(*encoder.convs[:5], encoder.convs[-1])
+    case = patcher.get_attachment(CASE)
+
+    def with_face(generator: torch.Generator, shape: tuple[int, ...]) -> list[Any]:
+        text, options = case.conditioning(generator, shape)
+        return [text, {**options, "face_video_pixels": torch.randn(1, 3, 9, 64, 64, generator=generator)}]
+
+    without = sample(patcher)
+    patcher.set_attachments(CASE, replace(case, conditioning=with_face))
+    expected = sample(patcher)
+    assert off_by(expected, without) > 1e-3
+    for workspace_bytes in (1, 300_000):
+        assert off_by(sample(core.chunked(patcher, workspace_bytes)), expected) <= TOLERANCE
+    assert torch.equal(sample(core.chunked(patcher, None)), expected)
+
+
+class SpeechBlock(torch.nn.Module):
+    """A block of InfiniteTalk's model patch, which in core has forty heads."""
+
+    def __init__(self, core: Core) -> None:
+        super().__init__()
+        multitalk = importlib.import_module("comfy.ldm.wan.model_multitalk")
+        operations = core.ops.disable_weight_init
+        self.audio_cross_attn = multitalk.SingleStreamMultiAttention(96, 64, 4, qkv_bias=True, operations=operations)
+        self.norm_x = operations.LayerNorm(96)
+        for parameter in self.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_a_speaker_is_heard_some_frames_at_a_time(
+    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor], *, others: bool
+) -> None:
+    """In place, unless another node's patch has run before, which may hold the hidden state."""
+    patcher = make_patcher("wan-t2v")
+    expected_silence = sample(patcher, cfg=1.0)
+    speech = torch.nn.Module()
+    speech.blocks = torch.nn.ModuleList(SpeechBlock(core) for _ in patcher.model.diffusion_model.blocks)
+    cpu = torch.device("cpu")
+    model_patch = core.model_patcher.ModelPatcher(speech, load_device=cpu, offload_device=cpu)
+    if others:
+        patcher.set_model_patch(lambda given: given["x"], "attn2_patch")
+    multitalk = importlib.import_module("comfy.ldm.wan.model_multitalk")
+    patcher.set_model_patch(multitalk.MultiTalkCrossAttnPatch(model_patch, 0.8), "attn2_patch")
+    patcher.model_options["transformer_options"]["audio_embeds"] = torch.randn(1, 3, 5, 64)
+    expected = sample(patcher, cfg=1.0)
+    assert off_by(expected, expected_silence) > 1e-3
+    with recorded(patcher.model.diffusion_model.blocks) as storages:
+        assert off_by(sample(core.chunked(patcher, 1), cfg=1.0), expected) <= TOLERANCE
+    assert all((given == made) is not others for given, made in storages)
+
+
+def test_an_autoregressive_model_is_not_known(core: Core) -> None:
+    """Its sampler calls it past every wrapper, so a plan would neither hold nor be right."""
+    ar_model = pytest.importorskip("comfy.ldm.wan.ar_model")
+    model = ar_model.CausalWanModel(num_layers=1, device="meta", operations=core.ops.disable_weight_init)
+    assert core.native("model").native_model(model) is None
