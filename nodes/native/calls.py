@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -40,13 +40,16 @@ class CallState:
         return self.workspace_bytes is not None
 
     @contextmanager
-    def tokens(self, kind: LayerKind, *modules: nn.Module, total: int, unit_bytes: int) -> Generator[Iterator[slice]]:
+    def tokens(
+        self, kind: LayerKind, *modules: nn.Module, total: int, unit_bytes: int, runs: Sequence[slice] = ()
+    ) -> Generator[Iterator[slice]]:
         """The chunks of one layer's tokens, inside the runner's context around `modules`.
 
         Args:
             modules: those whose weights the layer needs.
             total: tokens of the call.
             unit_bytes: temporary bytes of one token, over the whole batch.
+            runs: runs of tokens that the layer treats differently, which no chunk crosses; empty: all alike.
         """
         assert self.workspace_bytes is not None
         execution = Execution(
@@ -64,4 +67,11 @@ class CallState:
             result_excluded=True,
         ) as call:
             size = -(-call.chunk_size // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
-            yield execution.chunk_slices(total, min(size, total))
+            yield _chunks(execution, runs or (slice(0, total),), size)
+
+
+def _chunks(execution: Execution, runs: Sequence[slice], size: int) -> Iterator[slice]:
+    for run in runs:
+        length = run.stop - run.start
+        for chunk in execution.chunk_slices(length, min(size, length)):
+            yield slice(run.start + chunk.start, run.start + chunk.stop)

@@ -12,7 +12,9 @@ from typing import Any
 
 import comfy.samplers
 import torch
+from comfy.patcher_extension import WrappersMP
 
+from .model import PreparesConditioning, native_model
 from .twin import Call
 
 _CPU = torch.device("cpu")
@@ -60,23 +62,26 @@ def recorded_calls(
 
 
 def _recorded(probe: Any, noise: torch.Tensor, model_conds: Mapping[str, Any]) -> Call:
+    def record(executor: Any, *args: Any, **kwargs: Any) -> None:
+        raise _RecordedError(Call(executor.class_obj, args, kwargs))
+
     processed = {name: it.process_cond(batch_size=noise.shape[0], area=None) for name, it in model_conds.items()}
     arguments = comfy.samplers.cond_cat([processed])
     sigma = torch.full((noise.shape[0],), float(probe.model_sampling.sigma_max))
+    options = {"wrappers": {WrappersMP.DIFFUSION_MODEL: {"record": [record]}}}
     try:
-        probe.apply_model(noise, sigma, transformer_options={}, **arguments)
+        probe.apply_model(noise, sigma, transformer_options=options, **arguments)
     except _RecordedError as recorded:
         return recorded.call
     raise AssertionError("core ran the call without the diffusion model")
 
 
 def _probe(model: Any) -> Any:
-    """The model with a diffusion model that records its arguments; the original is not changed."""
+    """The model, with stand-ins for work that its preparation would do; the original is not changed."""
+    native = native_model(model.diffusion_model)
+    if not isinstance(native, PreparesConditioning):
+        return model
     probe, diffusion_model = copy.copy(model), copy.copy(model.diffusion_model)
-
-    def record(*args: Any, **kwargs: Any) -> None:
-        raise _RecordedError(Call(model.diffusion_model, args, kwargs))
-
-    diffusion_model.forward = record
+    diffusion_model.__dict__.update(native.stand_ins(model.diffusion_model))
     probe.__dict__["_modules"] = {**model._modules, "diffusion_model": diffusion_model}
     return probe

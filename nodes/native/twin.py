@@ -21,6 +21,10 @@ from .model import NativeModel
 _BLOCKS = 2
 _NOT_OF_SHAPES = ("transformer_options", "control")
 """Arguments through which other nodes act on a call."""
+_WITH_VALUES = ("denoise_mask",)
+"""Small arguments whose values decide how many tokens a call has."""
+DISTINCT_TIMESTEPS = "i2v_distinct_timesteps"
+"""Key among the transformer options of a traced call: how many distinct time steps its tokens have."""
 
 
 class Twin:
@@ -34,7 +38,7 @@ class Twin:
 
     def __init__(self, native: NativeModel, model: nn.Module, dtype: torch.dtype) -> None:
         self._state = CallState(runner=DistinctChunks())
-        self.model = _on_meta(model, native.block_lists(model), dtype)
+        self.model = on_meta(model, native.block_lists(model), dtype)
         for patch in native.patches(self.model, self._state):
             setattr(patch.module, patch.method, patch.replacement)
 
@@ -42,32 +46,64 @@ class Twin:
         """The highest sum of live activations during a call; weights and the call's inputs do not count."""
         self._state.workspace_bytes = workspace_bytes
         self._state.dtype = call.dtype
-        with torch.no_grad(), StorageMeter(device_type="meta") as meter:
-            result = self.model(call.first, **call.kwargs)
+        with torch.no_grad(), StorageMeter(run=_run_on_shapes) as meter:
+            result = self.model._forward(call.first, **call.kwargs)
             del result
         return meter.peak_bytes
 
 
 class Call:
-    """The shapes of one call of a diffusion model: its arguments on the meta device, without other nodes' patches."""
+    """The shapes of one call of a diffusion model: its arguments on the meta device, without other nodes' patches.
+
+    Args:
+        model: the diffusion model.
+        args, kwargs: as core's `DIFFUSION_MODEL` wrappers see them, which are the arguments of the model's `_forward`.
+    """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        bound = signature(type(model).forward).bind(model, *args, **kwargs)
+        bound = signature(type(model)._forward).bind(model, *args, **kwargs)
         bound.apply_defaults()
         _model, first, *rest = bound.args
         self.dtype: torch.dtype = _first_tensor(first).dtype
         named = dict(zip(list(bound.signature.parameters)[2:], rest, strict=False)) | bound.kwargs
         self.first = _described(first)
-        self.arguments = {name: _described(it) for name, it in named.items() if name not in _NOT_OF_SHAPES}
+        self.arguments = {
+            name: _valued(it) if name in _WITH_VALUES else _described(it)
+            for name, it in named.items()
+            if name not in _NOT_OF_SHAPES
+        }
+        self._distinct_timesteps = _distinct(named.get("timestep"))
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        return {**self.arguments, "transformer_options": {"optimized_attention_override": _attention_output}}
+        options = {
+            "optimized_attention_override": _attention_output,
+            DISTINCT_TIMESTEPS: self._distinct_timesteps,
+        }
+        return {**self.arguments, "transformer_options": options}
 
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for calls of the same shapes."""
-        return (_key(self.first), *sorted((name, repr(_key(it))) for name, it in self.arguments.items()))
+        named = sorted((name, repr(_key(it))) for name, it in self.arguments.items())
+        return (_key(self.first), self._distinct_timesteps, *named)
+
+
+def _distinct(timesteps: Any) -> int | None:
+    """How many distinct time steps (B, tokens, ...) the tokens of a call have; None where all have the same."""
+    if not isinstance(timesteps, Tensor) or timesteps.ndim < 2:
+        return None
+    return timesteps.flatten(1).unique(dim=1).shape[1]
+
+
+def _run_on_shapes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Runs an operation on tensors that have no values: a fraction that core reads back is 0.
+
+    Reading a truth value or a whole number still fails, since those may decide shapes.
+    """
+    if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].is_floating_point():
+        return 0.0
+    return func(*args, **kwargs)
 
 
 def _first_tensor(value: Any) -> Tensor:
@@ -85,9 +121,15 @@ def _described(value: Any) -> Any:
     return value
 
 
+def _valued(value: Any) -> Any:
+    """A tensor with its values, in host memory: a trace can select tokens with it."""
+    return value.detach().cpu() if isinstance(value, Tensor) else _described(value)
+
+
 def _key(value: Any) -> object:
     if isinstance(value, Tensor):
-        return (tuple(value.shape), value.dtype)
+        values = None if value.is_meta else hash(value.float().numpy().tobytes())
+        return (tuple(value.shape), value.dtype, values)
     if isinstance(value, (list, tuple)):
         return tuple(map(_key, value))
     if isinstance(value, dict):
@@ -104,7 +146,7 @@ def _attention_output(_func: Any, q: Tensor, *_args: Any, **kwargs: Any) -> Tens
     return q.new_empty(shape)
 
 
-def _on_meta(model: nn.Module, block_lists: tuple[str, ...], dtype: torch.dtype) -> nn.Module:
+def on_meta(model: nn.Module, block_lists: tuple[str, ...], dtype: torch.dtype) -> nn.Module:
     """A copy of the model with two blocks of each list, whose weights have a shape and nothing else."""
     shortened = {id(model.get_submodule(path)) for path in block_lists}
     return _copied(model, dtype, shortened, {})
