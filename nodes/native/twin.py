@@ -6,6 +6,7 @@ Blocks run one after another and leave nothing behind but the hidden state, so t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from inspect import signature
 from typing import Any
 
@@ -38,7 +39,7 @@ class Twin:
 
     def __init__(self, native: NativeModel, model: nn.Module, dtype: torch.dtype) -> None:
         self._state = CallState(runner=DistinctChunks())
-        self.model = on_meta(model, native.block_lists(model), dtype)
+        self.model: Any = on_meta(model, native.block_lists(model), dtype)
         for patch in native.patches(self.model, self._state):
             setattr(patch.module, patch.method, patch.replacement)
 
@@ -60,7 +61,7 @@ class Call:
         args, kwargs: as core's `DIFFUSION_MODEL` wrappers see them, which are the arguments of the model's `_forward`.
     """
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         bound = signature(type(model)._forward).bind(model, *args, **kwargs)
         bound.apply_defaults()
         _model, first, *rest = bound.args
@@ -82,7 +83,7 @@ class Call:
         }
         return {**self.arguments, "transformer_options": options}
 
-    @property
+    @cached_property
     def key(self) -> tuple[object, ...]:
         """Equal for calls of the same shapes."""
         named = sorted((name, repr(_key(it))) for name, it in self.arguments.items())

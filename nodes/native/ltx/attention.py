@@ -27,7 +27,7 @@ class Tokens:
     make: Callable[[slice], Tensor]
     """Returns some tokens (B, n, D)."""
     like: Tensor
-    """(B, L, D), of the batch, the length and the width of what `make` returns."""
+    """A tensor (B, L, D) of the same batch, length, width, precision and device."""
     rotary: Rotary | None = None
 
     @property
@@ -36,7 +36,7 @@ class Tokens:
 
     @property
     def token_bytes(self) -> int:
-        """Of one token, over the whole batch."""
+        """Bytes of one token, over the whole batch."""
         batch, _, width = self.like.shape
         return batch * width * self.like.element_size()
 

@@ -6,7 +6,7 @@ Core's blocks update the hidden state that they are given in place, and so do th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from comfy.ldm.lightricks import av_model
 from comfy.ldm.lightricks import model as core
@@ -112,7 +112,8 @@ class AVBlock:
         hidden, sound = x
         run_video, heard = options.get("run_vx", True), sound.numel() > 0
         run_audio = heard and options.get("run_ax", True)
-        video, audio = self._video(hidden, given), self._audio(sound, given)
+        video = _stream(self._block, "video", hidden, given)
+        audio = _stream(self._block, "audio", sound, given)
         running = [stream for stream, runs in ((video, run_video), (audio, run_audio)) if runs]
         for stream in running:
             self._attend(stream, options)
@@ -143,80 +144,43 @@ class AVBlock:
     def _attend_across(
         self, video: _Stream, audio: _Stream, options: dict[str, Any], *, to_video: bool, to_audio: bool
     ) -> None:
-        """Attention between the streams. Both see each other as they were before."""
+        """Attention between the streams, each to the other as it was before."""
         state, block = self._state, self._block
 
         def tokens(stream: _Stream, first: int) -> Any:
             return stream.cross.normed(first, stream.cross_rotary, scale_first=True)
 
-        seen = source_of(state, block.video_to_audio_attn, tokens(video, _TO_AUDIO)) if to_audio else None
+        to_video_attn, to_audio_attn = block.audio_to_video_attn, block.video_to_audio_attn
+        seen = source_of(state, to_audio_attn, tokens(video, _TO_AUDIO)) if to_audio else None
         if to_video:
-            source, add = source_of(state, block.audio_to_video_attn, tokens(audio, _TO_VIDEO)), video.cross_gate
-            attend(
-                state,
-                block.audio_to_video_attn,
-                tokens(video, _TO_VIDEO),
-                source,
-                add.add_gated_fused(0),
-                options=options,
-            )
+            heard, add = source_of(state, to_video_attn, tokens(audio, _TO_VIDEO)), video.cross_gate.add_gated_fused(0)
+            attend(state, to_video_attn, tokens(video, _TO_VIDEO), heard, add, options=options)
         if to_audio:
             add = audio.cross_gate.add_gated_fused(0)
-            attend(state, block.video_to_audio_attn, tokens(audio, _TO_AUDIO), seen, add, options=options)
-
-    def _video(self, hidden: Tensor, given: dict[str, Any]) -> _Stream:
-        block = self._block
-        return _stream(
-            "v",
-            hidden,
-            given,
-            layers=(block.attn1, block.attn2, block.ff),
-            table=block.scale_shift_table,
-            text_table=getattr(block, "prompt_scale_shift_table", None),
-            cross_table=block.scale_shift_table_a2v_ca_video,
-            mask=given.get("self_attention_mask"),
-        )
-
-    def _audio(self, sound: Tensor, given: dict[str, Any]) -> _Stream:
-        block = self._block
-        return _stream(
-            "a",
-            sound,
-            given,
-            layers=(block.audio_attn1, block.audio_attn2, block.audio_ff),
-            table=block.audio_scale_shift_table,
-            text_table=getattr(block, "audio_prompt_scale_shift_table", None),
-            cross_table=block.scale_shift_table_a2v_ca_audio,
-            mask=None,
-        )
+            attend(state, to_audio_attn, tokens(audio, _TO_AUDIO), seen, add, options=options)
 
 
-def _stream(
-    letter: str,
-    hidden: Tensor,
-    given: dict[str, Any],
-    *,
-    layers: tuple[Any, Any, Any],
-    table: Tensor,
-    text_table: Tensor | None,
-    cross_table: Tensor,
-    mask: Any,
-) -> _Stream:
-    """A stream from core's arguments, whose names begin with the stream's letter."""
+def _stream(block: Any, name: Literal["video", "audio"], hidden: Tensor, given: dict[str, Any]) -> _Stream:
+    """A stream of a block's layers and core's arguments, which tell audio from video by their names."""
+    is_video, letter = name == "video", name[0]
 
-    def steps(name: str) -> TokenTimesteps:
-        return TokenTimesteps.of(given[f"{letter}_{name}"])
+    def layer(kind: str) -> Any:
+        return getattr(block, kind if is_video else f"audio_{kind}", None)
 
+    def steps(kind: str) -> TokenTimesteps:
+        return TokenTimesteps.of(given[f"{letter}_{kind}"])
+
+    cross_table = getattr(block, f"scale_shift_table_a2v_ca_{name}")
     return _Stream(
-        attn1=layers[0],
-        attn2=layers[1],
-        ff=layers[2],
-        state=ModulatedState(hidden, steps("timestep"), table),
-        mask=mask,
+        attn1=layer("attn1"),
+        attn2=layer("attn2"),
+        ff=layer("ff"),
+        state=ModulatedState(hidden, steps("timestep"), layer("scale_shift_table")),
+        mask=given.get("self_attention_mask") if is_video else None,
         text=_Text(
             context=given[f"{letter}_context"],
             mask=given.get("attention_mask"),
-            table=text_table,
+            table=layer("prompt_scale_shift_table"),
             timestep=given.get(f"{letter}_prompt_timestep"),
         ),
         rotary=given[f"{letter}_pe"],

@@ -41,7 +41,7 @@ class ModulatedState:
         return Tokens(make, self.hidden, rotary)
 
     def normed_fused(self, first: int) -> Tokens:
-        """As `normed`, with the scaling rounded once."""
+        """`normed` with the scaling rounded once, as core does in some places."""
         modulation = self.steps.modulation(self.table, slice(first, first + 2))
 
         def make(chunk: slice) -> Tensor:
@@ -52,7 +52,7 @@ class ModulatedState:
         return Tokens(make, self.hidden)
 
     def add_gated(self, row: int) -> Add:
-        """Adds a layer's output times the gate in a row of the table."""
+        """An `Add` of a layer's output times the gate in a row of the table."""
         modulation = self.steps.modulation(self.table, slice(row, row + 1))
 
         def add(chunk: slice, made: Tensor) -> None:
@@ -61,7 +61,7 @@ class ModulatedState:
         return add
 
     def add_gated_fused(self, row: int) -> Add:
-        """As `add_gated`, with product and sum rounded once."""
+        """`add_gated` with product and sum rounded once, as core does in some places."""
         modulation = self.steps.modulation(self.table, slice(row, row + 1))
 
         def add(chunk: slice, made: Tensor) -> None:
@@ -81,7 +81,7 @@ def normed_tokens(hidden: Tensor) -> Tokens:
 
 
 def adding_to(hidden: Tensor) -> Add:
-    """Adds a layer's output."""
+    """An `Add` of a layer's output."""
     return lambda chunk, made: _add(hidden, chunk, made)
 
 

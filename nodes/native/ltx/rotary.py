@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor
 
 RotaryTable: TypeAlias = tuple[Any, ...]
 """Core's table: a matrix (B, L, ...), or cosines and sines (B, L, D) or (B, heads, L, d); and whether halves rotate."""
@@ -57,7 +57,7 @@ def whole_table(rotary: Rotary) -> RotaryTable:
     return rotary.whole() if isinstance(rotary, TableOnDemand) else rotary
 
 
-def on_demand(model: nn.Module, positions: Any, *args: Any) -> Any:
+def on_demand(model: Any, positions: Any, *args: Any) -> Any:
     """The result of core's `_prepare_positional_embeddings`, with `TableOnDemand`s for its tables."""
     frequencies = copy.copy(model)
     # Core makes the frequencies on the CPU for some models: once a call, not for each chunk.

@@ -26,7 +26,7 @@ class TokenTimesteps:
 
     @classmethod
     def of(cls, embedded: Any) -> TokenTimesteps:
-        """Those that core has made: a tensor, or its `CompressedTimestep`."""
+        """Wraps embedded time steps of core's: a tensor, or its `CompressedTimestep`."""
         if isinstance(embedded, TokenTimesteps):
             return embedded
         if isinstance(embedded, Tensor):
