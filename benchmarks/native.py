@@ -83,7 +83,7 @@ def _row(native: Any, name: str, size: str, case: ModelCase) -> Row:
         attention=fused,
     )
 
-    call = native.recorded_call.recorded_calls(base, latent_shape, conds, twin=twin, latent_shapes=part_shapes)[0].call
+    call = native.recorded_call.recorded_calls(base, latent_shape, conds, latent_shapes=part_shapes)[0].call
 
     def peak(workspace_bytes: int | None) -> int:
         return twin.peak_bytes(call, workspace_bytes)

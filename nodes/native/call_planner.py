@@ -61,9 +61,7 @@ class CallPlanner:
         """
         shapes = clip.shapes if len(clip.shapes) > 1 else None
         try:
-            return recorded_calls(
-                self._base, clip.shape, conds, twin=self._twin, denoise_mask=mask, latent_shapes=shapes
-            )
+            return recorded_calls(self._base, clip.shape, conds, denoise_mask=mask, latent_shapes=shapes)
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:
             logger.info("VRAM Fit plans with the first call: its shapes are not known before (%r)", error)
             return []

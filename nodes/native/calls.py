@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +58,7 @@ class CallState:
         unit_bytes: int,
         multiple: int = TOKEN_MULTIPLE,
         smallest: int | None = None,
+        runs: Sequence[slice] = (),
     ) -> AbstractContextManager[Iterator[slice]]:
         """The chunks of one layer's tokens, or of other units, inside the runner's context around `modules`.
 
@@ -69,7 +70,13 @@ class CallState:
             smallest: fewest units of a chunk, whatever they take; None: the multiple.
         """
         return self._chunks(
-            kind, *modules, total=total, unit_bytes=unit_bytes, multiple=multiple, smallest=smallest or multiple
+            kind,
+            *modules,
+            total=total,
+            unit_bytes=unit_bytes,
+            multiple=multiple,
+            smallest=smallest or multiple,
+            runs=runs,
         )
 
     def heads(
@@ -82,13 +89,21 @@ class CallState:
             total: heads of the layer.
             unit_bytes: temporary bytes of one head, over all tokens and the whole batch.
             together: whether the heads cannot be computed apart, so that all are one group.
+            runs: runs of tokens that the layer treats differently, which no chunk crosses; empty: all alike.
         """
         multiple = total if together else HEAD_MULTIPLE
         return self._chunks(kind, *modules, total=total, unit_bytes=unit_bytes, multiple=multiple, smallest=multiple)
 
     @contextmanager
     def _chunks(
-        self, kind: LayerKind, *modules: nn.Module, total: int, unit_bytes: int, multiple: int, smallest: int
+        self,
+        kind: LayerKind,
+        *modules: nn.Module,
+        total: int,
+        unit_bytes: int,
+        multiple: int,
+        smallest: int,
+        runs: Sequence[slice] = (),
     ) -> Generator[Iterator[slice]]:
         assert self.workspace_bytes is not None
         execution = Execution(
@@ -106,4 +121,11 @@ class CallState:
             result_excluded=True,
         ) as call:
             size = -(-call.chunk_size // multiple) * multiple
-            yield execution.chunk_slices(total, min(size, total))
+            yield _chunks_of(execution, runs or (slice(0, total),), size)
+
+
+def _chunks_of(execution: Execution, runs: Sequence[slice], size: int) -> Iterator[slice]:
+    for run in runs:
+        length = run.stop - run.start
+        for chunk in execution.chunk_slices(length, min(size, length)):
+            yield slice(run.start + chunk.start, run.start + chunk.stop)

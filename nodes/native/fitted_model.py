@@ -150,7 +150,7 @@ class FittedModel:
     def diffusion_model(self, executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         """One call of the model; after an out-of-memory the same call again, cut finer."""
         first = x[0] if isinstance(x, (list, tuple)) else x
-        call = Call(self.base.diffusion_model, (x, *args), kwargs)
+        call = Call(executor.class_obj, (x, *args), kwargs)
         self.state.dtype = first.dtype
         self.state.runner = HeldWeightsRunner(first.device, first.dtype)
         while True:

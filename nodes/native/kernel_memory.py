@@ -50,7 +50,7 @@ _WORKSPACES: dict[str, Callable[..., int]] = {
 @contextmanager
 def kernels_traced(device: torch.device) -> Generator[StorageMeter]:
     """Counts, on the meta device, the memory that operations within the context would take on `device`."""
-    with _Functions(device), kernel_meter(device, "meta") as meter:
+    with _Functions(device), kernel_meter(device, None) as meter:
         yield meter
 
 
@@ -63,6 +63,8 @@ def kernel_meter(device: torch.device, device_type: str | None) -> StorageMeter:
     """
 
     def run(operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if _reads_a_fraction(operation, args):
+            return 0.0
         parts = _of_quantised(operation, args, kwargs) or _of_kitchen(operation, args, kwargs, device)
         if parts is not None:
             with meter:
@@ -77,6 +79,14 @@ def kernel_meter(device: torch.device, device_type: str | None) -> StorageMeter:
 
     meter = StorageMeter(device_type=device_type, run=run)
     return meter
+
+
+def _reads_a_fraction(operation: Operation, args: tuple[Any, ...]) -> bool:
+    """Whether an operation reads a fraction back that has no value on the meta device.
+
+    Reading a truth value or a whole number still fails, since those may decide shapes.
+    """
+    return operation is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].is_floating_point()
 
 
 class _Functions(TorchFunctionMode):

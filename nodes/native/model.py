@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -57,6 +57,15 @@ class NativeModel(Protocol):
 
     def patches(self, model: nn.Module, state: CallState) -> Iterator[Patch]:
         """Replacements for methods of those parts of a model that are core's own classes."""
+        ...
+
+
+@runtime_checkable
+class PreparesConditioning(Protocol):
+    """A native model whose diffusion model also works on the conditioning before its first call."""
+
+    def stand_ins(self, model: nn.Module) -> Mapping[str, Callable[..., Any]]:
+        """Methods, by name, that return what those of the diffusion model do in shape, without the work."""
         ...
 
 

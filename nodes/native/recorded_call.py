@@ -14,8 +14,10 @@ from typing import Any
 
 import comfy.samplers
 import torch
+from comfy.patcher_extension import WrappersMP
 
-from .twin import Call, Twin
+from .call_shapes import Call
+from .model import PreparesConditioning, native_model
 
 _DEVICES = (torch.device("meta"), torch.device("cpu"))
 _NOT_OF_SHAPES = (
@@ -54,7 +56,6 @@ def recorded_calls(
     latent_shape: Sequence[int],
     conds: Mapping[str, Sequence[Mapping[str, Any]]],
     *,
-    twin: Twin,
     denoise_mask: torch.Tensor | None = None,
     latent_shapes: Sequence[Sequence[int]] | None = None,
 ) -> list[RecordedCall]:
@@ -70,21 +71,20 @@ def recorded_calls(
     """
     on_meta, on_cpu = _DEVICES
     try:
-        return _recorded_on(on_meta, model, twin, latent_shape, conds, denoise_mask, latent_shapes)
+        return _recorded_on(on_meta, model, latent_shape, conds, denoise_mask, latent_shapes)
     except RuntimeError:  # some model's preparation looks at values
-        return _recorded_on(on_cpu, model, twin, latent_shape, conds, denoise_mask, latent_shapes)
+        return _recorded_on(on_cpu, model, latent_shape, conds, denoise_mask, latent_shapes)
 
 
 def _recorded_on(
     device: torch.device,
     model: Any,
-    twin: Twin,
     latent_shape: Sequence[int],
     conds: Mapping[str, Sequence[Mapping[str, Any]]],
     denoise_mask: torch.Tensor | None,
     latent_shapes: Sequence[Sequence[int]] | None,
 ) -> list[RecordedCall]:
-    probe = _probe(model, twin)
+    probe = _probe(model)
     noise = torch.zeros(tuple(latent_shape), device=device)
     prepared = comfy.samplers.process_conds(
         probe,
@@ -125,24 +125,25 @@ def _groups(branches: Sequence[Any]) -> Iterator[list[Any]]:
 
 
 def _recorded(probe: Any, branches: Sequence[Any], sigma: torch.Tensor) -> RecordedCall:
+    def record(executor: Any, *args: Any, **kwargs: Any) -> None:
+        raise _RecordedError(Call(executor.class_obj, args, kwargs))
+
+    options = {"wrappers": {WrappersMP.DIFFUSION_MODEL: {"record": [record]}}}
     latents = torch.cat([it.input_x for it in branches])
     arguments = comfy.samplers.cond_cat([it.conditioning for it in branches])
     try:
-        probe.apply_model(latents, torch.cat([sigma] * len(branches)), transformer_options={}, **arguments)
+        probe.apply_model(latents, torch.cat([sigma] * len(branches)), transformer_options=options, **arguments)
     except _RecordedError as recorded:
         return RecordedCall(recorded.call, tuple(latents.shape), len(branches))
     raise AssertionError("core ran the call without the diffusion model")
 
 
-def _probe(model: Any, twin: Twin) -> Any:
-    """The model with a diffusion model that records its arguments; the original is not changed."""
+def _probe(model: Any) -> Any:
+    """The model, with stand-ins for work that its preparation would do; the original is not changed."""
+    native = native_model(model.diffusion_model)
+    if not isinstance(native, PreparesConditioning):
+        return model
     probe, diffusion_model = copy.copy(model), copy.copy(model.diffusion_model)
-
-    def record(*args: Any, **kwargs: Any) -> None:
-        raise _RecordedError(Call(model.diffusion_model, args, kwargs))
-
-    diffusion_model.forward = record
-    if hasattr(diffusion_model, "preprocess_text_embeds"):
-        diffusion_model.preprocess_text_embeds = twin.preprocess_text_embeds
+    diffusion_model.__dict__.update(native.stand_ins(model.diffusion_model))
     probe.__dict__["_modules"] = {**model._modules, "diffusion_model": diffusion_model}
     return probe

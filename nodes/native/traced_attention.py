@@ -27,7 +27,7 @@ def trace_attention(layer: nn.Module, attention: Callable[..., Tensor]) -> None:
     """
     forward: Any = type(layer).forward
     code = getattr(forward, "__code__", None)
-    if code is None or _NAME not in code.co_names:
+    if code is None or _NAME not in code.co_names or _NAME not in forward.__globals__:
         return
     names = {**forward.__globals__, _NAME: partial(attention, forward.__globals__[_NAME])}
     copy = FunctionType(code, names, forward.__name__, forward.__defaults__, forward.__closure__)

@@ -46,9 +46,7 @@ class Core:
     def recorded_calls(self, patcher: Any, conds: Any) -> list[Any]:
         """The calls to come for the latent of a patcher's case."""
         model, case = patcher.model, patcher.get_attachment(CASE)
-        native = self.native("model").native_model(model.diffusion_model)
-        twin = self.native("twin").Twin(native, model.diffusion_model, torch.float32)
-        return self.native("recorded_call").recorded_calls(model, case.latent_shape, conds, twin=twin)
+        return self.native("recorded_call").recorded_calls(model, case.latent_shape, conds)
 
     def chunked(self, patcher: Any, workspace_bytes: int | None) -> Any:
         """A fitted clone that always runs in chunks of a workspace (None: unchunked)."""

@@ -10,7 +10,7 @@ of a patch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..calls import CallState
 from ..model import Patch
 from .block import Block
 from .ends import FinalLayer, PatchEmbedding
-from .traced import TracedForward, traced_text
+from .traced import TracedForward, refined_text_shape
 
 _PATCH_LAYERS = ("video_patch_proj", "audio_patch_proj")
 
@@ -49,7 +49,10 @@ class MiniMaxH3:
             yield Patch(path, layer, PatchEmbedding(layer, state))
         if model.rope.inv_freq.is_meta:
             yield Patch("", model, TracedForward(model), method="_forward")
-            yield Patch("", model, partial(traced_text, model), method="preprocess_text_embeds")
+
+    def stand_ins(self, model: Any) -> Mapping[str, Callable[..., Any]]:
+        """`model.PreparesConditioning`: H3 has transformers that refine the text."""
+        return {"preprocess_text_embeds": partial(refined_text_shape, model.hidden_size)}
 
 
 MODEL = MiniMaxH3()

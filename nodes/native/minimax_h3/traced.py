@@ -37,9 +37,9 @@ class TracedForward:
             )
 
 
-def traced_text(model: Any, text_states: Tensor) -> Tensor:
-    """The shape of core's refined text, for which core's attention would need a device."""
-    return text_states.new_empty(1, text_states.shape[1], model.hidden_size)
+def refined_text_shape(width: int, text_states: Tensor) -> Tensor:
+    """Zeros (1, L, width) in the shape of core's refined text."""
+    return text_states.new_zeros(1, text_states.shape[1], width)
 
 
 class _AssignmentByMask(TorchDispatchMode):
