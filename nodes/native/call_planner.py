@@ -16,7 +16,7 @@ from ...i2v_core.units import format_gib
 from .attention_memory import attention_output, replaced_attention_output
 from .call_plan import UNKNOWN_DEVICE, CallPlan, Peak, finer, lowest_needed_bytes, plan_call
 from .model import NativeModel
-from .recorded_call import RecordedCall, recorded_calls
+from .recorded_call import FAILURES, RecordedCall, recorded_calls
 from .suggested_size import LatentClip, suggested_sizes
 from .twin import Call, Twin
 
@@ -59,10 +59,10 @@ class CallPlanner:
             conds: as a guider holds them, by name.
             mask: core's `denoise_mask`.
         """
-        shapes = clip.shapes if len(clip.shapes) > 1 else None
+        shapes = list(clip.shapes)
         try:
             return recorded_calls(self._base, clip.shape, conds, denoise_mask=mask, latent_shapes=shapes)
-        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:
+        except FAILURES as error:
             logger.info("VRAM Fit plans with the first call: its shapes are not known before (%r)", error)
             return []
 
@@ -147,9 +147,12 @@ class CallPlanner:
 
 
 def _mask_for(mask: Tensor, clip: LatentClip) -> Tensor:
-    """A mask of the same kind for another clip; axes of one stay so."""
-    axes = zip(mask.shape[2:], clip.shape[2:], strict=True)
-    return mask.new_zeros((*mask.shape[:2], *(1 if before == 1 else after for before, after in axes)), device="meta")
+    """A mask for another clip, of the nearest values; axes of one stay so."""
+    mask = mask.cpu()
+    for axis, size in enumerate(clip.shape[2:], 2):
+        if mask.shape[axis] > 1:
+            mask = mask.index_select(axis, torch.arange(size) * mask.shape[axis] // size)
+    return mask
 
 
 def _widest(modules: Iterable[nn.Module]) -> int:

@@ -78,6 +78,7 @@ class FittedModel:
         self._plans: dict[object, CallPlan] = {}
         self._calls: dict[object, Call] = {}
         self._needs: CallNeeds | None = None
+        self._usable_bytes: int | None = None
         self._record = RunRecord(services.free_bytes)
         self._clip = LatentClip(())
         self._mask: torch.Tensor | None = None
@@ -102,7 +103,7 @@ class FittedModel:
 
     def outer_sample(self, executor: Any, noise: Any, latent_image: Any, *args: Any, **kwargs: Any) -> Any:
         """Around a whole run of a sampler."""
-        self.plan, self._plans, self._calls, self._needs = None, {}, {}, None
+        self.plan, self._plans, self._calls, self._needs, self._usable_bytes = None, {}, {}, None, None
         self._record = RunRecord(self.services.free_bytes)
         self._mask = kwargs.get("denoise_mask", args[2] if len(args) > 2 else None)
         self._clip = LatentClip(tuple(map(tuple, kwargs.get("latent_shapes") or (noise.shape,))))
@@ -175,7 +176,7 @@ class FittedModel:
     def _planned(self, calls: Sequence[RecordedCall], conds: Mapping[str, Any]) -> CallNeeds:
         """Plans the largest branch, and calls of several by the same cut; what all of them need."""
         largest = max((it for it in calls if it.branches == 1), key=lambda it: it.call.input_bytes)
-        usable_bytes = self.services.usable_bytes()
+        usable_bytes = self._usable()
         plan = self._planner.plan(largest.call, usable_bytes)
         if plan is None:
             raise self._planner.refusal(largest.call, usable_bytes, self._clip, conds, self._mask)
@@ -195,7 +196,7 @@ class FittedModel:
     def _plan_of(self, call: Call) -> CallPlan:
         """The plan for calls of these shapes; made with the first of them where it was not foreseen."""
         if call.key not in self._plans:
-            found = self._planner.plan(call, self.services.usable_bytes())
+            found = self._planner.plan(call, self._usable())
             if found is None:
                 needed = self._planner.lowest_needed_bytes(call)
                 raise DoesNotFitError(
@@ -208,6 +209,12 @@ class FittedModel:
                 self.plan = found
                 self._tell(str(found))
         return self._plans[call.key]
+
+    def _usable(self) -> int:
+        """Memory that the run may take, as it was before weights were loaded."""
+        if self._usable_bytes is None:
+            self._usable_bytes = self.services.usable_bytes()
+        return self._usable_bytes
 
     # What goes wrong, and the end.
 

@@ -28,6 +28,12 @@ _FUNCTION_NAMES = {"quantize_fp8": "quantize_per_tensor_fp8", "dequantize_fp8": 
 """comfy_kitchen's functions whose operation has another name."""
 
 Operation = Callable[..., Any]
+Run = Callable[[Operation, "tuple[Any, ...]", "Mapping[str, Any]"], Any]
+
+
+def run_as_it_is(operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Runs an operation."""
+    return operation(*args, **kwargs)
 
 
 def _convolution_bytes(result: Tensor, input: Tensor, weight: Tensor, *_: Any) -> int:
@@ -48,26 +54,31 @@ _WORKSPACES: dict[str, Callable[..., int]] = {
 
 
 @contextmanager
-def kernels_traced(device: torch.device) -> Generator[StorageMeter]:
-    """Counts, on the meta device, the memory that operations within the context would take on `device`."""
-    with _Functions(device), kernel_meter(device, "meta") as meter:
+def kernels_traced(device: torch.device, run: Run = run_as_it_is) -> Generator[StorageMeter]:
+    """Counts, on the meta device, the memory that operations within the context would take on `device`.
+
+    Args:
+        run: runs each operation.
+    """
+    with _Functions(device), kernel_meter(device, None, run) as meter:
         yield meter
 
 
-def kernel_meter(device: torch.device, device_type: str | None) -> StorageMeter:
+def kernel_meter(device: torch.device, device_type: str | None, run: Run = run_as_it_is) -> StorageMeter:
     """A meter that also counts what operations on `device` allocate within themselves.
 
     Args:
         device: where the operations run, or would run.
         device_type: of the tensors to count; None counts all.
+        run: runs each operation.
     """
 
-    def run(operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def run_counted(operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         parts = _of_quantised(operation, args, kwargs) or _of_kitchen(operation, args, kwargs, device)
         if parts is not None:
             with meter:
                 return parts()
-        result = operation(*args, **kwargs)
+        result = run(operation, args, kwargs)
         workspace = _WORKSPACES.get(str(operation)) if device.type == "cuda" else None
         if workspace is not None:
             beside_bytes = result.nbytes + workspace(result, *args, **kwargs)
@@ -75,7 +86,7 @@ def kernel_meter(device: torch.device, device_type: str | None) -> StorageMeter:
                 torch.empty(beside_bytes, dtype=torch.uint8, device=result.device)
         return result
 
-    meter = StorageMeter(device_type=device_type, run=run)
+    meter = StorageMeter(device_type=device_type, run=run_counted)
     return meter
 
 
