@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,10 @@ from .suggested_size import LatentClip, suggested_sizes
 from .twin import Call, Twin
 
 logger = logging.getLogger(__name__)
+
+
+class UntraceableError(Exception):
+    """A call whose memory cannot be traced: its layers do on meta tensors what only real ones allow."""
 
 
 class CallPlanner:
@@ -67,7 +71,7 @@ class CallPlanner:
             return []
 
     def plan(self, call: Call, usable_bytes: int) -> CallPlan | None:
-        """The plan of calls of these shapes; None if nothing fits.
+        """The plan of calls of these shapes; None if nothing fits. Raises `UntraceableError`.
 
         Weights that all stay on the device are patched once, when they are loaded; others whenever they are used.
         """
@@ -104,7 +108,10 @@ class CallPlanner:
         def fits(other: LatentClip) -> bool:
             found = self.recorded(other, conds, None if mask is None else _mask_for(mask, other))
             single = (it.call for it in found if it.branches == 1)
-            return max(map(self.lowest_needed_bytes, single), default=needed) <= usable_bytes
+            try:
+                return max(map(self.lowest_needed_bytes, single), default=needed) <= usable_bytes
+            except UntraceableError:  # the conditioning was made for the clip that was asked for
+                return False
 
         sizes = suggested_sizes(self._base.latent_format, clip, fits)
         return DoesNotFitError(
@@ -128,9 +135,7 @@ class CallPlanner:
             )
         twin = self._twins[key]
         if (key, call.key) not in self._peaks:
-            self._peaks[key, call.key] = lru_cache(maxsize=64)(
-                lambda workspace_bytes: twin.peak_bytes(call, workspace_bytes)
-            )
+            self._peaks[key, call.key] = lru_cache(maxsize=64)(partial(_traced, twin, call))
         return self._peaks[key, call.key]
 
     @property
@@ -144,6 +149,13 @@ class CallPlanner:
         model = self._base.diffusion_model
         in_blocks = _widest(block for path in self._native.block_lists(model) for block in model.get_submodule(path))
         return max(2 * in_blocks, _widest([model]))
+
+
+def _traced(twin: Twin, call: Call, workspace_bytes: int | None) -> int:
+    try:
+        return twin.peak_bytes(call, workspace_bytes)
+    except FAILURES as error:
+        raise UntraceableError(repr(error)) from error
 
 
 def _mask_for(mask: Tensor, clip: LatentClip) -> Tensor:

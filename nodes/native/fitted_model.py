@@ -16,7 +16,7 @@ from ...i2v_core.memory.device import DeviceFacts, empty_allocator_cache, is_out
 from ...i2v_core.units import format_gib
 from .attention_memory import TAKING_WHAT_IS_FREE
 from .call_plan import UNKNOWN_DEVICE, CallPlan
-from .call_planner import CallPlanner
+from .call_planner import CallPlanner, UntraceableError
 from .calls import CallState
 from .held_weights import HeldWeightsRunner
 from .host_memory import CallNeeds, batching_for, loading_for
@@ -123,7 +123,11 @@ class FittedModel:
         calls = self._planner.recorded(self._clip, conds, self._mask)
         if not calls:
             return executor(model, noise_shape, conds, *args, **kwargs)
-        self._needs = self._planned(calls, conds)
+        try:
+            self._needs = self._planned(calls, conds)
+        except UntraceableError as error:
+            self._note(f"runs unchunked: the memory of its calls cannot be predicted ({error})")
+            return executor(model, noise_shape, conds, *args, **kwargs)
         with loading_for(model.model, self._needs):
             return executor(model, noise_shape, conds, *args, **kwargs)
 
@@ -147,7 +151,11 @@ class FittedModel:
         self.state.dtype = first.dtype
         self.state.runner = HeldWeightsRunner(first.device, first.dtype)
         while True:
-            plan = self._plan_of(call)
+            try:
+                plan = self._plan_of(call)
+            except UntraceableError:
+                self.state.workspace_bytes = None
+                return executor(x, *args, **kwargs)
             self.state.workspace_bytes = plan.workspace_bytes
             try:
                 with self._record.call(call.key, plan, first.device):
