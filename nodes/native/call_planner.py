@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -16,11 +16,15 @@ from ...i2v_core.units import format_gib
 from .attention_memory import attention_output, replaced_attention_output
 from .call_plan import UNKNOWN_DEVICE, CallPlan, Peak, finer, lowest_needed_bytes, plan_call
 from .model import NativeModel
-from .recorded_call import RecordedCall, recorded_calls
+from .recorded_call import FAILURES, RecordedCall, recorded_calls
 from .suggested_size import LatentClip, suggested_sizes
 from .twin import Call, Twin
 
 logger = logging.getLogger(__name__)
+
+
+class UntraceableError(Exception):
+    """A call whose memory cannot be traced: its layers do on meta tensors what only real ones allow."""
 
 
 class CallPlanner:
@@ -59,15 +63,15 @@ class CallPlanner:
             conds: as a guider holds them, by name.
             mask: core's `denoise_mask`.
         """
-        shapes = clip.shapes if len(clip.shapes) > 1 else None
+        shapes = list(clip.shapes)
         try:
             return recorded_calls(self._base, clip.shape, conds, denoise_mask=mask, latent_shapes=shapes)
-        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:
+        except FAILURES as error:
             logger.info("VRAM Fit plans with the first call: its shapes are not known before (%r)", error)
             return []
 
     def plan(self, call: Call, usable_bytes: int) -> CallPlan | None:
-        """The plan of calls of these shapes; None if nothing fits.
+        """The plan of calls of these shapes; None if nothing fits. Raises `UntraceableError`.
 
         Weights that all stay on the device are patched once, when they are loaded; others whenever they are used.
         """
@@ -104,7 +108,10 @@ class CallPlanner:
         def fits(other: LatentClip) -> bool:
             found = self.recorded(other, conds, None if mask is None else _mask_for(mask, other))
             single = (it.call for it in found if it.branches == 1)
-            return max(map(self.lowest_needed_bytes, single), default=needed) <= usable_bytes
+            try:
+                return max(map(self.lowest_needed_bytes, single), default=needed) <= usable_bytes
+            except UntraceableError:  # the conditioning was made for the clip that was asked for
+                return False
 
         sizes = suggested_sizes(self._base.latent_format, clip, fits)
         return DoesNotFitError(
@@ -117,9 +124,7 @@ class CallPlanner:
         """The traced peak of calls of these shapes, by workspace."""
         twin = self._twin
         if (twin, call.key) not in self._peaks:
-            self._peaks[twin, call.key] = lru_cache(maxsize=64)(
-                lambda workspace_bytes: twin.peak_bytes(call, workspace_bytes)
-            )
+            self._peaks[twin, call.key] = lru_cache(maxsize=64)(partial(_traced, twin, call))
         return self._peaks[twin, call.key]
 
     @property
@@ -151,10 +156,20 @@ class CallPlanner:
         return max(2 * in_blocks, _widest([model]))
 
 
+def _traced(twin: Twin, call: Call, workspace_bytes: int | None) -> int:
+    try:
+        return twin.peak_bytes(call, workspace_bytes)
+    except FAILURES as error:
+        raise UntraceableError(repr(error)) from error
+
+
 def _mask_for(mask: Tensor, clip: LatentClip) -> Tensor:
-    """A mask of the same kind for another clip; axes of one stay so."""
-    axes = zip(mask.shape[2:], clip.shape[2:], strict=True)
-    return mask.new_zeros((*mask.shape[:2], *(1 if before == 1 else after for before, after in axes)), device="meta")
+    """A mask for another clip, of the nearest values; axes of one stay so."""
+    mask = mask.cpu()
+    for axis, size in enumerate(clip.shape[2:], 2):
+        if mask.shape[axis] > 1:
+            mask = mask.index_select(axis, torch.arange(size) * mask.shape[axis] // size)
+    return mask
 
 
 def _widest(modules: Iterable[nn.Module]) -> int:

@@ -16,7 +16,7 @@ from ...i2v_core.memory.device import DeviceFacts, empty_allocator_cache, is_out
 from ...i2v_core.units import format_gib
 from .attention_memory import TAKING_WHAT_IS_FREE
 from .call_plan import UNKNOWN_DEVICE, CallPlan
-from .call_planner import CallPlanner
+from .call_planner import CallPlanner, UntraceableError
 from .calls import CallState
 from .held_weights import HeldWeightsRunner
 from .host_memory import CallNeeds, batching_for, loading_for
@@ -81,9 +81,9 @@ class FittedModel:
         self._plans: dict[object, CallPlan] = {}
         self._calls: dict[object, Call] = {}
         self._needs: CallNeeds | None = None
+        self._usable_bytes: int | None = None
         self._record = RunRecord(services.free_bytes)
         self._clip = LatentClip(())
-        self._usable_bytes: int | None = None
         self._mask: torch.Tensor | None = None
         self._learned_as, self._predictable = "", True
 
@@ -109,8 +109,7 @@ class FittedModel:
 
     def outer_sample(self, executor: Any, noise: Any, latent_image: Any, *args: Any, **kwargs: Any) -> Any:
         """Around a whole run of a sampler."""
-        self.plan, self._plans, self._calls, self._needs = None, {}, {}, None
-        self._usable_bytes = None
+        self.plan, self._plans, self._calls, self._needs, self._usable_bytes = None, {}, {}, None, None
         self._record = RunRecord(self.services.free_bytes)
         self._mask = kwargs.get("denoise_mask", args[2] if len(args) > 2 else None)
         self._clip = LatentClip(tuple(map(tuple, kwargs.get("latent_shapes") or (noise.shape,))))
@@ -130,7 +129,11 @@ class FittedModel:
         calls = self._planner.recorded(self._clip, conds, self._mask)
         if not calls:
             return executor(model, noise_shape, conds, *args, **kwargs)
-        self._needs = self._planned(calls, conds)
+        try:
+            self._needs = self._planned(calls, conds)
+        except UntraceableError as error:
+            self._note(f"runs unchunked: the memory of its calls cannot be predicted ({error})")
+            return executor(model, noise_shape, conds, *args, **kwargs)
         with loading_for(model.model, self._needs):
             return executor(model, noise_shape, conds, *args, **kwargs)
 
@@ -154,7 +157,11 @@ class FittedModel:
         self.state.dtype = first.dtype
         self.state.runner = HeldWeightsRunner(first.device, first.dtype)
         while True:
-            plan = self._plan_of(call)
+            try:
+                plan = self._plan_of(call)
+            except UntraceableError:
+                self.state.workspace_bytes = None
+                return executor(x, *args, **kwargs)
             self.state.workspace_bytes = plan.workspace_bytes
             try:
                 with self._record.call(call.key, plan, first.device):

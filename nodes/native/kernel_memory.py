@@ -50,17 +50,12 @@ _WORKSPACES: dict[str, Callable[..., int]] = {
 @contextmanager
 def kernels_traced(device: torch.device) -> Generator[StorageMeter]:
     """Counts, on the meta device, the memory that operations within the context would take on `device`."""
-    with _Functions(device), kernel_meter(device, None) as meter:
+    with _Functions(device), kernel_meter(device) as meter:
         yield meter
 
 
-def kernel_meter(device: torch.device, device_type: str | None) -> StorageMeter:
-    """A meter that also counts what operations on `device` allocate within themselves.
-
-    Args:
-        device: where the operations run, or would run.
-        device_type: of the tensors to count; None counts all.
-    """
+def kernel_meter(device: torch.device) -> StorageMeter:
+    """A meter that also counts what operations allocate within themselves on `device`, where they run or would run."""
 
     def run(operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if _reads_a_fraction(operation, args):
@@ -77,7 +72,7 @@ def kernel_meter(device: torch.device, device_type: str | None) -> StorageMeter:
                 torch.empty(beside_bytes, dtype=torch.uint8, device=result.device)
         return result
 
-    meter = StorageMeter(device_type=device_type, run=run)
+    meter = StorageMeter(run=run)
     return meter
 
 

@@ -19,6 +19,8 @@ from comfy.patcher_extension import WrappersMP
 from .call_shapes import Call
 from .model import PreparesConditioning, native_model
 
+FAILURES = (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError)
+"""Errors of core's preparation of a call in surroundings that are not a run's."""
 _DEVICES = (torch.device("meta"), torch.device("cpu"))
 _NOT_OF_SHAPES = (
     "mask",
@@ -68,23 +70,26 @@ def recorded_calls(
         twin: the diffusion model's; it stands in for parts of the model that core runs to prepare the call.
         denoise_mask: of the latent, if it has one.
         latent_shapes: of the parts of a latent that is packed from several.
+
+    Raises:
+        FAILURES: core's preparation cannot be followed.
     """
+    probe = _probe(model)
     on_meta, on_cpu = _DEVICES
     try:
-        return _recorded_on(on_meta, model, latent_shape, conds, denoise_mask, latent_shapes)
-    except RuntimeError:  # some model's preparation looks at values
-        return _recorded_on(on_cpu, model, latent_shape, conds, denoise_mask, latent_shapes)
+        return _recorded_on(on_meta, probe, latent_shape, conds, denoise_mask, latent_shapes)
+    except FAILURES:  # a model's preparation looks at values
+        return _recorded_on(on_cpu, probe, latent_shape, conds, denoise_mask, latent_shapes)
 
 
 def _recorded_on(
     device: torch.device,
-    model: Any,
+    probe: Any,
     latent_shape: Sequence[int],
     conds: Mapping[str, Sequence[Mapping[str, Any]]],
     denoise_mask: torch.Tensor | None,
     latent_shapes: Sequence[Sequence[int]] | None,
 ) -> list[RecordedCall]:
-    probe = _probe(model)
     noise = torch.zeros(tuple(latent_shape), device=device)
     prepared = comfy.samplers.process_conds(
         probe,

@@ -48,7 +48,7 @@ class SuggestedSizes:
     size: str | None
 
     def remedy(self, needed_bytes: int) -> str:
-        ways = [f"{self.frames} frames"] if self.frames else []
+        ways = [f"{self.frames} frame{'s' if self.frames != 1 else ''}"] if self.frames else []
         ways += [self.size] if self.size else []
         return "use " + ", or ".join([*ways, f"a budget of {format_gib(needed_bytes)}"])
 

@@ -62,8 +62,24 @@ def test_what_cannot_fit_is_refused_before_the_first_step_with_what_would(
     patcher.set_model_patch(lambda given: called.append(1) or {"img": given["img"]}, "double_block")
     error = core.library("errors").DoesNotFitError
     with pytest.raises(error, match=r"320×256×(\d+) with Wan does not fit.*use \d+ frames, or \d+×\d+, or a budget of"):
-        sample(fit_for(core, patcher, 4_500_000), latent_shape=(1, 16, 9, 32, 40))
+        sample(fit_for(core, patcher, 12_000_000), latent_shape=(1, 16, 9, 32, 40))
     assert not called
+
+
+def test_a_model_whose_calls_cannot_be_predicted_runs_as_it_is(
+    core: Core,
+    make_patcher: Callable[..., Any],
+    sample: Callable[..., torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: Any) -> int:
+        raise NotImplementedError("a planted one")
+
+    monkeypatch.setattr(core.native("twin").Twin, "peak_bytes", fails)
+    patcher = make_patcher("wan-t2v")
+    said: list[str] = []
+    assert torch.equal(sample(fit_for(core, patcher, 1, say=said.append)), sample(patcher))
+    assert "runs unchunked: the memory of its calls cannot be predicted" in said[0]
 
 
 def test_out_of_memory_costs_no_step(

@@ -29,7 +29,7 @@ def traced(core: Core, device: torch.device, run: Callable[[], Any]) -> int:
 
 
 def metered(core: Core, run: Callable[[], Any]) -> int:
-    with torch.no_grad(), core.native("kernel_memory").kernel_meter(CPU, None) as meter:
+    with torch.no_grad(), core.native("kernel_memory").kernel_meter(CPU) as meter:
         result = run()
         del result
     return meter.peak_bytes
@@ -152,7 +152,7 @@ def predicted_and_measured(core: Core, patcher: Any, sample: Callable[..., Any],
     def around(executor: Any, *args: Any, **kwargs: Any) -> Any:
         shapes = twin.Twin(core.native("model").native_model(model), model, patcher.model.get_dtype_inference())
         predicted = shapes.peak_bytes(twin.Call(model, args, kwargs), workspace_bytes)
-        with memory.kernel_meter(CPU, None) as meter:
+        with memory.kernel_meter(CPU) as meter:
             result = executor(*args, **kwargs)
         found.append((predicted, meter.peak_bytes))
         return result
