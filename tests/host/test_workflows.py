@@ -16,7 +16,8 @@ import torch
 from comfy_host.client import Client, Run
 from comfy_host.server import Server
 from comfy_host.setup import PACK
-from comfy_host.workflow import NOTES, to_prompt, widgets
+from comfy_host.workflow import to_prompt, widgets
+from graphs.flat import NOTES
 from PIL import Image
 
 from i2v_core.families import VideoSize, bundled_architecture, with_weights
