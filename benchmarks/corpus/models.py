@@ -25,9 +25,12 @@ class Family:
     """Core's class, by which the configuration is found among `benchmarks/native_models`."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Values that the configuration must have; None: it must lack them."""
+    title: str = ""
+    """Part of the case's name, where one configuration has cases of several inputs."""
 
-    def is_of(self, case: ModelCase) -> bool:
-        if case.supported_model != self.supported_model:
+    def has(self, named: NamedCase) -> bool:
+        title, _, case = named
+        if case.supported_model != self.supported_model or self.title not in title:
             return False
         return all(case.config.get(name) == value for name, value in self.facts.items())
 
@@ -46,9 +49,9 @@ FAMILIES = (
     Family(file=r"ltx-2-19b", supported_model="LTXAV", facts={"cross_attention_adaln": None}),
     Family(file=r"ltx-video-2b", supported_model="LTXV", facts={"num_layers": 28}),
     Family(file=r"ltx-video-13b|ltxv-13b", supported_model="LTXV", facts={"num_layers": 48}),
-    Family(file=r"minimax_h3_", supported_model="MiniMaxH3"),
-    Family(file=r"hunyuanvideo1\.5_.*i2v", supported_model="HunyuanVideo15"),
-    Family(file=r"hunyuanvideo1\.5_.*t2v", supported_model="HunyuanVideo15"),
+    Family(file=r"minimax_h3_ref2va", supported_model="MiniMaxH3", title="references"),
+    Family(file=r"minimax_h3_fl2va", supported_model="MiniMaxH3"),
+    Family(file=r"hunyuanvideo1\.5_", supported_model="HunyuanVideo15"),
     Family(file=r"hunyuan_video_t2v", supported_model="HunyuanVideo"),
     Family(file=r"hunyuan_video_.*i2v", supported_model="HunyuanVideoI2V"),
     Family(file=r"kandinsky5lite_", supported_model="Kandinsky5", facts={"model_dim": 1792}),
@@ -78,7 +81,7 @@ def known_model(file: str) -> KnownModel | None:
     name = file.rpartition("/")[2].lower()
     families = [family for family in FAMILIES if re.search(family.file, name)]
     cases: list[NamedCase] = real_models() if families else []
-    found = next((case for case in cases for family in families if family.is_of(case[2])), None)
+    found = next((case for case in cases for family in families if family.has(case)), None)
     if found is None or not hasattr(host_module("comfy.supported_models"), found[2].supported_model):
         return None
     title, _, case = found
