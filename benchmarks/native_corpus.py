@@ -26,7 +26,7 @@ from graphs.insertion import insert_vram_fit  # noqa: E402
 from graphs.templates import open_video_templates  # noqa: E402
 
 from benchmarks.corpus.clips import Clip, sampled  # noqa: E402
-from benchmarks.corpus.models import known_model, with_clip  # noqa: E402
+from benchmarks.corpus.models import known_model  # noqa: E402
 from benchmarks.corpus.plans import NotFittedError, Planner  # noqa: E402
 from i2v_core.planning.cards import CARDS  # noqa: E402
 
@@ -90,7 +90,7 @@ def _rows(name: str, workflow: dict[str, Any], object_info: dict[str, Any]) -> I
         model = known_model(file)
         assert model is not None
         try:
-            planner = Planner(with_clip(model.case, clip), one_byte=model.stored != "16 bits")
+            planner = Planner(model.at(clip), one_byte=model.stored != "16 bits")
         except NotFittedError as error:
             yield str(error)
             continue

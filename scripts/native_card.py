@@ -9,7 +9,7 @@ from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.corpus.clips import sampled
-from benchmarks.corpus.models import KnownModel, known_model, with_clip
+from benchmarks.corpus.models import KnownModel, known_model
 from benchmarks.corpus.plans import NotFittedError, Planned, Planner
 from i2v_core.planning.cards import CARDS
 
@@ -52,7 +52,7 @@ def native_card(name: str, graph: Image.Image, prompt: dict[str, Any]) -> Image.
 
 def _plan(model: KnownModel, clip: Any) -> Planned | None:
     try:
-        planner = Planner(with_clip(model.case, clip), one_byte=model.stored != "16 bits")
+        planner = Planner(model.at(clip), one_byte=model.stored != "16 bits")
     except NotFittedError:
         return None
     plan = planner.within(CARDS[CARD].free_bytes)

@@ -72,8 +72,28 @@ class KnownModel:
 
     name: str
     case: ModelCase
+    case_clip: Clip
+    """The clip of the case's latent."""
     stored: str
     """How the file holds weights."""
+
+    def at(self, clip: Clip) -> ModelCase:
+        """The case with the latent of another clip."""
+        batch, channels, frames, height, _ = self.case.latent_shape
+        spatial, temporal = self.case_clip.height // height, max(1, (self.case_clip.frames - 1) // max(1, frames - 1))
+        latent_frames = (clip.frames - 1) // temporal + 1
+        if self.case.supported_model == "MiniMaxH3":  # its frames come in groups of 17, after 5
+            latent_frames = max(0, -(-(clip.frames - 5) // 17)) * 5 + 2
+        shape = (batch, channels, latent_frames, clip.height // spatial, clip.width // spatial)
+        return replace(self.case, latent_shape=shape, audio_latent_shape=self._audio(clip))
+
+    def _audio(self, clip: Clip) -> tuple[int, ...] | None:
+        """Shape of the audio latent that is as long as a clip."""
+        stream, shape = _STREAMS.get(self.case.supported_model), self.case.audio_latent_shape
+        if stream is None or shape is None:
+            return shape
+        axis, steps_per_second, frames_per_second = stream
+        return (*shape[:axis], round(clip.frames / frames_per_second * steps_per_second), *shape[axis + 1 :])
 
 
 def known_model(file: str) -> KnownModel | None:
@@ -84,24 +104,6 @@ def known_model(file: str) -> KnownModel | None:
     found = next((case for case in cases for family in families if family.has(case)), None)
     if found is None or not hasattr(host_module("comfy.supported_models"), found[2].supported_model):
         return None
-    title, _, case = found
-    return KnownModel(name=title, case=case, stored=next((it for it in _FORMATS if it in name), "16 bits"))
-
-
-def with_clip(case: ModelCase, clip: Clip) -> ModelCase:
-    """A case with the latent of a clip."""
-    latent_format = getattr(host_module("comfy.supported_models"), case.supported_model).latent_format()
-    spatial = int(getattr(latent_format, "spacial_downscale_ratio", None) or 8)
-    temporal = int(getattr(latent_format, "temporal_downscale_ratio", None) or 1)
-    batch, channels, *_ = case.latent_shape
-    latent_frames = (clip.frames - 1) // temporal + 1
-    if case.supported_model == "MiniMaxH3":  # its frames come in groups of 17, after 5
-        latent_frames = max(0, -(-(clip.frames - 5) // 17)) * 5 + 2
-    shape = (batch, channels, latent_frames, clip.height // spatial, clip.width // spatial)
-    stream = _STREAMS.get(case.supported_model)
-    if case.audio_latent_shape is None or stream is None:
-        return replace(case, latent_shape=shape)
-    axis, steps_per_second, frames_per_second = stream
-    audio = list(case.audio_latent_shape)
-    audio[axis] = round(clip.frames / frames_per_second * steps_per_second)
-    return replace(case, latent_shape=shape, audio_latent_shape=tuple(audio))
+    title, size, case = found
+    stored = next((it for it in _FORMATS if it in name), "16 bits")
+    return KnownModel(name=title, case=case, case_clip=Clip(*map(int, size.split("×"))), stored=stored)

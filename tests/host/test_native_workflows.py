@@ -12,7 +12,7 @@ from comfy_host.workflow import to_prompt
 from graphs.insertion import VRAM_FIT, insert_vram_fit
 
 from benchmarks.corpus.clips import sampled
-from benchmarks.corpus.models import known_model, with_clip
+from benchmarks.corpus.models import known_model
 from benchmarks.corpus.plans import Planner
 from i2v_core.planning.cards import CARDS
 from i2v_core.units import GIB
@@ -65,7 +65,7 @@ def test_the_note_on_wan_says_what_is_planned(object_info: dict[str, Any]) -> No
     assert model
     assert high.clip == low.clip
     assert high.clip
-    planner = Planner(with_clip(model.case, high.clip), one_byte=model.stored != "16 bits")
+    planner = Planner(model.at(high.clip), one_byte=model.stored != "16 bits")
     plan = planner.within(CARDS["8 GB"].free_bytes)
     assert plan.needed_bytes
     note = note_of(workflow)

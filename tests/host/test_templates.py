@@ -17,7 +17,7 @@ from graphs.placing import node_box
 from graphs.templates import open_video_templates
 
 from benchmarks.corpus.clips import Clip, sampled
-from benchmarks.corpus.models import known_model, with_clip
+from benchmarks.corpus.models import known_model
 from benchmarks.corpus.plans import Planner
 from tests.scripts.graph_parts import loose_ends
 
@@ -88,7 +88,7 @@ def test_its_run_is_planned_for_a_card(name: str, model: str, clip: Clip, object
     assert {it.clip for it in sampled(to_prompt(workflow, object_info))} == {clip}
     assert known
     assert {it and it.name for it in (known, *others)} == {model}
-    planner = Planner(with_clip(known.case, clip), one_byte=known.stored != "16 bits")
+    planner = Planner(known.at(clip), one_byte=known.stored != "16 bits")
     little, much = planner.within(7 << 30), planner.within(40 << 30)
     assert little.needed_bytes < much.needed_bytes
     assert little.needed_bytes + little.resident_bytes <= 7 << 30

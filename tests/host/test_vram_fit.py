@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,7 @@ def test_a_run_that_cannot_fit_is_refused_before_its_first_step(client: Client, 
         client.run(prompt_of("4MiB", seed=2), watch=events.append)
     assert refused.value.node_id == "first"
     assert refused.value.exception_type.rpartition(".")[2] == "DoesNotFitError"
-    assert "320×320×17 with Wan does not fit" in refused.value.message
-    assert "use " in refused.value.message
+    assert re.search(r"320×320×\d+ with Wan does not fit.*Remedy: use ", refused.value.message)
     steps = [it for it in events if it.kind == "progress" and it.data["node"] == "first" and it.data["value"] > 0]
     assert steps == []
     (started,) = (it for it in events if it.kind == "execution_start")
