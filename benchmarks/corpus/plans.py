@@ -67,8 +67,9 @@ class Planner:
 
         try:
             self._fit.outer_sample(prepare, None, None, latent_shapes=self._shapes)
-        except (errors.DoesNotFitError, RuntimeError) as error:  # PyTorch's: a suggested size cannot be traced
+        except (errors.DoesNotFitError, RuntimeError) as error:
             stock = self.within(1 << 50)
+            suggested = isinstance(error, errors.DoesNotFitError)
             return Planned(
                 usable_bytes=usable_bytes,
                 needed_bytes=None,
@@ -76,7 +77,7 @@ class Planner:
                 weights_bytes=stock.weights_bytes,
                 stock_bytes=stock.stock_bytes,
                 workspace_bytes=None,
-                refusal=str(error),
+                refusal=str(error) if suggested else "no smaller size can be traced",
             )
         plan = self._fit.plan
         return Planned(
