@@ -70,24 +70,17 @@ def _draw_bars(draw: ImageDraw.ImageDraw, plan: Planned, top: float) -> None:
         bar_top = top + TEXT_PIXELS + 2
         step_end = MARGIN_PIXELS + width * min(1.0, step_bytes / plan.usable_bytes)
         weights_end = step_end + width * weights_bytes / plan.usable_bytes
+        step, weights = f"{step_bytes / GIB:.1f}", f"{weights_bytes / GIB:.1f} of {plan.weights_bytes / GIB:.0f}"
         parts = (
-            (MARGIN_PIXELS, step_end, STEP_COLOUR, f"step {step_bytes / GIB:.1f}"),
-            (
-                step_end,
-                weights_end,
-                WEIGHTS_COLOUR,
-                f"weights {weights_bytes / GIB:.1f} of {plan.weights_bytes / GIB:.0f} GiB",
-            ),
+            (MARGIN_PIXELS, step_end, STEP_COLOUR, (f"step {step}", step)),
+            (step_end, weights_end, WEIGHTS_COLOUR, (f"weights {weights} GiB", f"{weights} GiB", weights)),
         )
-        for left, right, colour, text in parts:
+        for left, right, colour, texts in parts:
             draw.rectangle((left, bar_top, right - 1, bar_top + BAR_PIXELS), fill=colour)
-            if right - left > draw.textlength(text, font=_font(TEXT_PIXELS)) + 8:
-                draw.text(
-                    (left + 8, bar_top + (BAR_PIXELS - TEXT_PIXELS) / 2 - 3),
-                    text,
-                    fill=TEXT_COLOUR,
-                    font=_font(TEXT_PIXELS),
-                )
+            room = right - left - 8
+            text = next((it for it in texts if draw.textlength(it, font=_font(TEXT_PIXELS)) <= room), "")
+            text_top = bar_top + (BAR_PIXELS - TEXT_PIXELS) / 2 - 3
+            draw.text((left + 5, text_top), text, fill=TEXT_COLOUR, font=_font(TEXT_PIXELS))
         top = bar_top + BAR_PIXELS + 14
 
 
