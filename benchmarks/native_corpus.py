@@ -1,4 +1,4 @@
-"""What VRAM Fit plans for the video templates that come with ComfyUI, on cards of 8, 12 and 24 GB.
+"""Plans of VRAM Fit for the video templates that come with ComfyUI, on cards of 8, 12 and 24 GB.
 
 Run: `.venv/bin/python benchmarks/native_corpus.py [--only NAME] [--out FILE]`. VRAM Fit is put into each template, the
 clip and the model's file are read from the graph, and the run is planned as the node would plan it, on meta tensors.

@@ -77,7 +77,7 @@ def _draw_bars(draw: ImageDraw.ImageDraw, plan: Planned, top: float) -> None:
         )
         for left, right, colour, texts in parts:
             draw.rectangle((left, bar_top, right - 1, bar_top + BAR_PIXELS), fill=colour)
-            room = right - left - 8
+            room = right - left - 6
             text = next((it for it in texts if draw.textlength(it, font=_font(TEXT_PIXELS)) <= room), "")
             text_top = bar_top + (BAR_PIXELS - TEXT_PIXELS) / 2 - 3
             draw.text((left + 5, text_top), text, fill=TEXT_COLOUR, font=_font(TEXT_PIXELS))

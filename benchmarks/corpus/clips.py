@@ -42,7 +42,7 @@ class Sampled:
 
 
 def sampled(prompt: JSON) -> Iterator[Sampled]:
-    """What runs behind each VRAM Fit of a prompt in the API's format."""
+    """Models and clips behind each VRAM Fit of a prompt in the API's format."""
     figures = Figures(prompt)
     for fit, node in prompt.items():
         for slot, name in enumerate(("model", "model_2")):

@@ -108,8 +108,8 @@ _NUMBERS: Mapping[str, Callable[[Figures, JSON, int], float | None]] = {
 
 
 def _empty(figures: Figures, inputs: JSON) -> Pictures:
-    sides = (figures.whole(inputs[name]) for name in ("width", "height"))
-    return Pictures(*sides, figures.whole(inputs["batch_size"]))
+    width, height, count = (figures.whole(inputs[name]) for name in ("width", "height", "batch_size"))
+    return Pictures(width, height, count)
 
 
 def _scaled(figures: Figures, inputs: JSON) -> Pictures:

@@ -31,7 +31,7 @@ class Value:
 
 
 Origin: TypeAlias = "Output | Value | None"
-"""What an input gets; None: nothing."""
+"""Source of an input's value; None: it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class _Scope:
         return self._from(self._level.nodes[link.origin], link.origin_slot)
 
     def _from(self, node: JSON, slot: int) -> Origin:
-        """What comes out of a node's slot."""
+        """The origin that a node's output slot stands for."""
         mode = node.get("mode", 0)
         if mode in (MUTED, BYPASSED):
             return None if mode == MUTED else self._past(node, slot)
@@ -108,7 +108,7 @@ class _Scope:
         return self._origin(next((slot.get("link") for slot in places if slot["type"] == kind), None))
 
     def _from_outside(self, slot: int) -> Origin:
-        """What a subgraph's own input gets: a link to the node that stands for it, or that node's widget."""
+        """The origin of a subgraph's own input: a link to the node that stands for it, or that node's widget."""
         assert self._outer is not None
         assert self._stand_in is not None
         name = self._level.graph["inputs"][slot]["name"]

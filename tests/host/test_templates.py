@@ -90,6 +90,8 @@ def test_its_run_is_planned_for_a_card(name: str, model: str, clip: Clip, object
     assert {it and it.name for it in (known, *others)} == {model}
     planner = Planner(known.at(clip), one_byte=known.stored != "16 bits")
     little, much = planner.within(7 << 30), planner.within(40 << 30)
+    assert little.needed_bytes
+    assert much.needed_bytes
     assert little.needed_bytes < much.needed_bytes
     assert little.needed_bytes + little.resident_bytes <= 7 << 30
     assert much.workspace_bytes is None
@@ -110,7 +112,7 @@ def rest(level: Level, node: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def errors_of(client: Client, prompt: dict[str, Any]) -> set[tuple[str, str, str]]:
-    """What the host finds wrong with a prompt: node, kind of error and details."""
+    """Errors that the host finds in a prompt: node, kind of error and details."""
     try:
         client.drop(client.queue(prompt))
     except PromptRefusedError as refused:

@@ -185,5 +185,5 @@ def test_a_muted_subgraph_is_left_out() -> None:
 
 
 def flatten(made: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the inputs of each node get that runs, by id."""
+    """Origins of the inputs of each node that runs, by its id."""
     return {it.id: it.origins for it in flat_nodes(made)}
