@@ -63,7 +63,7 @@ _FORMATS = ("fp8", "int8")
 """Formats of a byte a weight, by which a file's name tells them; other files are in 16 bits."""
 
 _STREAMS = {"LTXAV": (2, 25.0, 25.0), "MiniMaxH3": (3, 40.0, 24.0)}
-"""Of a latent that goes with the video's: its axis of time, steps a second, and the clip's frames a second."""
+"""Audio latents that go with the video's: the axis of time, steps a second, and the clip's frames a second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

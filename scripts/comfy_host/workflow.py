@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from graphs.flat import Output, flat_nodes
+from graphs.flat import Output, WidgetOf, flat_nodes
 from graphs.level import JSON
 
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR", "COMFY_DYNAMICCOMBO_V3"}
@@ -39,16 +39,26 @@ def to_prompt(workflow: JSON, object_info: dict[str, JSON]) -> JSON:
         node = flat.node
         if node["type"] not in object_info:
             raise WorkflowError(f"Node {flat.id} ({node['type']}) is not known to the host.")
-        drawn = widgets(object_info[node["type"]], node.get("widgets_values") or [])
-        inputs = {name: value for name, value in drawn if name is not None and value is not None}
+        inputs = _values(node, object_info)
         for name, origin in flat.origins.items():
-            inputs[name] = [origin.node, origin.slot] if isinstance(origin, Output) else origin.value
+            if isinstance(origin, Output):
+                inputs[name] = [origin.node, origin.slot]
+            elif isinstance(origin, WidgetOf):
+                inputs[name] = _values(origin.node, object_info).get(origin.name)
+            else:
+                inputs[name] = origin.value
         prompt[flat.id] = {
             "class_type": node["type"],
             "inputs": inputs,
             "_meta": {"title": node.get("title", node["type"])},
         }
     return prompt
+
+
+def _values(node: JSON, object_info: dict[str, JSON]) -> JSON:
+    """The values of a node's widgets, by name."""
+    drawn = widgets(object_info[node["type"]], node.get("widgets_values") or [])
+    return {name: value for name, value in drawn if name is not None and value is not None}
 
 
 def widgets(info: JSON, values: Sequence[Any]) -> list[tuple[str | None, Any]]:

@@ -30,7 +30,15 @@ class Value:
     value: Any
 
 
-Origin: TypeAlias = "Output | Value | None"
+@dataclass(frozen=True, slots=True)
+class WidgetOf:
+    """The value of a node's widget, which a subgraph shows on the node in its place and hands to others too."""
+
+    node: JSON
+    name: str
+
+
+Origin: TypeAlias = "Output | Value | WidgetOf | None"
 """Source of an input's value; None: it has none."""
 
 
@@ -39,9 +47,9 @@ class FlatNode:
     """A node that the host runs."""
 
     id: str
-    """Of a node in a subgraph: the ids of the nodes around it, and its own, as `12:5`."""
+    """Its own id; for a node in a subgraph, after those of the nodes around it, as `12:5`."""
     node: JSON
-    origins: dict[str, Output | Value] = field(default_factory=dict)
+    origins: dict[str, Output | Value | WidgetOf] = field(default_factory=dict)
     """By the name of an input: what it gets in place of its widget's value."""
 
 
@@ -115,10 +123,10 @@ class _Scope:
         outside = {it["name"]: it for it in self._stand_in.get("inputs") or ()}.get(name)
         if outside is not None and outside.get("link") is not None:
             return self._outer._origin(outside["link"])
-        return self._promoted().get(name)
+        return self._promoted().get(name) or self._inner_widget(name)
 
     def _promoted(self) -> dict[str, Value]:
-        """Values of the widgets on the node that stands for a subgraph; older pages keep them in the inner nodes."""
+        """Values of the widgets on the node that stands for a subgraph; some pages keep them in the inner nodes."""
         assert self._stand_in is not None
         values = self._stand_in.get("widgets_values") or []
         pairs = self._stand_in.get("properties", {}).get("proxyWidgets")
@@ -127,15 +135,19 @@ class _Scope:
 
     def _widget_inputs(self) -> list[str]:
         """Names of the subgraph's inputs that are widgets of nodes in it."""
-        return [it["name"] for it in self._level.graph["inputs"] if any(map(self._is_widget, it["linkIds"]))]
+        names = (it["name"] for it in self._level.graph["inputs"])
+        return [name for name in names if self._inner_widget(name) is not None]
 
-    def _is_widget(self, link_id: int) -> bool:
-        link = self._links[link_id]
-        target = self._level.nodes.get(link.target)
-        if target is None:
-            return False
-        slot = target["inputs"][link.target_slot]
-        if target["type"] in self._definitions:  # a subgraph in the subgraph
-            inner = self._inside(target)
-            return slot["name"] in inner._widget_inputs()
-        return "widget" in slot
+    def _inner_widget(self, name: str) -> WidgetOf | None:
+        """The widget of a node in the subgraph that one of the subgraph's inputs stands for."""
+        (slot,) = (it for it in self._level.graph["inputs"] if it["name"] == name)
+        for link in (self._links[it] for it in slot["linkIds"]):
+            target = self._level.nodes.get(link.target)
+            inner = target["inputs"][link.target_slot] if target is not None else {}
+            if target is not None and target["type"] in self._definitions:  # a subgraph in the subgraph
+                found = self._inside(target)._inner_widget(inner["name"])
+            else:
+                found = WidgetOf(target, inner["widget"]["name"]) if target is not None and "widget" in inner else None
+            if found is not None:
+                return found
+        return None

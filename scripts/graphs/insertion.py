@@ -10,7 +10,7 @@ from .placing import free_place
 
 VRAM_FIT = "I2VVRAMFit"
 SIZE_PIXELS = (320, 220)
-"""Of the node: room for its report below the widget."""
+"""Size of the node, with room for its report below the widget."""
 _ONLY_SCALES = {"AddNoise"}
 """Nodes that take a model and give a latent, but do not run the model."""
 

@@ -24,7 +24,6 @@ from tests.scripts.graph_parts import loose_ends
 TEMPLATES = open_video_templates()
 INCOMPLETE = {
     "gsl_starter_1_2": "prompt_no_outputs",  # its user is to draw the node that saves the video
-    "video_ltx2_3_ic_lora": "required_input_missing",  # a text that its page hands to two inputs at once
 }
 """Templates that the host refuses for more than missing files."""
 MISSING_FILE = {"value_not_in_list", "custom_validation_failed"}
@@ -96,6 +95,35 @@ def test_its_run_is_planned_for_a_card(name: str, model: str, clip: Clip, object
     assert little.needed_bytes + little.resident_bytes <= 7 << 30
     assert much.workspace_bytes is None
     assert much.resident_bytes == much.weights_bytes
+
+
+LOADED = """async (graph) => {
+  await app.loadGraphData(graph, true, true, 'template');
+  return (await app.graphToPrompt()).output;
+}"""
+"""Opens a workflow on the page; gives the prompt that the page makes of it."""
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.parametrize("loaded_page", [("newest_page_server", True)], ids=["newest_nodes2"], indirect=True)
+def test_the_page_runs_it_as_it_is_converted_here(page: Any, object_info: dict[str, Any]) -> None:
+    """Subgraphs, switches, bypassed groups and two experts among them."""
+    for name in ("video_wan2_2_14B_i2v", "video_wan2_2_14B_flf2v", "video_ltx2_i2v", "video_minimax_h3_r2v"):
+        if name not in TEMPLATES:
+            continue
+        workflow = json.loads(TEMPLATES[name].read_text("utf-8"))
+        insert_vram_fit(workflow)
+        shown = page.raw.evaluate(LOADED, workflow)
+        assert inputs_of(shown) == inputs_of(to_prompt(workflow, object_info)), name
+
+
+def inputs_of(prompt: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of each node of a prompt but seeds, which the page may draw."""
+    return {
+        name: {key: value for key, value in node["inputs"].items() if "seed" not in key}
+        for name, node in prompt.items()
+    }
 
 
 def without_links(node: dict[str, Any]) -> dict[str, Any]:

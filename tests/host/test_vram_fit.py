@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 HIGH, LOW = "fit/high_noise.safetensors", "fit/low_noise.safetensors"
 TEXT_WIDTH = 1024
-"""Of the only conditioning that a node of core makes without a text encoder."""
+"""Width of the only conditioning that a node of core makes without a text encoder."""
 CONFIG = {
     "image_model": "wan2.1",
     "model_type": "t2v",

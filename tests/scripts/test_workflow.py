@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from comfy_host.workflow import WorkflowError, to_prompt, widgets
-from graphs.flat import Output, Value, flat_nodes
+from graphs.flat import Output, Value, WidgetOf, flat_nodes
 from graphs.level import INPUTS, OUTPUTS
 
 from . import graph_parts as parts
@@ -174,8 +174,19 @@ def test_a_subgraph_becomes_its_nodes(given: dict[str, Any], steps: Value | None
     ]
     outer = [(1, 0, 2, 0, "IMAGE"), (2, 0, 3, 0, "LATENT")]
     flat = flatten(parts.graph(nodes, outer, definitions=[inner]))
-    sampled = {"image": Output("1", 0), **({} if steps is None else {"steps": steps})}
+    sampled = {"image": Output("1", 0), "steps": steps or WidgetOf(inner_node, "steps")}
     assert flat == {"1": {}, "2:5": sampled, "3": {"latent": Output("2:5", 0)}}
+
+
+def test_a_widget_that_a_subgraph_shows_goes_to_all_that_it_is_linked_to() -> None:
+    """Also to an input without a widget."""
+    inner = [node(5, "Sample", [7, "fixed", 5], {"steps": None}), node(6, "Sample", [], {"size": None})]
+    inner[0]["inputs"][0]["widget"] = {"name": "steps"}
+    links = [(INPUTS, 0, 5, 0, "INT"), (INPUTS, 0, 6, 0, "INT")]
+    definition = parts.subgraph("inner", [{**it, "outputs": []} for it in inner], links, [("steps", "INT")])
+    outer = parts.graph([parts.node(1, "inner", [("steps", "INT")], [])], [], definitions=[definition])
+    prompt = to_prompt(outer, OBJECT_INFO)
+    assert prompt["1:5"]["inputs"]["steps"] == prompt["1:6"]["inputs"]["size"] == 5
 
 
 def test_a_muted_subgraph_is_left_out() -> None:
