@@ -35,6 +35,9 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"{graph}: {error}", file=sys.stderr)
         return 1
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        print(f"{graph}: it is damaged, or of a format that is not known ({error!r})", file=sys.stderr)
+        return 1
     print(f"{out}: {len(inserted)} VRAM Fit inserted")
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from .level import INPUTS, JSON, Ids, Level, Link, subgraphs
+from .level import JSON, Ids, Level, Link, subgraphs
 from .placing import free_place
 
 VRAM_FIT = "I2VVRAMFit"
@@ -56,7 +56,7 @@ def model_inputs(node: JSON, inner: dict[str, Level]) -> set[str]:
         return {
             slot["name"]
             for slot in level.graph["inputs"]
-            for target, place in (targets[link] for link in slot["linkIds"] or ())
+            for target, place in (targets[link] for link in slot["linkIds"] or () if link in targets)
             if target is not None and target["inputs"][place]["name"] in model_inputs(target, inner)
         }
     kinds = {slot["type"] for slot in node.get("outputs") or ()}
@@ -73,7 +73,7 @@ def _sources(level: Level, inner: dict[str, Level]) -> list[ModelSource]:
         names = model_inputs(node, inner)
         for slot in node.get("inputs") or ():
             link = links.get(slot.get("link"))
-            if slot["name"] not in names or link is None or link.origin == INPUTS or _is_fitted(level, link):
+            if slot["name"] not in names or link is None or not _can_be_fitted(level, link):
                 continue
             source = found.setdefault((link.origin, link.origin_slot), ModelSource(link.origin, link.origin_slot))
             source.links.append(link)
@@ -83,8 +83,10 @@ def _sources(level: Level, inner: dict[str, Level]) -> list[ModelSource]:
     return sorted(found.values(), key=lambda it: min(depths.get(sampler, 0) for sampler in it.samplers))
 
 
-def _is_fitted(level: Level, link: Link) -> bool:
-    return level.nodes[link.origin]["type"] == VRAM_FIT
+def _can_be_fitted(level: Level, link: Link) -> bool:
+    """Whether a model comes from a node of this graph, not from outside, and has no VRAM Fit yet."""
+    origin = level.nodes.get(link.origin)
+    return origin is not None and origin["type"] != VRAM_FIT
 
 
 def _pairs(level: Level, inner: dict[str, Level]) -> Iterator[list[ModelSource]]:

@@ -166,7 +166,12 @@ def test_it_overlaps_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("[", "Expecting value"), ('{"1": {"class_type": "KSampler"}}', "page has saved"), ("{}", "page has saved")],
+    [
+        ("[", "Expecting value"),
+        ('{"1": {"class_type": "KSampler"}}', "page has saved"),
+        ("{}", "page has saved"),
+        ('{"nodes": [{}], "links": []}', "it is damaged"),
+    ],
 )
 def test_the_script_refuses_other_files(tmp_path: Path, content: str, said: str) -> None:
     file = tmp_path / "graph.json"
