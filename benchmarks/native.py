@@ -18,7 +18,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 
 from comfy_host.in_process import native_modules
-from comfy_host.model_case import ModelCase, model_of, sampler_input
+from comfy_host.model_case import ModelCase, latent_of, model_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ def _row(native: Any, name: str, size: str, case: ModelCase) -> Row:
     import torch
 
     base = model_of(case, torch.bfloat16, "meta")
-    latent_shape, conds, part_shapes = sampler_input(case)
+    latent_shape, conds, part_shapes = _input(case)
     start = time.perf_counter()
     call = native.recorded_call.recorded_calls(base, latent_shape, conds, latent_shapes=part_shapes)[0]
     twin = native.twin.Twin(native.model.native_model(base.diffusion_model), base.diffusion_model, torch.bfloat16)
@@ -92,6 +92,17 @@ def _row(native: Any, name: str, size: str, case: ModelCase) -> Row:
         predict_seconds=round(predicted - start, 3),
         plan_seconds=round(planned - predicted, 3),
     )
+
+
+def _input(case: ModelCase) -> tuple[tuple[int, ...], dict[str, Any], list[tuple[int, ...]]]:
+    """Shape of the latent as samplers see it, one branch's conditioning, and the shapes of the latent's parts."""
+    import torch
+    from comfy import sampler_helpers, utils  # pyright: ignore[reportMissingImports]
+
+    latent = latent_of(case, torch.zeros)
+    packed, shapes = utils.pack_latents(latent.unbind()) if latent.is_nested else (latent, [latent.shape])
+    conditioning = case.conditioning(torch.Generator(), case.latent_shape)
+    return tuple(packed.shape), {"positive": sampler_helpers.convert_cond([conditioning])}, shapes
 
 
 def _load() -> Any:
