@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from comfy_host.model_case import ModelCase, model_of, sampler_input
@@ -46,37 +46,33 @@ class Planner:
         torch = host_module("torch")
         stored = torch.float8_e4m3fn if one_byte else torch.bfloat16
         base = model_of(case, stored, "meta", compute_dtype=torch.bfloat16 if one_byte else None)
-        cpu = torch.device("cpu")
-        self._patcher = host_module("comfy.model_patcher").ModelPatcher(base, load_device=cpu, offload_device=cpu)
-        self._shape, self._conds, self._shapes = sampler_input(case)
-        self._usable_bytes = 0
-        native = pack_module("nodes.native.model").native_model(base.diffusion_model)
-        if native is None:
-            raise NotFittedError(f"{type(base.diffusion_model).__name__} is not known to VRAM Fit")
-        fitting = pack_module("nodes.native.fitted_model")
+        patcher = host_module("comfy.model_patcher").ModelPatcher(
+            base, load_device=torch.device("cuda"), offload_device=torch.device("cpu")
+        )
+        _plan_as_on_a_card()
+        fitting = pack_module("nodes.native.fit")
         services = fitting.Services(usable_bytes=lambda: self._usable_bytes, check_cancelled=lambda: None)
-        self._fit = fitting.FittedModel(native, base, services)
+        self._usable_bytes = 0
+        self._patcher, report = fitting.fitted(patcher, services)
+        self._fit = self._patcher.get_attachment(fitting.KEY)
+        if self._fit is None:
+            raise NotFittedError(report)
+        self._shape, self._conds, self._shapes = sampler_input(case)
 
     def within(self, usable_bytes: int) -> Planned:
         """The plan that a sampler's run would begin with."""
         self._usable_bytes = usable_bytes
         errors = pack_module("i2v_core.errors")
-
-        def prepare(*_args: Any, **_kwargs: Any) -> None:
-            self._fit.prepare_sampling(lambda *_args, **_kwargs: None, self._patcher, self._shape, self._conds)
-
         try:
-            self._fit.outer_sample(prepare, None, None, latent_shapes=self._shapes)
+            self._fit.outer_sample(self._prepare, None, None, latent_shapes=self._shapes)
         except (errors.DoesNotFitError, RuntimeError) as error:
-            stock = self.within(1 << 50)
             suggested = isinstance(error, errors.DoesNotFitError)
-            return Planned(
+            ample = self.within(1 << 50)
+            return replace(
+                ample,
                 usable_bytes=usable_bytes,
                 needed_bytes=None,
                 resident_bytes=0,
-                weights_bytes=stock.weights_bytes,
-                stock_bytes=stock.stock_bytes,
-                workspace_bytes=None,
                 refusal=str(error) if suggested else "no smaller size can be traced",
             )
         plan = self._fit.plan
@@ -88,3 +84,21 @@ class Planner:
             stock_bytes=plan.stock_bytes,
             workspace_bytes=plan.workspace_bytes,
         )
+
+    def _prepare(self, *_args: Any, **_kwargs: Any) -> None:
+        """The part of a sampler's run that plans it."""
+        self._fit.prepare_sampling(lambda *_args, **_kwargs: None, self._patcher, self._shape, self._conds)
+
+
+def _plan_as_on_a_card() -> None:
+    """Count PyTorch's attention, which core takes on a card, whatever it takes in this process."""
+    try:
+        planner, memory = (pack_module(f"nodes.native.{name}") for name in ("call_planner", "attention_memory"))
+    except ModuleNotFoundError:  # plans assume it anyway
+        return
+    attention = host_module("comfy.ldm.modules.attention")
+
+    def fused(_chosen: Any, *args: Any, **kwargs: Any) -> Any:
+        return memory.attention_output(attention.attention_pytorch.__wrapped__, *args, **kwargs)
+
+    planner.attention_output = fused
