@@ -36,9 +36,18 @@ class Family:
 
 
 _WAN_14B, _WAN_1_3B = {"dim": 5120}, {"dim": 1536}
+_WITH_IMAGE, _TEXT_ALONE, _CONTROLLED = ({**_WAN_14B, "in_dim": it} for it in (36, 16, 52))
 FAMILIES = (
-    Family(file=r"wan2\.2_(i2v|fun_inpaint)_.*14b", supported_model="WAN21_T2V", facts={**_WAN_14B, "in_dim": 36}),
-    Family(file=r"wan2\.[12]_t2v_.*14b", supported_model="WAN21_T2V", facts={**_WAN_14B, "in_dim": 16}),
+    Family(file=r"wan2\.2_(i2v|fun_inpaint)_.*14b", supported_model="WAN21_T2V", facts=_WITH_IMAGE),
+    Family(file=r"wan2\.[12]_t2v_.*14b", supported_model="WAN21_T2V", facts=_TEXT_ALONE, title="T2V"),
+    Family(file=r"wan2\.2_fun_control_.*14b", supported_model="WAN21_T2V", facts=_CONTROLLED),
+    Family(file=r"wan2\.2_fun_camera_.*14b", supported_model="WAN22_Camera", facts=_WAN_14B),
+    Family(file=r"wan2\.2_bernini", supported_model="WAN21_T2V", facts=_TEXT_ALONE, title="Bernini"),
+    Family(file=r"wan2\.2_s2v_14b", supported_model="WAN22_S2V"),
+    Family(file=r"wan2\.2_animate_14b", supported_model="WAN22_Animate"),
+    Family(file=r"wan2\.2_dancer_14b", supported_model="WAN22_WanDancer"),
+    Family(file=r"wan2\.1_14b_scail_2", supported_model="WAN21_SCAIL2"),
+    Family(file=r"humo_17b", supported_model="WAN21_HuMo"),
     Family(file=r"wan2\.1_(i2v|flf2v)_.*14b|wan2_1-i2v-|wan21-wanmove", supported_model="WAN21_I2V", facts=_WAN_14B),
     Family(file=r"wan2\.1_vace_14b", supported_model="WAN21_Vace", facts=_WAN_14B),
     Family(file=r"wan2\.1_t2v_1\.3b", supported_model="WAN21_T2V", facts=_WAN_1_3B),

@@ -40,27 +40,25 @@ TI2V_5B = {
 }
 
 
-def start_image(generator: torch.Generator, shape: tuple[int, ...]) -> list[Any]:
+def _start_image(generator: torch.Generator, shape: tuple[int, ...]) -> list[Any]:
     options = {"concat_latent_image": torch.zeros(shape), "concat_mask": torch.ones(1, 1, *shape[2:])}
     return [torch.randn(1, 512, 4096, generator=generator), options]
 
 
-def text_alone(generator: torch.Generator, _shape: tuple[int, ...]) -> list[Any]:
+def _text(generator: torch.Generator, _shape: tuple[int, ...]) -> list[Any]:
     return [torch.randn(1, 512, 4096, generator=generator), {}]
 
 
-def case_of(
-    supported_model: str, config: dict[str, Any], conditioning: Any, latent_shape: tuple[int, ...]
-) -> ModelCase:
+def _case(supported_model: str, config: dict[str, Any], conditioning: Any, latent_shape: tuple[int, ...]) -> ModelCase:
     return ModelCase(
         supported_model=supported_model, config=config, latent_shape=latent_shape, conditioning=conditioning
     )
 
 
-A14B_480P = case_of("WAN21_T2V", A14B, start_image, (1, 16, 21, 60, 104))
-A14B_720P = case_of("WAN21_T2V", A14B, start_image, (1, 16, 21, 90, 160))
-I2V_720P = case_of("WAN21_I2V", {**A14B, "model_type": "i2v"}, start_image, (1, 16, 21, 90, 160))
-TI2V_704P = case_of("WAN22_T2V", TI2V_5B, text_alone, (1, 48, 31, 44, 80))
+A14B_480P = _case("WAN21_T2V", A14B, _start_image, (1, 16, 21, 60, 104))
+A14B_720P = _case("WAN21_T2V", A14B, _start_image, (1, 16, 21, 90, 160))
+I2V_720P = _case("WAN21_I2V", {**A14B, "model_type": "i2v"}, _start_image, (1, 16, 21, 90, 160))
+TI2V_704P = _case("WAN22_T2V", TI2V_5B, _text, (1, 48, 31, 44, 80))
 
 CASES = [
     ("Wan 2.2 A14B", "832×480×81", A14B_480P),
