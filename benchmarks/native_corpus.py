@@ -91,10 +91,13 @@ def _rows(name: str, workflow: dict[str, Any], object_info: dict[str, Any]) -> I
         assert model is not None
         try:
             planner = Planner(model.at(clip), one_byte=model.stored != "16 bits")
+            plans = {card: planner.within(CARDS[card].free_bytes) for card in CARD_NAMES}
         except NotFittedError as error:
             yield str(error)
             continue
-        plans = {card: planner.within(CARDS[card].free_bytes) for card in CARD_NAMES}
+        except RuntimeError as error:  # PyTorch's: a shape that cannot be traced
+            yield f"{model.name} {clip} cannot be planned: {str(error).splitlines()[0]}"
+            continue
         first = plans[CARD_NAMES[0]]
         yield Row(
             template=name,

@@ -36,7 +36,7 @@ class Planner:
 
     Args:
         case: the model and its latent.
-        one_byte: whether weights are stored in a byte each, and otherwise in 16 bits.
+        one_byte: whether weights of linear layers are stored in a byte each, and not in 16 bits.
 
     Raises:
         NotFittedError: the model would run as it is.
@@ -44,8 +44,11 @@ class Planner:
 
     def __init__(self, case: ModelCase, *, one_byte: bool) -> None:
         torch = host_module("torch")
-        stored = torch.float8_e4m3fn if one_byte else torch.bfloat16
-        base = model_of(case, stored, "meta", compute_dtype=torch.bfloat16 if one_byte else None)
+        base = model_of(case, torch.bfloat16, "meta")
+        if one_byte:  # as such files have it: norms, biases and embeddings stay in 16 bits
+            for layer in base.modules():
+                if isinstance(layer, torch.nn.Linear):
+                    layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
         patcher = host_module("comfy.model_patcher").ModelPatcher(
             base, load_device=torch.device("cuda"), offload_device=torch.device("cpu")
         )
@@ -65,16 +68,9 @@ class Planner:
         errors = pack_module("i2v_core.errors")
         try:
             self._fit.outer_sample(self._prepare, None, None, latent_shapes=self._shapes)
-        except (errors.DoesNotFitError, RuntimeError) as error:
-            suggested = isinstance(error, errors.DoesNotFitError)
+        except errors.DoesNotFitError as error:
             ample = self.within(1 << 50)
-            return replace(
-                ample,
-                usable_bytes=usable_bytes,
-                needed_bytes=None,
-                resident_bytes=0,
-                refusal=str(error) if suggested else "no smaller size can be traced",
-            )
+            return replace(ample, usable_bytes=usable_bytes, needed_bytes=None, resident_bytes=0, refusal=str(error))
         plan = self._fit.plan
         return Planned(
             usable_bytes=usable_bytes,
