@@ -44,11 +44,7 @@ class Planner:
 
     def __init__(self, case: ModelCase, *, one_byte: bool) -> None:
         torch = host_module("torch")
-        base = model_of(case, torch.bfloat16, "meta")
-        if one_byte:  # as such files have it: norms, biases and embeddings stay in 16 bits
-            for layer in base.modules():
-                if isinstance(layer, torch.nn.Linear):
-                    layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+        base = _model_of_bytes(case, torch) if one_byte else model_of(case, torch.bfloat16, "meta")
         patcher = host_module("comfy.model_patcher").ModelPatcher(
             base, load_device=torch.device("cuda"), offload_device=torch.device("cpu")
         )
@@ -84,6 +80,18 @@ class Planner:
     def _prepare(self, *_args: Any, **_kwargs: Any) -> None:
         """The part of a sampler's run that plans it."""
         self._fit.prepare_sampling(lambda *_args, **_kwargs: None, self._patcher, self._shape, self._conds)
+
+
+def _model_of_bytes(case: ModelCase, torch: Any) -> Any:
+    """A model as files of a byte a weight have it: linear layers in 8 bits, norms, biases and embeddings in 16."""
+    base = model_of(case, torch.float8_e4m3fn, "meta", compute_dtype=torch.bfloat16)
+    for layer in base.modules():
+        for name, parameter in layer.named_parameters(recurse=False):
+            if name == "weight" and isinstance(layer, torch.nn.Linear):
+                continue
+            if parameter.dtype == torch.float8_e4m3fn:
+                setattr(layer, name, torch.nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False))
+    return base
 
 
 def _plan_as_on_a_card() -> None:
