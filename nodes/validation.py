@@ -54,6 +54,14 @@ KINDS: Mapping[str, Kind] = {
         "an image of shape (frames, height, width, 3)",
         "connect a node that outputs an IMAGE",
     ),
+    io.Model.io_type: Kind(
+        lambda value: callable(getattr(value, "clone", None)) and hasattr(value, "model"),
+        "a model of ComfyUI's",
+        "connect one of its loaders, such as Load Diffusion Model, or a LoRA loader",
+    ),
+    io.Vae.io_type: Kind(
+        lambda value: callable(getattr(value, "decode", None)), "a VAE of ComfyUI's", "connect Load VAE"
+    ),
     io.Int.io_type: Kind(
         lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number", _SET_IT
     ),

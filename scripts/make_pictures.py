@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import imageio.v3 as iio
-import numpy as np
 import torch
 from comfy_host import setup
+from comfy_host.client import Client
 from comfy_host.page import Page, browser, opened
 from comfy_host.server import PACK_FOLDER, Server
+from comfy_host.workflow import to_prompt
+from graphs.flat import NOTES
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -27,20 +29,19 @@ from torch import Tensor
 PACK = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PACK))
 
+from model_stubs import write_configs, write_header, write_named_files  # noqa: E402
+from native_card import native_card  # noqa: E402
+
 from i2v_core import stages  # noqa: E402
 from i2v_core.families import (  # noqa: E402
     I2VModel,
     Prompt,
     VideoSize,
-    bundled_architecture,
-    family_of,
     load_model,
-    with_weights,
 )
 from i2v_core.families.pictures import to_tensor  # noqa: E402
 from i2v_core.latent_file import load_latent, save_latent  # noqa: E402
 from i2v_core.memory.device import device_facts  # noqa: E402
-from i2v_core.placement.quantized import quantized_weights  # noqa: E402
 from i2v_core.planning.plan import Plan  # noqa: E402
 from i2v_core.planning.planner import make_plan  # noqa: E402
 from i2v_core.planning.request import Budget, Request  # noqa: E402
@@ -53,17 +54,17 @@ WORKFLOWS = PACK / "workflows"
 IMAGES = PACK / "docs" / "images"
 FONT = Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 BUDGET = "I2VVRAMBudget"
-ARCHITECTURES = PACK / "i2v_core" / "families" / "architectures"
-PIPELINES = {
-    "i2vgen-xl": "I2VGenXLPipeline",
-    "svd": "StableVideoDiffusionPipeline",
-    "wan2.1-i2v-14b": "WanImageToVideoPipeline",
-    "wan2.2-ti2v-5b": "WanPipeline",
-}
 FOLDERS = {"wan2.1-i2v-14b": "wan2.1-i2v-14b-480p"}
 """Model folders in the workflows that differ from the architecture's name."""
 FILES = {"wan2.1-i2v-14b": "wan2.1-i2v-14b-480p-Q4_K_M.gguf"}
 """Weight files of the transformer that the workflows use."""
+NATIVE = {
+    "i2v_native_wan22_14b": "Wan 2.2 A14B",
+    "i2v_native_ltx2": "LTX-2",
+    "i2v_native_minimax_h3": "MiniMax H3",
+    "i2v_native_hunyuan15": "HunyuanVideo 1.5",
+}
+"""Workflows for core's own loaders, and their models."""
 CPU = torch.device("cpu")
 RUNTIME = stages.Runtime(device=CPU)
 SIDE_PIXELS, GAP_PIXELS, TEXT_PIXELS = 160, 6, 22
@@ -236,52 +237,24 @@ def cards(page: Page, server: Server) -> None:
         shutil.rmtree(folder)
 
 
+def native(page: Page, server: Server) -> None:
+    """Make the thumbnails of the workflows for core's own loaders: the graph, and what VRAM Fit plans for it."""
+    object_info = Client(server.url).object_info()
+    for stem, name in NATIVE.items():
+        file = WORKFLOWS / f"{stem}.json"
+        workflow = json.loads(file.read_text("utf-8"))
+        write_named_files(workflow, server.models_folder)
+        page.open()
+        page.drop(file)
+        page.wait("the picture", "document.querySelector('[data-node-id] img')?.naturalWidth")
+        nodes = [str(node["id"]) for node in workflow["nodes"] if node["type"] not in NOTES]
+        with Image.open(BytesIO(page.raw.screenshot(clip=page.fit(*nodes)))) as shown:
+            save_card(stem, native_card(name, shown.convert("RGB"), to_prompt(workflow, object_info)))
+
+
 def run(page: Page) -> None:
     page.run()
     assert page.end(patience_ms=600_000) == "execution_success"
-
-
-def write_configs(name: str, folder: Path) -> None:
-    """Write a published model's configs as a model folder without weights."""
-    configs: dict[str, Any] = json.loads((ARCHITECTURES / f"{name}.json").read_text("utf-8"))
-    configs.pop("family", None)
-    index = {"_class_name": PIPELINES[name], **configs.pop("pipeline", {})}
-    if "z_dim" in configs["vae"]:  # required to load the model, not used for the plan
-        configs["vae"] |= dict.fromkeys(("latents_mean", "latents_std"), [1.0] * configs["vae"]["z_dim"])
-    files = {
-        "tokenizer": "tokenizer_config",
-        "feature_extractor": "preprocessor_config",
-        "image_processor": "preprocessor_config",
-        "scheduler": "scheduler_config",
-    }
-    for part, content in configs.items():
-        (folder / part).mkdir(parents=True)
-        (folder / part / f"{files.get(part, 'config')}.json").write_text(json.dumps(content), "utf-8")
-    (folder / "model_index.json").write_text(json.dumps(index), "utf-8")
-
-
-def write_header(name: str, file: Path) -> None:
-    """Write a GGUF file for a published model's transformer in Q4_K: a header, and a sparse hole for the weights."""
-    import gguf
-
-    architecture = with_weights(bundled_architecture(name), "q4_k")
-    with torch.device("meta"):
-        transformer = family_of(architecture).skeleton(architecture, "transformer")
-    quantised = quantized_weights(transformer)
-    writer = gguf.GGUFWriter(None, "wan")
-    hole_bytes = 0
-    for weight, tensor in transformer.state_dict(keep_vars=True).items():
-        kind = gguf.GGMLQuantizationType.Q4_K if tensor in quantised else gguf.GGMLQuantizationType.F16
-        size_bytes = quantised[tensor].stored_bytes if tensor in quantised else 2 * tensor.numel()
-        writer.add_tensor_info(weight, tensor.shape, np.dtype(np.float16), size_bytes, raw_dtype=kind)
-        hole_bytes += size_bytes + writer.data_alignment
-    file.parent.mkdir(exist_ok=True)
-    writer.write_header_to_file(file)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    with file.open("r+b") as header:
-        header.truncate(file.stat().st_size + hole_bytes)
 
 
 PAGES: dict[str, tuple[bool, Callable[[Page, Server], None]]] = {
@@ -289,6 +262,7 @@ PAGES: dict[str, tuple[bool, Callable[[Page, Server], None]]] = {
     "live_budget": (True, live_budget),
     "compare": (False, compare),
     "cards": (True, cards),
+    "native": (True, native),
     "templates": (False, templates),
 }
 """Images of the page by name: whether Nodes 2.0 is used, and the function. The last one shows those before it."""

@@ -54,3 +54,13 @@ def latent_of(case: ModelCase, make: Callable[[tuple[int, ...]], Any]) -> Any:
         return make(case.latent_shape)
     nested = importlib.import_module("comfy.nested_tensor").NestedTensor
     return nested([make(case.latent_shape), make(case.audio_latent_shape)])
+
+
+def sampler_input(case: ModelCase) -> tuple[tuple[int, ...], dict[str, Any], list[tuple[int, ...]]]:
+    """Shape of the latent as samplers see it, one branch's conditioning, and the shapes of the latent's parts."""
+    torch = importlib.import_module("torch")
+    helpers, utils = (importlib.import_module(f"comfy.{name}") for name in ("sampler_helpers", "utils"))
+    latent = latent_of(case, torch.zeros)
+    packed, shapes = utils.pack_latents(latent.unbind()) if latent.is_nested else (latent, [latent.shape])
+    conditioning = case.conditioning(torch.Generator(), case.latent_shape)
+    return tuple(packed.shape), {"positive": helpers.convert_cond([conditioning])}, shapes

@@ -10,13 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-JSON = dict[str, Any]
+from graphs.flat import Output, WidgetOf, flat_nodes
+from graphs.level import JSON
 
-MUTED, BYPASSED = 2, 4
-NOTES = {"Note", "MarkdownNote"}
-"""Node types that exist on the page only."""
-
-WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR", "COMFY_DYNAMICCOMBO_V3"}
 SEEDS = {"seed", "noise_seed"}
 """Inputs that the page gives a control-after-generate widget unless their node says otherwise."""
 
@@ -35,30 +32,33 @@ def to_prompt(workflow: JSON, object_info: dict[str, JSON]) -> JSON:
         object_info: the host's `/object_info`.
 
     Raises:
-        WorkflowError: a node is bypassed, or the host does not know it.
+        WorkflowError: the host does not know a node.
     """
-    nodes = {node["id"]: node for node in workflow["nodes"]}
-    sources = {link[0]: (nodes[link[1]], link[2]) for link in workflow["links"]}
     prompt: JSON = {}
-    for node in workflow["nodes"]:
-        if node["type"] in NOTES or node.get("mode") == MUTED:
-            continue
-        if node["type"] not in object_info or node.get("mode") == BYPASSED:
-            reason = "is bypassed" if node["type"] in object_info else "is not known to the host"
-            raise WorkflowError(f"{_name(node)} {reason}.")
-        drawn = widgets(object_info[node["type"]], node.get("widgets_values", []))
-        inputs = {name: value for name, value in drawn if name is not None and value is not None}
-        for slot in node.get("inputs", []):
-            if slot.get("link") is not None:
-                source, output = sources[slot["link"]]
-                if source.get("mode") != MUTED:
-                    inputs[slot["name"]] = [str(source["id"]), output]
-        prompt[str(node["id"])] = {
+    for flat in flat_nodes(workflow):
+        node = flat.node
+        if node["type"] not in object_info:
+            raise WorkflowError(f"Node {flat.id} ({node['type']}) is not known to the host.")
+        inputs = _values(node, object_info)
+        for name, origin in flat.origins.items():
+            if isinstance(origin, Output):
+                inputs[name] = [origin.node, origin.slot]
+            elif isinstance(origin, WidgetOf):
+                inputs[name] = _values(origin.node, object_info).get(origin.name)
+            else:
+                inputs[name] = origin.value
+        prompt[flat.id] = {
             "class_type": node["type"],
             "inputs": inputs,
             "_meta": {"title": node.get("title", node["type"])},
         }
     return prompt
+
+
+def _values(node: JSON, object_info: dict[str, JSON]) -> JSON:
+    """The values of a node's widgets, by name."""
+    drawn = widgets(object_info[node["type"]], node.get("widgets_values") or [])
+    return {name: value for name, value in drawn if name is not None and value is not None}
 
 
 def widgets(info: JSON, values: Sequence[Any]) -> list[tuple[str | None, Any]]:
@@ -84,7 +84,8 @@ def widgets(info: JSON, values: Sequence[Any]) -> list[tuple[str | None, Any]]:
 def _draw(name: str, spec: list[Any], values: Iterator[Any]) -> Iterator[tuple[str | None, Any]]:
     """Yield the widgets of the input `name`, including nested ones; none if it is a socket."""
     kind, options = spec[0], spec[1] if len(spec) > 1 else {}
-    if not (isinstance(kind, list) or kind in WIDGET_TYPES) or options.get("forceInput"):
+    drawn = isinstance(kind, list) or kind in WIDGET_TYPES or "widgetType" in options
+    if not drawn or options.get("forceInput"):
         return
     choices = kind if isinstance(kind, list) else options.get("options", [])
     keys = [choice["key"] if isinstance(choice, dict) else choice for choice in choices]
@@ -92,14 +93,10 @@ def _draw(name: str, spec: list[Any], values: Iterator[Any]) -> Iterator[tuple[s
     yield name, value
     if options.get("control_after_generate", kind == "INT" and name in SEEDS):
         yield None, next(values, "fixed")
-    if any(options.get(upload) for upload in UPLOADS):
+    if kind != "STRING" and any(options.get(upload) for upload in UPLOADS):
         yield None, next(values, "image")
     if kind == "COMFY_DYNAMICCOMBO_V3" and value in keys:
         nested = choices[keys.index(value)]["inputs"]
         for section in ("required", "optional"):
             for inner, inner_spec in nested.get(section, {}).items():
                 yield from _draw(f"{name}.{inner}", inner_spec, values)
-
-
-def _name(node: JSON) -> str:
-    return f"Node {node['id']} ({node['type']})"
