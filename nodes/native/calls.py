@@ -11,6 +11,7 @@ from torch import nn
 
 from ...i2v_core.chunking import ChunkSettings, LayerKind, LayerRunner
 from ...i2v_core.chunking.execution import Execution
+from .quantised_layers import scales_whole_input
 
 TOKEN_MULTIPLE = 128
 """Chunks are multiples of this many tokens: SageAttention quantises queries in blocks of 128, and kernels like it."""
@@ -47,8 +48,11 @@ class CallState:
             modules: those whose weights the layer needs.
             total: tokens of the call.
             unit_bytes: temporary bytes of one token, over the whole batch.
+
+        There is one chunk where a layer's result would depend on how its input is cut.
         """
         assert self.workspace_bytes is not None
+        whole = any(scales_whole_input(layer) for module in modules for layer in module.modules())
         execution = Execution(
             settings=ChunkSettings(workspace_bytes=self.workspace_bytes),
             runner=self.runner,
@@ -60,7 +64,7 @@ class CallState:
             *modules,
             total=total,
             unit_bytes=unit_bytes,
-            smallest=min(TOKEN_MULTIPLE, total),
+            smallest=total if whole else min(TOKEN_MULTIPLE, total),
             result_excluded=True,
         ) as call:
             size = -(-call.chunk_size // TOKEN_MULTIPLE) * TOKEN_MULTIPLE

@@ -31,11 +31,12 @@ def _attach(patcher: Any, services: Services) -> str:
     if native is None:
         return f"{type(model).__name__} is not known to VRAM Fit: it runs as it is"
     fit = FittedModel(native, patcher.model, services)
-    for patch in native.patches(model, fit.state):
-        name = f"diffusion_model.{patch.name}"
-        if _is_free(patcher, name, patch):
-            patcher.add_object_patch(name, patch.replacement)
-            fit.patched[name] = patch.replacement
+    if not _is_free(patcher, fit.call_patch):
+        return f"{native.name}: another node has replaced the model's forward, so it runs as it is"
+    for patch in (fit.call_patch, *native.patches(model, fit.state)):
+        if _is_free(patcher, patch):
+            patcher.add_object_patch(_name(patch), patch.replacement)
+            fit.patched[_name(patch)] = patch.replacement
         else:
             fit.left_out.append(patch.name.removesuffix(".forward"))
     for kind, wrapper in fit.wrappers.items():
@@ -66,8 +67,14 @@ def _detach(patcher: Any) -> None:
     patcher.remove_attachments(KEY)
 
 
-def _is_free(patcher: Any, name: str, patch: Patch) -> bool:
+def _name(patch: Patch) -> str:
+    """Path of a patch below core's `BaseModel`."""
+    return f"diffusion_model.{patch.name}"
+
+
+def _is_free(patcher: Any, patch: Patch) -> bool:
     """Whether a part runs core's own method, or one that a fit has put in: not another node's."""
+    name = _name(patch)
     if name in patcher.object_patches:
         return False
     now = patch.module.__dict__.get(patch.method)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
+import comfy.model_management as management
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import nn
@@ -20,7 +22,8 @@ from .calls import CallState
 from .held_weights import HeldWeightsRunner
 from .host_memory import estimating_shape, memory_required_as
 from .measured import PeakReading
-from .model import NativeModel
+from .model import NativeModel, Patch
+from .quantised_layers import scales_whole_input
 from .recorded_call import recorded_calls
 from .suggested_size import suggested_sizes
 from .twin import Call, Twin
@@ -40,31 +43,46 @@ class Services:
     """Shows a line to the user."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The inputs of a run of a sampler that tell its calls' shapes."""
+
+    latent_shape: Sequence[int]
+    conds: Mapping[str, Any]
+    object_patches: Mapping[str, Any]
+    model_options: Mapping[str, Any]
+
+
 class FittedModel:
-    """One fitted model: what its runs are planned from, and the wrappers around them."""
+    """One fitted model: what its runs are planned from, the wrappers around them, and the patch around its calls."""
 
     def __init__(self, native: NativeModel, base: Any, services: Services) -> None:
         self.state = CallState(on_chunk=services.check_cancelled)
         self.base, self.services = base, services
+        self.model: nn.Module = base.diffusion_model
+        """The diffusion model; torch.compile puts another in its place in `base` during a call."""
         self.patched: dict[str, Any] = {}
         self.left_out: list[str] = []
         self._native = native
-        self._twin: Twin | None = None
+        self._twins: dict[torch.dtype, Twin] = {}
         self.plan: CallPlan | None = None
         """Plan of one guidance branch, while and after a sampler runs."""
         self._plans: dict[object, CallPlan] = {}
         self._peaks: dict[object, Peak] = {}
-        self._reading = PeakReading()
+        self.reading = PeakReading()
         self._fallbacks: list[str] = []
         self._mask: torch.Tensor | None = None
+        self._latent_shape: Sequence[int] = ()
         self._latent_shapes: Any = None
 
     def __str__(self) -> str:
-        left = f"; run as they are, since another node has replaced them: {', '.join(self.left_out)}"
-        return (
-            f"{self._native.name}: {len(self.patched)} layers run within the budget"
-            f"{left if self.left_out else ''}; planned when sampling starts"
-        )
+        lines = [f"{self._native.name}: {len(self.patched)} layers run within the budget"]
+        if self.left_out:
+            lines.append(f"run as they are, since another node has replaced them: {', '.join(self.left_out)}")
+        whole = sum(map(scales_whole_input, self.model.modules()))
+        if whole:
+            lines.append(f"{whole} linear layers run unchunked, since their format takes one scale from all tokens")
+        return "; ".join([*lines, "planned when sampling starts"])
 
     @property
     def wrappers(self) -> Mapping[str, Callable[..., Any]]:
@@ -73,20 +91,28 @@ class FittedModel:
             WrappersMP.OUTER_SAMPLE: self.outer_sample,
             WrappersMP.PREPARE_SAMPLING: self.prepare_sampling,
             WrappersMP.CALC_COND_BATCH: self.calc_cond_batch,
-            WrappersMP.DIFFUSION_MODEL: self.diffusion_model,
         }
+
+    @property
+    def call_patch(self) -> Patch:
+        """Replacement for the method in which the diffusion model does its work, inside of other nodes' wrappers.
+
+        A wrapper would not do: core calls one model's wrappers for its copies on other cards too, and for the second
+        model of a guider.
+        """
+        method = "_forward" if hasattr(type(self.model), "_forward") else "forward"
+        return Patch("", self.model, _PlannedCall(self, getattr(type(self.model), method)), method)
 
     def outer_sample(self, executor: Any, noise: Any, latent_image: Any, *args: Any, **kwargs: Any) -> Any:
         """Around a whole run of a sampler."""
         self.plan, self._plans = None, {}
-        self._reading, self._fallbacks = PeakReading(), []
+        self.reading, self._fallbacks = PeakReading(), []
         self._mask = kwargs.get("denoise_mask", args[2] if len(args) > 2 else None)
-        self._latent_shapes = kwargs.get("latent_shapes")
+        self._latent_shape, self._latent_shapes = tuple(noise.shape), kwargs.get("latent_shapes")
         try:
             return executor(noise, latent_image, *args, **kwargs)
         finally:
-            self.state.workspace_bytes = None
-            self.state.runner = HeldWeightsRunner(torch.device("cpu"), torch.float32)
+            self._mask, self._latent_shape = None, ()
             if self.plan is not None:
                 self._tell(self._report(self.plan))
 
@@ -94,11 +120,13 @@ class FittedModel:
         self, executor: Any, model: Any, noise_shape: Sequence[int], conds: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Plans the run, and tells core what it needs."""
-        calls = self._recorded(noise_shape, conds)
+        # Core's context windows name the shape of a window here.
+        run = _Run(self._latent_shape or noise_shape, conds, model.object_patches, kwargs.get("model_options") or {})
+        calls = self._recorded(run)
         if not calls:
             return executor(model, noise_shape, conds, *args, **kwargs)
         call = max(calls, key=lambda it: self._peak(it)(None))
-        plan = self._planned(call, noise_shape, conds)
+        plan = self._planned(call, run)
         shape = estimating_shape(model, noise_shape, conds, plan.needed_bytes)
         return executor(model, shape, conds, *args, **kwargs)
 
@@ -107,7 +135,7 @@ class FittedModel:
     ) -> Any:
         """Lets core run both guidance branches together where they fit."""
         plan = self.plan
-        if plan is None:
+        if plan is None or model is not self.base:
             return executor(model, conds, x_in, timestep, model_options)
         with memory_required_as(
             model,
@@ -117,47 +145,44 @@ class FittedModel:
         ):
             return executor(model, conds, x_in, timestep, model_options)
 
-    def diffusion_model(self, executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """One call of the model; after an out-of-memory the same call again, cut finer."""
-        first = x[0] if isinstance(x, (list, tuple)) else x
-        call = Call(self.base.diffusion_model, (x, *args), kwargs)
-        self.state.dtype = first.dtype
-        self.state.runner = HeldWeightsRunner(first.device, first.dtype)
-        while True:
-            self.state.workspace_bytes = self._plan_of(call).workspace_bytes
-            try:
-                with self._reading.around(first.device):
-                    return executor(x, *args, **kwargs)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                problem = str(error)
-            # Outside of the except: the traceback keeps what the failed layer had made.
-            self._fall_back(call, problem, first.device)
+    @torch.compiler.disable
+    def prepare(self, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """Sets the layers up for a call of the diffusion model."""
+        call = Call(self.model, (x, *args), kwargs)
+        self.state.dtype = call.dtype
+        self.state.runner = HeldWeightsRunner(_first(x).device, call.dtype)
+        self.state.workspace_bytes = self._plan_of(call).workspace_bytes
+        return call
 
     # Planning.
 
-    def _recorded(self, noise_shape: Sequence[int], conds: Mapping[str, Any]) -> list[Call]:
+    def _recorded(self, run: _Run) -> list[Call]:
         """The calls to come; none where core's preparation cannot be followed, and the first call is planned for."""
         try:
             return recorded_calls(
-                self.base, noise_shape, conds, denoise_mask=self._mask, latent_shapes=self._latent_shapes
+                self.base,
+                run.latent_shape,
+                run.conds,
+                object_patches=run.object_patches,
+                model_options=run.model_options,
+                denoise_mask=self._mask,
+                latent_shapes=self._latent_shapes,
             )
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:
             logger.info("VRAM Fit plans with the first call: its shapes are not known before (%r)", error)
             return []
 
-    def _planned(self, call: Call, noise_shape: Sequence[int], conds: Mapping[str, Any]) -> CallPlan:
+    def _planned(self, call: Call, run: _Run) -> CallPlan:
         usable_bytes = self.services.usable_bytes()
         plan = self._find(call, usable_bytes)
         if plan is None:
             needed = self._lowest_needed_bytes(call)
 
             def fits(shape: Sequence[int]) -> bool:
-                others = self._recorded(shape, conds)
+                others = self._recorded(replace(run, latent_shape=shape))
                 return max(map(self._lowest_needed_bytes, others), default=needed) <= usable_bytes
 
-            sizes = suggested_sizes(self.base.latent_format, noise_shape, fits)
+            sizes = suggested_sizes(self.base.latent_format, run.latent_shape, fits)
             raise DoesNotFitError(
                 f"{sizes.asked} with {self._native.name} does not fit: a call needs {format_gib(needed)} even with the "
                 f"lowest-memory settings, and {format_gib(usable_bytes)} can be used",
@@ -188,32 +213,30 @@ class FittedModel:
         return plan_call(
             self._peak(call),
             usable_bytes=usable_bytes,
-            weights_bytes=_weights_bytes(self.base),
-            held_bytes=self._held_bytes,
+            weights_bytes=management.module_size(self.model),
+            held_bytes=self._held_bytes(call),
         )
 
     def _lowest_needed_bytes(self, call: Call) -> int:
         """Device memory without which no call of these shapes runs: the finest cut, and the widest layer's weights."""
-        return lowest_needed_bytes(self._peak(call)) + self._held_bytes
+        return lowest_needed_bytes(self._peak(call)) + self._held_bytes(call)
 
     def _peak(self, call: Call) -> Peak:
-        if self._twin is None:
-            self._twin = Twin(self._native, self.base.diffusion_model, self.base.get_dtype_inference())
-        twin = self._twin
+        if call.dtype not in self._twins:
+            self._twins[call.dtype] = Twin(self._native, self.model, call.dtype)
+        twin = self._twins[call.dtype]
         if call.key not in self._peaks:
             self._peaks[call.key] = lru_cache(maxsize=64)(
                 lambda workspace_bytes: twin.peak_bytes(call, workspace_bytes)
             )
         return self._peaks[call.key]
 
-    @property
-    def _held_bytes(self) -> int:
+    def _held_bytes(self, call: Call) -> int:
         """Weights that the widest layer call holds: two linear layers at most, in the precision of computation."""
-        model, itemsize = self.base.diffusion_model, self.base.get_dtype_inference().itemsize
-        in_blocks = _widest(block for path in self._native.block_lists(model) for block in model.get_submodule(path))
-        return itemsize * max(2 * in_blocks, _widest([model]))
+        blocks = (it for path in self._native.block_lists(self.model) for it in self.model.get_submodule(path))
+        return call.dtype.itemsize * max(2 * _widest(blocks), _widest([self.model]))
 
-    def _fall_back(self, call: Call, problem: str, device: torch.device) -> None:
+    def fall_back(self, call: Call, problem: str, device: torch.device) -> None:
         """Plans calls of these shapes finer, after one ran out of memory."""
         lower = finer(self._plans[call.key], self._peak(call))
         if lower is None:
@@ -230,9 +253,10 @@ class FittedModel:
         self._fallbacks.append(note)
         self._tell(note)
         self._plans[call.key] = lower
+        self.state.workspace_bytes = lower.workspace_bytes
 
     def _report(self, plan: CallPlan) -> str:
-        measured = self._reading.peak_bytes
+        measured = self.reading.peak_bytes
         beside = "" if measured is None else f", measured {format_gib(measured)}"
         lines = [f"sampled: predicted {format_gib(plan.peak_bytes)} of activations a call{beside}", str(plan)]
         return "\n".join([*lines, *self._fallbacks])
@@ -242,10 +266,35 @@ class FittedModel:
         self.services.say(line)
 
 
+class _PlannedCall:
+    """A diffusion model's own forward in chunks as planned; after an out-of-memory the same call again, cut finer."""
+
+    def __init__(self, fit: FittedModel, forward: Callable[..., Any]) -> None:
+        self._fit, self._forward = fit, forward
+
+    @partial(torch.compiler.disable, recursive=False)  # it compiles what this calls, but not the planning
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        fit, device = self._fit, _first(x).device
+        call = fit.prepare(x, args, kwargs)
+        try:
+            while True:
+                try:
+                    with fit.reading.around(device):
+                        return self._forward(fit.model, x, *args, **kwargs)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    problem = str(error)
+                # Outside of the except: the traceback keeps what the failed layer had made.
+                fit.fall_back(call, problem, device)
+        finally:
+            fit.state.workspace_bytes = None
+
+
+def _first(x: Any) -> torch.Tensor:
+    return x[0] if isinstance(x, (list, tuple)) else x
+
+
 def _widest(modules: Iterable[nn.Module]) -> int:
-    """Numbers in the largest weight."""
-    return max((it.numel() for module in modules for it in module.parameters()), default=0)
-
-
-def _weights_bytes(base: Any) -> int:
-    return sum(it.numel() * it.element_size() for it in base.diffusion_model.parameters())
+    """Numbers in the largest weight, once it is dequantised: a packed weight shows their shape."""
+    return max((math.prod(it.shape) for module in modules for it in module.parameters()), default=0)

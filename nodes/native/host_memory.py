@@ -48,8 +48,12 @@ def memory_required_as(model: Any, branch_bytes: int, *, branch_size: int, most_
         needed_bytes = branch_bytes * input_shape[0] / branch_size
         return needed_bytes / _CORE_FACTOR if needed_bytes <= most_bytes else math.inf
 
+    before = model.__dict__.get("memory_required")  # of an outer context
     model.memory_required = memory_required
     try:
         yield
     finally:
-        del model.memory_required
+        if before is None:
+            del model.memory_required
+        else:
+            model.memory_required = before

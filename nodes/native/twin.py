@@ -21,6 +21,8 @@ from .model import NativeModel
 _BLOCKS = 2
 _NOT_OF_SHAPES = ("transformer_options", "control")
 """Arguments through which other nodes act on a call."""
+_PATCHES = ("attn1_patch", "attn2_patch", "attn1_output_patch", "double_block", "single_block")
+"""Names of other nodes' patches that a block may be run differently for."""
 
 
 class Twin:
@@ -49,7 +51,10 @@ class Twin:
 
 
 class Call:
-    """The shapes of one call of a diffusion model: its arguments on the meta device, without other nodes' patches."""
+    """The shapes of one call of a diffusion model: its arguments on the meta device.
+
+    Other nodes' patches are in it as ones that change nothing: a block may need more memory for their sake.
+    """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         bound = signature(type(model).forward).bind(model, *args, **kwargs)
@@ -59,15 +64,24 @@ class Call:
         named = dict(zip(list(bound.signature.parameters)[2:], rest, strict=False)) | bound.kwargs
         self.first = _described(first)
         self.arguments = {name: _described(it) for name, it in named.items() if name not in _NOT_OF_SHAPES}
+        options = named.get("transformer_options") or {}
+        self.patches = {name: len(them) for name, them in options.get("patches", {}).items() if name in _PATCHES}
+        self.replaced_blocks = tuple(options.get("patches_replace", {}).get("dit", {}))
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        return {**self.arguments, "transformer_options": {"optimized_attention_override": _attention_output}}
+        options = {
+            "optimized_attention_override": _attention_output,
+            "patches": {name: [_unchanged] * count for name, count in self.patches.items()},
+            "patches_replace": {"dit": dict.fromkeys(self.replaced_blocks, _original_block)},
+        }
+        return {**self.arguments, "transformer_options": options}
 
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for calls of the same shapes."""
-        return (_key(self.first), *sorted((name, repr(_key(it))) for name, it in self.arguments.items()))
+        arguments = sorted((name, repr(_key(it))) for name, it in self.arguments.items())
+        return (_key(self.first), *arguments, *sorted(self.patches.items()), self.replaced_blocks)
 
 
 def _first_tensor(value: Any) -> Tensor:
@@ -95,6 +109,20 @@ def _key(value: Any) -> object:
     return repr(value) if isinstance(value, (int, float, str, bool, type(None))) else type(value)
 
 
+def _unchanged(first: Any, *rest: Any, **named: Any) -> Any:
+    """Returns what another node's patch is given, in each of the ways in which core calls patches."""
+    if isinstance(first, dict):
+        return first if "img" in first else first["x"]
+    if named:
+        return {}
+    return first if len(rest) < 2 else (first, *rest[:-1])
+
+
+def _original_block(arguments: Any, more: Any) -> Any:
+    """Runs the block that another node has replaced."""
+    return more["original_block"](arguments)
+
+
 def _attention_output(_func: Any, q: Tensor, *_args: Any, **kwargs: Any) -> Tensor:
     """Allocates as a fused attention kernel does: its output alone, in core's layout."""
     if not kwargs.get("skip_reshape"):
@@ -112,6 +140,7 @@ def _on_meta(model: nn.Module, block_lists: tuple[str, ...], dtype: torch.dtype)
 
 def _copied(module: nn.Module, dtype: torch.dtype, shortened: set[int], memo: dict[int, nn.Module]) -> nn.Module:
     """The module with its own dictionaries; what is neither a tensor nor a module is shared with the original."""
+    module = module._modules.get("_orig_mod") or module  # of torch.compile
     if id(module) in memo:
         return memo[id(module)]
     twin: nn.Module = object.__new__(_plain_class(module) or type(module))

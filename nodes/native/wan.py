@@ -17,6 +17,7 @@ from comfy.ldm.wan import model as core
 from torch import Tensor, nn
 
 from .calls import CallState
+from .held_weights import held
 from .model import Patch, is_plain
 
 BLOCK_LISTS = ("blocks",)
@@ -214,14 +215,16 @@ class _PatchEmbedding:
         step = self._embedding.kernel_size[0]
         out: Tensor | None = None
         count = latents_BCTHW.shape[2] // step
-        for frame in range(count):
-            self._state.on_chunk()
-            tokens_BDhw = self._stock(self._embedding, latents_BCTHW[:, :, frame * step : (frame + 1) * step])[:, :, 0]
-            if out is None:
-                batch, width, height, length = tokens_BDhw.shape
-                out = tokens_BDhw.new_empty(batch, count, height, length, width, dtype=self._state.dtype)
-            out[:, frame] = tokens_BDhw.permute(0, 2, 3, 1)
-            del tokens_BDhw
+        with held([self._embedding], latents_BCTHW.device, latents_BCTHW.dtype):
+            for frame in range(count):
+                self._state.on_chunk()
+                latents = latents_BCTHW[:, :, frame * step : (frame + 1) * step]
+                tokens_BDhw = self._stock(self._embedding, latents)[:, :, 0]
+                if out is None:
+                    batch, width, height, length = tokens_BDhw.shape
+                    out = tokens_BDhw.new_empty(batch, count, height, length, width, dtype=self._state.dtype)
+                out[:, frame] = tokens_BDhw.permute(0, 2, 3, 1)
+                del tokens_BDhw
         assert out is not None
         return out.permute(0, 4, 1, 2, 3)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,12 +65,18 @@ def core() -> Core:
     return Core(load("comfy.sample"), load("comfy.model_patcher"), load("comfy.patcher_extension"), load("comfy.ops"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_patcher(core: Core) -> Callable[..., Any]:
-    """Makes a small model with random weights, in a patcher as loaders give it."""
+    """Makes a small model with random weights, in a patcher as loaders give it; `config` changes its configuration."""
 
-    def make(name: str, dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None) -> Any:
+    def make(
+        name: str,
+        dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> Any:
         case = SMALL_MODELS[name]
+        case = replace(case, config={**case.config, **(config or {})})
         if not case.exists:
             pytest.skip(f"this ComfyUI has no {case.supported_model}")
         model = model_case.model_of(case, dtype, "cpu", compute_dtype=compute_dtype)
@@ -86,7 +92,7 @@ def make_patcher(core: Core) -> Callable[..., Any]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def sample(core: Core) -> Callable[..., torch.Tensor]:
     """Samples a small clip with core's own sampler; a latent of several parts comes back as one row of numbers."""
 

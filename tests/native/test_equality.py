@@ -45,7 +45,7 @@ def test_two_blocks_predict_the_peak_of_all(
     def metered(executor: Any, *args: Any, **kwargs: Any) -> Any:
         shapes = twin.Twin(core.native("model").native_model(model), model, torch.float32)
         predicted = shapes.peak_bytes(twin.Call(model, args, kwargs), workspace_bytes)
-        with meter.StorageMeter() as measured:
+        with meter.StorageMeter(device_type="cpu") as measured:
             result = executor(*args, **kwargs)
         peaks.append((measured.peak_bytes, predicted))
         return result
