@@ -33,12 +33,17 @@ class CallState:
     dtype: torch.dtype = torch.float32
     """Precision of the hidden state in the call under way."""
     runner: LayerRunner = field(default_factory=LayerRunner)
-    on_chunk: Callable[[], None] = nothing
-    """Called before every chunk; may raise to cancel the call."""
+    check_cancelled: Callable[[], None] = nothing
+    """Raises to cancel the call."""
 
     @property
     def chunked(self) -> bool:
         return self.workspace_bytes is not None
+
+    def on_chunk(self) -> None:
+        """To be called before every chunk; may raise to cancel the call."""
+        if not torch.compiler.is_compiling():  # it cannot follow the host's lock
+            self.check_cancelled()
 
     @contextmanager
     def tokens(self, kind: LayerKind, *modules: nn.Module, total: int, unit_bytes: int) -> Generator[Iterator[slice]]:

@@ -57,7 +57,7 @@ class FittedModel:
     """One fitted model: what its runs are planned from, the wrappers around them, and the patch around its calls."""
 
     def __init__(self, native: NativeModel, base: Any, services: Services) -> None:
-        self.state = CallState(on_chunk=services.check_cancelled)
+        self.state = CallState(check_cancelled=services.check_cancelled)
         self.base, self.services = base, services
         self.model: nn.Module = base.diffusion_model
         """The diffusion model; torch.compile puts another in its place in `base` during a call."""

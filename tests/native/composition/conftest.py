@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ..conftest import TOLERANCE, Core, off_by
 
@@ -87,11 +89,10 @@ def fits(core: Core) -> Fits:
 
 @pytest.fixture
 def chunked(core: Core, fits: Fits, monkeypatch: pytest.MonkeyPatch) -> Fits:
-    """Fits models such that every layer runs in the smallest chunks."""
-    plan = core.native("call_plan").CallPlan(
-        workspace_bytes=1, peak_bytes=2**30, stock_bytes=2**30, usable_bytes=2**40, weights_bytes=0
-    )
-    monkeypatch.setattr(core.native("fitted_model").FittedModel, "_plan_of", lambda *_: plan)
+    """Fits models such that every layer runs in the smallest chunks, whatever was planned."""
+    fitted_model = core.native("fitted_model").FittedModel
+    plan_of = fitted_model._plan_of
+    monkeypatch.setattr(fitted_model, "_plan_of", lambda fit, call: replace(plan_of(fit, call), workspace_bytes=1))
     return fits
 
 
@@ -102,8 +103,11 @@ def wan(make_patcher: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture
-def assert_composes(chunked: Fits, wan: Any, sample: Sample) -> Callable[..., torch.Tensor]:
+def assert_composes(
+    chunked: Fits, wan: Any, sample: Sample, caplog: pytest.LogCaptureFixture
+) -> Callable[..., torch.Tensor]:
     """Holds a node's model with VRAM Fit, before and after it, against the same without; returns that result."""
+    caplog.set_level(logging.INFO)
 
     def check(apply: Apply, patcher: Any = None, tolerance: float = TOLERANCE, **sampling: Any) -> torch.Tensor:
         patcher = patcher or wan
@@ -114,7 +118,26 @@ def assert_composes(chunked: Fits, wan: Any, sample: Sample) -> Callable[..., to
             result = sample(fitted, **sampling)
             assert off_by(result, expected) <= tolerance, f"VRAM Fit {order} the node"
             assert chunked.chunks, f"VRAM Fit {order} the node runs unchunked"
+            assert "plans with the first call" not in caplog.text, f"VRAM Fit {order} the node cannot plan before"
         assert torch.equal(sample(apply(patcher), **sampling), expected), "core's own run is not what it was"
         return expected
 
     return check
+
+
+@pytest.fixture
+def lora_file(wan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of a LoRA for core's loaders, of every linear layer of one block."""
+    import folder_paths  # pyright: ignore[reportMissingImports]
+
+    generator = torch.Generator().manual_seed(2)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in wan.model.diffusion_model.blocks[1].named_parameters():
+        if name.endswith(".weight") and parameter.ndim == 2:
+            key = f"diffusion_model.blocks.1.{name.removesuffix('.weight')}"
+            rows, columns = parameter.shape
+            tensors[f"{key}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * 0.1
+            tensors[f"{key}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.1
+    save_file(tensors, tmp_path / "small.safetensors")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
+    return "small.safetensors"

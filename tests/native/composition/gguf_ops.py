@@ -90,7 +90,9 @@ def restored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 class PackedOps(comfy.ops.manual_cast):
     class Linear(_PackedLayer, comfy.ops.manual_cast.Linear):
-        def __init__(self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None):
+        def __init__(
+            self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
+        ):
             nn.Module.__init__(self)
             self.in_features, self.out_features = in_features, out_features
             self.weight, self.bias = None, None
@@ -105,7 +107,9 @@ class PackedOps(comfy.ops.manual_cast):
 class PackedModelPatcher(comfy.model_patcher.ModelPatcher):
     """Leaves the LoRA of packed weights on their tensors."""
 
-    def patch_weight_to_device(self, key: str, device_to: Any = None, inplace_update: bool = False, **kwargs: Any) -> Any:
+    def patch_weight_to_device(
+        self, key: str, device_to: Any = None, inplace_update: bool = False, **kwargs: Any
+    ) -> Any:
         weight = comfy.utils.get_attr(self.model, key)  # pyright: ignore[reportAttributeAccessIssue]
         if not is_packed(weight):
             return super().patch_weight_to_device(key, device_to, inplace_update, **kwargs)

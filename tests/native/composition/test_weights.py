@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from ..conftest import CASE, SMALL_MODELS, TOLERANCE, Core, off_by
 from .conftest import LATENT_SHAPE, Fits, Sample
@@ -27,24 +25,6 @@ def as_lowvram(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
         return load(self, device_to, **{**kwargs, "lowvram_model_memory": 1, "full_load": False})
 
     monkeypatch.setattr(patcher, "load", load_nothing)
-
-
-@pytest.fixture
-def lora_file(wan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Name of a LoRA for core's loaders, of every linear layer of one block."""
-    import folder_paths  # pyright: ignore[reportMissingImports]
-
-    generator = torch.Generator().manual_seed(2)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in wan.model.diffusion_model.blocks[1].named_parameters():
-        if name.endswith(".weight") and parameter.ndim == 2:
-            key = f"diffusion_model.blocks.1.{name.removesuffix('.weight')}"
-            rows, columns = parameter.shape
-            tensors[f"{key}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * 0.1
-            tensors[f"{key}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.1
-    save_file(tensors, tmp_path / "small.safetensors")
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
-    return "small.safetensors"
 
 
 @pytest.mark.parametrize("loader", ["LoraLoaderModelOnly", "LoraLoaderBypassModelOnly"])
@@ -108,30 +88,214 @@ def test_a_lora_is_added_to_offloaded_weights_as_often_as_in_core(
     assert_as_often(patcher, counted(comfy.lora, "calculate_weight"))
 
 
-@pytest.fixture
-def quantised(core: Core, wan: Any) -> Any:
-    """The helpers of `quantised.py`, which need the host."""
-    from . import quantised
-
-    return quantised
+FORMATS = ("fp8", "fp8 e5m2", "nvfp4", "mxfp8", "int8", "int8 rotated", "int4 rotated")
+"""Names in `quantised.FORMATS`, which needs the host."""
 
 
 @pytest.fixture(scope="module")
 def tensors(core: Core, make_patcher: Any) -> dict[str, torch.Tensor]:
-    """A file's tensors of a Wan whose layers core's formats divide."""
+    """A file's tensors, of a Wan whose layers core's formats divide."""
     from .quantised import CONFIG
 
     return make_patcher("wan-t2v", config=CONFIG).model.diffusion_model.state_dict()
 
 
-def load_as(quantised: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
-    chosen = quantised.FORMATS[name]
-    if not chosen.exists:
-        pytest.skip(f"this ComfyUI has no format {chosen.name}")
-    patcher = quantised.loaded(quantised.quantised_file(tensors, chosen))
+@pytest.fixture
+def load_as(tensors: dict[str, torch.Tensor]) -> Callable[..., Any]:
+    """Loads the file in one of core's formats."""
+    from .quantised import FORMATS, loaded, quantised_file
+
+    def load(name: str) -> Any:
+        if not FORMATS[name].exists:
+            pytest.skip(f"this ComfyUI has no {name}")
+        return as_wan(loaded(quantised_file(tensors, FORMATS[name])))
+
+    return load
+
+
+def as_wan(patcher: Any) -> Any:
     patcher.set_attachments(CASE, SMALL_MODELS["wan-t2v"])
     return patcher
 
 
-FORMATS = ("fp8", "fp8 e5m2", "nvfp4", "mxfp8", "int8", "int8 rotated", "int4 rotated")
-"""Names in `quantised.FORMATS`."""
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantised_weights_are_dequantised_as_often_as_in_core(
+    load_as: Any, chunked: Fits, sample: Sample, counted: Any, name: str
+) -> None:
+    """Core multiplies int8 and int4 as they are."""
+    from comfy.quant_ops import QuantizedTensor  # pyright: ignore[reportMissingImports]
+
+    calls = counted(QuantizedTensor, "dequantize")
+    patcher = load_as(name)
+    expected = sample(patcher, cfg=1.0, latent_shape=LATENT_SHAPE)
+    of_core = len(calls)
+    result = sample(chunked(patcher), cfg=1.0, latent_shape=LATENT_SHAPE)
+    assert off_by(result, expected) <= TOLERANCE
+    assert len(calls) - of_core == of_core
+    assert bool(of_core) == (not name.startswith("int"))
+
+
+INPUT_SCALES = [None, 0.01]
+
+
+@pytest.mark.parametrize("input_scale", INPUT_SCALES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_weights_that_are_multiplied_as_stored(
+    load_as: Any, chunked: Fits, sample: Sample, name: str, input_scale: float | None
+) -> None:
+    """As on a card for the format: the input is quantised too, which magnifies the least difference of rounding."""
+    from .quantised import multiply_as_stored
+
+    patcher = load_as(name)
+    multiply_as_stored(patcher, input_scale)
+    expected = sample(patcher, latent_shape=LATENT_SHAPE)
+    fitted = chunked(patcher)
+    assert off_by(sample(fitted, latent_shape=LATENT_SHAPE), expected) <= TOLERANCE
+    is_whole = name == "nvfp4" and input_scale is None
+    assert ("20 linear layers run unchunked" in str(chunked.fit_of(fitted))) == is_whole
+
+
+def test_formats_that_are_known_to_scale_by_row_do(core: Core) -> None:
+    """A row's quantised numbers are the same, whatever lies in the other rows."""
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor  # pyright: ignore[reportMissingImports]
+
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(256, 256, generator=generator)
+    rows[128:] *= 1000
+    by_row = core.native("quantised_layers")._SCALED_BY_ROW
+    for name, algorithm in QUANT_ALGOS.items():
+        if not algorithm.get("quantize_input", True):
+            continue  # quantised within the product, row by row
+
+        def restored(part: torch.Tensor, layout: str = algorithm["comfy_tensor_layout"]) -> torch.Tensor:
+            return QuantizedTensor.from_float(part, layout, scale=None).dequantize()
+
+        assert torch.equal(restored(rows)[:128], restored(rows[:128])) == (name in by_row), name
+
+
+@pytest.mark.parametrize("name", ["fp8", "nvfp4", "int8"])
+def test_a_lora_on_offloaded_quantised_weights(
+    load_as: Any, as_lowvram: None, assert_as_often: Any, counted: Any, name: str
+) -> None:
+    """Core adds it to the dequantised weight, and leaves the input as it is then."""
+    import comfy.lora  # pyright: ignore[reportMissingImports]
+
+    from .quantised import multiply_as_stored
+
+    patcher = load_as(name)
+    multiply_as_stored(patcher)
+    for layer in ("ffn.0", "self_attn.k", "cross_attn.o"):
+        key = f"diffusion_model.blocks.1.{layer}.weight"
+        shape = patcher.model.get_submodule(f"diffusion_model.blocks.1.{layer}").weight.shape
+        patcher.add_patches({key: (torch.full(shape, 0.01),)}, 1.0)
+    assert_as_often(patcher, counted(comfy.lora, "calculate_weight"))
+
+
+def test_scaled_fp8_files_of_before(tensors: dict[str, torch.Tensor], chunked: Fits, sample: Sample) -> None:
+    """With `scaled_fp8` and `scale_weight`, which core converts."""
+    from .quantised import is_block_weight, loaded
+
+    file = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for name, tensor in tensors.items():
+        if is_block_weight(name, tensor):
+            scale = tensor.abs().max() / 448
+            file[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            file[name.removesuffix("weight") + "scale_weight"] = scale
+        else:
+            file[name] = tensor
+    patcher = as_wan(loaded(file))
+    expected = sample(patcher, latent_shape=LATENT_SHAPE)
+    assert off_by(sample(chunked(patcher), latent_shape=LATENT_SHAPE), expected) <= TOLERANCE
+    assert chunked.chunks
+
+
+def test_fast_fp8_stays_fp8(
+    core: Core, tensors: dict[str, torch.Tensor], chunked: Fits, sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Core's `fp8_e4m3fn_fast` multiplies only weights that are stored so."""
+    from .quantised import loaded
+
+    patcher = as_wan(loaded(tensors, dtype=torch.float8_e4m3fn, custom_operations=core.ops.fp8_ops))
+    patcher.model.manual_cast_dtype = torch.float32
+    multiplied: list[torch.dtype] = []
+    fp8_linear = core.ops.fp8_linear
+
+    def seen(layer: Any, x: torch.Tensor) -> Any:
+        multiplied.append(layer.weight.dtype)
+        return fp8_linear(layer, x)
+
+    monkeypatch.setattr(core.ops, "fp8_linear", seen)
+    expected = sample(patcher, latent_shape=LATENT_SHAPE)
+    assert off_by(sample(chunked(patcher), latent_shape=LATENT_SHAPE), expected) <= TOLERANCE
+    assert chunked.chunks
+    assert set(multiplied) == {torch.float8_e4m3fn}
+
+
+@pytest.mark.parametrize("has_lora", [False, True])
+@pytest.mark.parametrize("packing", ["Q8_0", "Q4_0"])
+def test_gguf_weights_are_dequantised_as_often_as_in_core(
+    tensors: dict[str, torch.Tensor], assert_as_often: Any, counted: Any, packing: str, has_lora: bool
+) -> None:
+    """Through layers such as ComfyUI-GGUF's."""
+    import comfy.lora  # pyright: ignore[reportMissingImports]
+    import gguf
+
+    from .gguf_ops import PackedModelPatcher, PackedOps, PackedTensor
+    from .quantised import is_block_weight, loaded
+
+    kind = gguf.GGMLQuantizationType[packing]
+    file = {
+        name: PackedTensor.of(tensor, kind) if is_block_weight(name, tensor) else tensor
+        for name, tensor in tensors.items()
+    }
+    patcher = as_wan(loaded(file, custom_operations=PackedOps))
+    patcher.__class__ = PackedModelPatcher
+    if has_lora:
+        key = "diffusion_model.blocks.0.ffn.0.weight"
+        patcher.add_patches({key: (torch.full(tensors["blocks.0.ffn.0.weight"].shape, 0.01),)}, 1.0)
+    assert_as_often(
+        patcher, counted(comfy.lora, "calculate_weight") if has_lora else counted(gguf.quants, "dequantize")
+    )
+
+
+class Elsewhere(torch.nn.Parameter):
+    """A parameter that core takes for one on another device."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def test_weights_stay_while_other_layers_come_in(
+    wan: Any, as_lowvram: None, chunked: Fits, sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Core brings weights in through a buffer of each of two streams, so a third layer overwrites the first."""
+    import comfy.model_management as management  # pyright: ignore[reportMissingImports]
+
+    class Stream:
+        as_context = staticmethod(nullcontext)
+
+        def wait_stream(self, _: Any) -> None:
+            pass
+
+    streams = [Stream(), Stream()]
+
+    def next_stream(_: Any) -> Stream:
+        streams.reverse()
+        return streams[0]
+
+    patcher = wan.clone()
+    expected = sample(patcher, latent_shape=LATENT_SHAPE)
+    monkeypatch.setattr(management, "get_offload_stream", next_stream)
+    monkeypatch.setattr(management, "STREAM_CAST_BUFFERS", {})
+    blocks = wan.model.diffusion_model.blocks
+    layers = [it for it in blocks.modules() if isinstance(it, torch.nn.Linear)]
+    before = [layer._parameters["weight"] for layer in layers]
+    for layer in layers:
+        layer._parameters["weight"] = Elsewhere(layer.weight.data, requires_grad=False)
+    try:
+        assert off_by(sample(chunked(patcher), latent_shape=LATENT_SHAPE), expected) <= TOLERANCE
+    finally:
+        for layer, weight in zip(layers, before, strict=True):
+            layer._parameters["weight"] = weight
+    assert chunked.chunks
