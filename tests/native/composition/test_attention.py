@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ..conftest import CASE, TOLERANCE, Core, off_by
+from ..conftest import CASE, TOLERANCE, off_by
 from .conftest import LATENT_SHAPE, Fits, Sample
 
 pytestmark = pytest.mark.host
@@ -59,7 +59,7 @@ def test_sage_attention_gets_whole_blocks_of_queries(wan: Any, chunked: Fits, sa
 
 @pytest.mark.parametrize("name", ["attention_basic", "attention_split", "attention_sub_quad", "attention_pytorch"])
 def test_attention_functions_of_core(assert_composes: Any, name: str) -> None:
-    import comfy.ldm.modules.attention as attention  # pyright: ignore[reportMissingImports]
+    from comfy.ldm.modules import attention  # pyright: ignore[reportMissingImports]
 
     function = getattr(attention, name)
     assert_composes(lambda model: with_attention(model, lambda _, *args, **kwargs: function(*args, **kwargs)))

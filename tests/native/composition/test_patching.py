@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ..conftest import CASE, SMALL_MODELS, TOLERANCE, Core, off_by
+from ..conftest import TOLERANCE, Core, off_by
 from .conftest import LATENT_SHAPE, Fits, Sample
 
 pytestmark = pytest.mark.host
@@ -178,3 +178,50 @@ def test_a_fitted_model_is_freed(make_patcher: Any, chunked: Fits, sample: Sampl
     gc.collect()
     management.cleanup_models()
     assert [it() for it in alive] == [None, None]
+
+
+def test_the_copy_that_another_nodes_patch_costs_is_predicted(
+    core: Core, wan: Any, chunked: Fits, sample: Sample
+) -> None:
+    """A block does not overwrite its input where a patch may hold it."""
+    meter, twin = core.library("memory.meter"), core.native("twin")
+    peaks: list[int] = []
+
+    def metered(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        with meter.StorageMeter(device_type="cpu") as measured:
+            result = executor(*args, **kwargs)
+        peaks.append(measured.peak_bytes)
+        return result
+
+    predicted: list[int] = []
+    shape = (1, 16, 3, 16, 24)
+    for patched in (False, True):
+        fitted = chunked(wan)
+        fitted.add_wrapper_with_key(core.extension.WrappersMP.DIFFUSION_MODEL, "metered", metered)
+        fitted.model_options["transformer_options"]["optimized_attention_override"] = twin._attention_output
+        if patched:
+            fitted.set_model_double_block_patch(lambda given: {"img": given["img"]})
+        sample(fitted, cfg=1.0, latent_shape=shape)
+        fit = chunked.fit_of(fitted)
+        ((key, peak),) = fit._peaks.items()
+        assert key in fit._plans
+        predicted.append(peak(1))
+    assert all(peak <= of_twin <= 1.05 * peak for peak, of_twin in zip(peaks, predicted, strict=True))
+    assert peaks[1] > 1.1 * peaks[0]
+
+
+def test_what_core_is_told_of_a_call_ends_with_it(core: Core) -> None:
+    """Another node may run the branches of a step within core's call for them."""
+    host_memory = core.native("host_memory")
+
+    class Model:
+        def memory_required(self, shape: Any, cond_shapes: Any = None) -> float:
+            return -1.0
+
+    model = Model()
+    with host_memory.memory_required_as(model, 3000, branch_size=1, most_bytes=4000):
+        with host_memory.memory_required_as(model, 30, branch_size=1, most_bytes=4000):
+            assert model.memory_required([2]) == 40
+        assert model.memory_required([1]) == 2000
+        assert model.memory_required([2]) == float("inf")
+    assert model.memory_required([1]) == -1

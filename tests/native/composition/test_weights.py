@@ -267,7 +267,7 @@ class Elsewhere(torch.nn.Parameter):
 
 
 def test_weights_stay_while_other_layers_come_in(
-    wan: Any, as_lowvram: None, chunked: Fits, sample: Sample, monkeypatch: pytest.MonkeyPatch
+    make_patcher: Any, as_lowvram: None, chunked: Fits, sample: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Core brings weights in through a buffer of each of two streams, so a third layer overwrites the first."""
     import comfy.model_management as management  # pyright: ignore[reportMissingImports]
@@ -280,22 +280,93 @@ def test_weights_stay_while_other_layers_come_in(
 
     streams = [Stream(), Stream()]
 
+    used: list[Stream] = []
+
     def next_stream(_: Any) -> Stream:
         streams.reverse()
+        used.append(streams[0])
         return streams[0]
 
-    patcher = wan.clone()
+    patcher = make_patcher("wan-t2v")
     expected = sample(patcher, latent_shape=LATENT_SHAPE)
     monkeypatch.setattr(management, "get_offload_stream", next_stream)
     monkeypatch.setattr(management, "STREAM_CAST_BUFFERS", {})
-    blocks = wan.model.diffusion_model.blocks
-    layers = [it for it in blocks.modules() if isinstance(it, torch.nn.Linear)]
-    before = [layer._parameters["weight"] for layer in layers]
-    for layer in layers:
-        layer._parameters["weight"] = Elsewhere(layer.weight.data, requires_grad=False)
-    try:
-        assert off_by(sample(chunked(patcher), latent_shape=LATENT_SHAPE), expected) <= TOLERANCE
-    finally:
-        for layer, weight in zip(layers, before, strict=True):
-            layer._parameters["weight"] = weight
+    for layer in patcher.model.diffusion_model.blocks.modules():
+        if layer._parameters.get("weight") is not None:
+            layer._parameters["weight"] = Elsewhere(layer.weight.data, requires_grad=False)
+    assert off_by(sample(chunked(patcher), latent_shape=LATENT_SHAPE), expected) <= TOLERANCE
     assert chunked.chunks
+    assert used
+
+
+def test_weights_are_counted_as_they_are_stored(
+    load_as: Any, tensors: dict[str, torch.Tensor], fits: Fits, sample: Sample
+) -> None:
+    """And what a layer holds, as it computes with them."""
+    from .quantised import FORMATS, quantised_file
+
+    fitted = fits(load_as("fp8"))
+    sample(fitted, cfg=1.0, latent_shape=LATENT_SHAPE)
+    fit = fits.fit_of(fitted)
+    stored_bytes = sum(it.nbytes for it in quantised_file(tensors, FORMATS["fp8"]).values())
+    assert fit.plan.weights_bytes == pytest.approx(stored_bytes, rel=0.01)
+
+
+ROWS = {"query": slice(0, 32), "key": slice(32, 64), "value": slice(64, 96)}
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+@pytest.mark.parametrize("stored", ["fp32", "fp16", "fp8", "int8", "fp8 with a scale", "fp16 with a LoRA", "Q8_0"])
+def test_rows_of_a_linear_layer(core: Core, monkeypatch: pytest.MonkeyPatch, stored: str, is_held: bool) -> None:
+    """Some outputs of a layer that makes several tensors at once; without the others where its weight is held plain."""
+    rows = core.native("fused_linear")
+    layer = fused_layer(core, stored)
+    inputs = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(5))
+    expected = layer(inputs)
+    sizes: list[int] = []
+    monkeypatch.setattr(rows, "F", type("Counted", (), {"linear": staticmethod(lambda x, w, b: count(sizes, x, w, b))}))
+    cpu = torch.device("cpu")
+    with core.native("held_weights").held([layer] if is_held else [], cpu, torch.float32):
+        for part in ROWS.values():
+            assert off_by(rows.linear_rows(layer, inputs, part), expected[..., part]) <= TOLERANCE
+    assert torch.equal(layer(inputs), expected)
+    is_cut = stored == "fp32" or (is_held and stored not in ("int8", "fp8 with a scale"))
+    assert sizes == ([32, 32, 32] if is_cut else [])
+
+
+def count(sizes: list[int], inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    sizes.append(len(weight))
+    return torch.nn.functional.linear(inputs, weight, bias)
+
+
+def fused_layer(core: Core, stored: str) -> Any:
+    """A linear layer of 96 outputs as one of core's loaders leaves it."""
+    import gguf
+
+    from .gguf_ops import PackedOps, PackedTensor
+    from .quantised import FORMATS, quantised_file
+
+    generator = torch.Generator().manual_seed(4)
+    weight, bias = torch.randn(96, 64, generator=generator), torch.randn(96, generator=generator)
+    if stored == "Q8_0":
+        layer = PackedOps.Linear(64, 96)
+        file = {"weight": PackedTensor.of(weight, gguf.GGMLQuantizationType.Q8_0), "bias": bias}
+    elif stored.startswith(("fp8", "int8")):
+        name = stored.split(maxsplit=1)[0]
+        if not FORMATS[name].exists:
+            pytest.skip(f"this ComfyUI has no {name}")
+        operations = core.ops.mixed_precision_ops({}, torch.float32, disabled=["float8_e4m3fn"])
+        layer = operations.Linear(64, 96)
+        quantised = quantised_file({"blocks.weight": weight}, FORMATS[name])
+        file = {name.removeprefix("blocks."): it for name, it in quantised.items()} | {"bias": bias}
+    else:
+        dtype = torch.float32 if stored == "fp32" else torch.float16
+        layer = core.ops.manual_cast.Linear(64, 96, dtype=dtype)
+        file = {"weight": weight.to(dtype), "bias": bias.to(dtype)}
+    layer.load_state_dict(file, strict=False)
+    layer.requires_grad_(False)
+    if stored == "fp8 with a scale":
+        layer.pre_quant_scale = torch.nn.Parameter(torch.linspace(0.5, 2, 64), requires_grad=False)
+    if stored == "fp16 with a LoRA":
+        layer.weight_function = [lambda it: it * 1.5]
+    return layer
