@@ -299,6 +299,21 @@ def test_weights_stay_while_other_layers_come_in(
     assert used
 
 
+def test_held_weights_are_not_looked_for_in_dynamic_memory(core: Core) -> None:
+    """Where core keeps those that it streams to a card."""
+    layer = core.ops.manual_cast.Linear(4, 4, dtype=torch.float16)
+    torch.nn.init.ones_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    layer._v = "a place in dynamic memory"
+    names = list(layer.state_dict())
+    with core.native("held_weights").held([layer], torch.device("cpu"), torch.float32):
+        assert not hasattr(layer, "_v")
+        assert layer.weight.dtype == torch.float32
+    assert layer._v == "a place in dynamic memory"
+    assert layer.weight.dtype == torch.float16
+    assert list(layer.state_dict()) == names
+
+
 def test_weights_are_counted_as_they_are_stored(
     load_as: Any, tensors: dict[str, torch.Tensor], fits: Fits, sample: Sample
 ) -> None:
