@@ -102,6 +102,16 @@ def wan(make_patcher: Callable[..., Any]) -> Any:
     return make_patcher("wan-t2v")
 
 
+@pytest.fixture(scope="module")
+def other(make_patcher: Callable[..., Any]) -> Any:
+    """A second model, of other weights."""
+    patcher = make_patcher("wan-t2v")
+    with torch.no_grad():
+        for parameter in patcher.model.parameters():
+            parameter.mul_(1.1)
+    return patcher
+
+
 @pytest.fixture
 def assert_composes(
     chunked: Fits, wan: Any, sample: Sample, caplog: pytest.LogCaptureFixture

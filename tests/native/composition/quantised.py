@@ -40,6 +40,9 @@ FORMATS = {
     "mxfp8": Format(name="mxfp8", config={}, options={}),
     "int8": Format(name="int8_tensorwise", config={}, options={"per_channel": True}),
     "int8 rotated": Format(name="int8_tensorwise", config=_ROTATED, options={"per_channel": True, **_ROTATED}),
+    "int8 in full precision": Format(
+        name="int8_tensorwise", config={"full_precision_matrix_mult": True}, options={"per_channel": True}
+    ),
     "int4 rotated": Format(
         name="convrot_w4a4", config={"convrot_groupsize": GROUP}, options={"convrot_groupsize": GROUP}
     ),

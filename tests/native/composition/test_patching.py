@@ -18,16 +18,6 @@ pytestmark = pytest.mark.host
 
 
 @pytest.fixture
-def other(make_patcher: Any) -> Any:
-    """A second model, of other weights."""
-    patcher = make_patcher("wan-t2v")
-    with torch.no_grad():
-        for parameter in patcher.model.parameters():
-            parameter.mul_(1.1)
-    return patcher
-
-
-@pytest.fixture
 def loadable(core: Core, make_patcher: Any) -> Callable[..., Any]:
     """Makes a patcher that core can load once more, for a copy of the model; `is_dynamic`: in core's dynamic memory."""
 

@@ -216,7 +216,7 @@ def test_guiders(wan: Any, chunked: Fits, run_node: Any, conditioning: Any, cust
 @pytest.mark.parametrize("fitted", ["first", "second", "both"])
 def test_a_guider_of_two_models(
     wan: Any,
-    make_patcher: Any,
+    other: Any,
     chunked: Fits,
     run_node: Any,
     conditioning: Any,
@@ -224,10 +224,6 @@ def test_a_guider_of_two_models(
     fitted: str,
 ) -> None:
     """Core calls the first model's wrappers around the second model's calls as well."""
-    other = make_patcher("wan-t2v")
-    with torch.no_grad():
-        for parameter in other.model.parameters():
-            parameter.mul_(1.1)
 
     def run(first: Any, second: Any) -> torch.Tensor:
         inputs = {"positive": conditioning(4), "negative": conditioning(5), "cfg": 4.0}
@@ -244,6 +240,19 @@ def test_a_guider_of_two_models(
         chunked.chunks = 0
         run(first, other)
         assert of_one == 2 * chunked.chunks
+
+
+def test_what_core_is_told_is_of_the_fitted_model(wan: Any, other: Any, fits: Fits, sample: Sample) -> None:
+    """And not of a guider's second model."""
+    fitted = fits(wan)
+    sample(fitted, cfg=1.0, latent_shape=LATENT_SHAPE)
+
+    def is_told(model: Any, *_: Any) -> bool:
+        return "memory_required" in vars(model)
+
+    fit, latent = fits.fit_of(fitted), torch.zeros(LATENT_SHAPE)
+    assert fit.calc_cond_batch(is_told, wan.model, [], latent, None, {})
+    assert not fit.calc_cond_batch(is_told, other.model, [], latent, None, {})
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "uni_pc", "heun"])
@@ -268,14 +277,8 @@ def test_a_mask_of_what_is_sampled(
     assert off_by(run(chunked(wan)), run(wan)) <= TOLERANCE
 
 
-def test_two_experts_share_the_steps(
-    wan: Any, make_patcher: Any, chunked: Fits, run_node: Any, conditioning: Any
-) -> None:
+def test_two_experts_share_the_steps(wan: Any, other: Any, chunked: Fits, run_node: Any, conditioning: Any) -> None:
     """Wan 2.2: one model for the noisy steps, another for the rest."""
-    other = make_patcher("wan-t2v")
-    with torch.no_grad():
-        for parameter in other.model.parameters():
-            parameter.mul_(0.9)
 
     def run(high: Any, low: Any) -> torch.Tensor:
         steps = {"noise_seed": 3, "steps": 4, "cfg": 3.0, "sampler_name": "euler", "scheduler": "simple"}

@@ -88,7 +88,7 @@ def test_a_lora_is_added_to_offloaded_weights_as_often_as_in_core(
     assert_as_often(patcher, counted(comfy.lora, "calculate_weight"))
 
 
-FORMATS = ("fp8", "fp8 e5m2", "nvfp4", "mxfp8", "int8", "int8 rotated", "int4 rotated")
+FORMATS = ("fp8", "fp8 e5m2", "nvfp4", "mxfp8", "int8", "int8 rotated", "int8 in full precision", "int4 rotated")
 """Names in `quantised.FORMATS`, which needs the host."""
 
 
