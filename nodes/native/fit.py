@@ -16,6 +16,8 @@ from .model import Patch, native_model
 
 KEY = "i2v_vram_fit"
 """Key of this pack's wrappers and callbacks among those of other nodes."""
+_CLONED = ("ON_CLONE", "ON_MATCH_MULTIGPU_CLONES")
+"""Names of core's callbacks for a clone that may have got another model; some versions give it that one later."""
 
 
 def fitted(patcher: Any, services: Services) -> tuple[Any, str]:
@@ -41,9 +43,14 @@ def _attach(patcher: Any, services: Services) -> str:
             fit.left_out.append(patch.name.removesuffix(".forward"))
     for kind, wrapper in fit.wrappers.items():
         patcher.add_wrapper_with_key(kind, KEY, wrapper)
-    patcher.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, _on_clone)
+    for kind in _callbacks():
+        patcher.add_callback_with_key(kind, KEY, _on_clone)
     patcher.set_attachments(KEY, fit)
     return str(fit)
+
+
+def _callbacks() -> list[str]:
+    return [getattr(CallbacksMP, name) for name in _CLONED if hasattr(CallbacksMP, name)]
 
 
 def _on_clone(_original: Any, clone: Any) -> None:
@@ -63,7 +70,8 @@ def _detach(patcher: Any) -> None:
             del patcher.object_patches[name]
     for kind in fit.wrappers:
         patcher.remove_wrappers_with_key(kind, KEY)
-    patcher.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)
+    for kind in _callbacks():
+        patcher.remove_callbacks_with_key(kind, KEY)
     patcher.remove_attachments(KEY)
 
 
