@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
+import comfy.model_management as management
 import torch
 from torch import Tensor, nn
 
@@ -40,19 +41,32 @@ class CallPlanner:
         self.facts: DeviceFacts = UNKNOWN_DEVICE
         """The device, with what earlier runs took of their predictions."""
         self._native, self._base, self._device = native, base, device
+        self._model: nn.Module = base.diffusion_model
+        self._object_patches: Mapping[str, Any] = {}
+        self._model_options: Mapping[str, Any] = {}
         self._attention: Callable[..., Tensor] = attention_output
         self._patched: Collection[str] = ()
         self._streams_patched = False
         self._twins: dict[object, Twin] = {}
         self._peaks: dict[object, Peak] = {}
 
-    def look_at(self, *, replaced_attention: bool, patched: Collection[str]) -> None:
+    def look_at(
+        self,
+        *,
+        replaced_attention: bool,
+        patched: Collection[str],
+        object_patches: Mapping[str, Any] | None = None,
+        model_options: Mapping[str, Any] | None = None,
+    ) -> None:
         """Take note of what the memory of calls depends on besides the model, before a run.
 
         Args:
             replaced_attention: whether attention is another node's.
             patched: names of weights of the diffusion model that LoRA and others change.
+            object_patches: of the patcher.
+            model_options: of the run.
         """
+        self._object_patches, self._model_options = object_patches or {}, model_options or {}
         self._attention = replaced_attention_output if replaced_attention else attention_output
         self._patched = patched
 
@@ -65,7 +79,15 @@ class CallPlanner:
         """
         shapes = list(clip.shapes)
         try:
-            return recorded_calls(self._base, clip.shape, conds, denoise_mask=mask, latent_shapes=shapes)
+            return recorded_calls(
+                self._base,
+                clip.shape,
+                conds,
+                object_patches=self._object_patches,
+                model_options=self._model_options,
+                denoise_mask=mask,
+                latent_shapes=shapes,
+            )
         except FAILURES as error:
             logger.info("VRAM Fit plans with the first call: its shapes are not known before (%r)", error)
             return []
@@ -122,21 +144,20 @@ class CallPlanner:
 
     def peak(self, call: Call) -> Peak:
         """The traced peak of calls of these shapes, by workspace."""
-        twin = self._twin
+        twin = self._twin(call.dtype)
         if (twin, call.key) not in self._peaks:
             self._peaks[twin, call.key] = lru_cache(maxsize=64)(partial(_traced, twin, call))
         return self._peaks[twin, call.key]
 
-    @property
-    def _twin(self) -> Twin:
+    def _twin(self, dtype: torch.dtype) -> Twin:
         """The model's shape, with attention and patches as they are now."""
         patched = frozenset(self._patched) if self._streams_patched else frozenset[str]()
-        key = (self._attention, patched)
+        key = (self._attention, patched, dtype)
         if key not in self._twins:
             self._twins[key] = Twin(
                 self._native,
-                self._base.diffusion_model,
-                self._base.get_dtype_inference(),
+                self._model,
+                dtype,
                 device=self._device,
                 attention=self._attention,
                 patched=patched,
@@ -146,12 +167,12 @@ class CallPlanner:
     @property
     def weights_bytes(self) -> int:
         """The model's weights as they are stored."""
-        return sum(it.nbytes for it in self._base.diffusion_model.parameters())
+        return management.module_size(self._model)
 
     @property
     def _held_bytes(self) -> int:
         """Weights that the widest layer call has on the device, as they are stored: two linear layers at most."""
-        model = self._base.diffusion_model
+        model = self._model
         in_blocks = _widest(block for path in self._native.block_lists(model) for block in model.get_submodule(path))
         return max(2 * in_blocks, _widest([model]))
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...i2v_core.chunking import ChunkSettings, LayerKind, LayerRunner
 from ...i2v_core.chunking.execution import Execution
+from .quantised_layers import scales_whole_input
 
 TOKEN_MULTIPLE = 128
 """Chunks are multiples of this many tokens: SageAttention quantises queries in blocks of 128, and kernels like it."""
@@ -37,12 +38,17 @@ class CallState:
     runner: LayerRunner = field(default_factory=LayerRunner)
     attention_options: dict[str, Any] = field(default_factory=dict[str, Any])
     """Options for attention that core calls without those of the call; a twin's replace the kernel."""
-    on_chunk: Callable[[], None] = nothing
-    """Called before every chunk; may raise to cancel the call."""
+    check_cancelled: Callable[[], None] = nothing
+    """Raises to cancel the call."""
 
     @property
     def chunked(self) -> bool:
         return self.workspace_bytes is not None
+
+    def on_chunk(self) -> None:
+        """To be called before every chunk; may raise to cancel the call."""
+        if not torch.compiler.is_compiling():  # it cannot follow the host's lock
+            self.check_cancelled()
 
     @contextmanager
     def weights(self, kind: LayerKind, *modules: nn.Module) -> Generator[None]:
@@ -68,14 +74,18 @@ class CallState:
             unit_bytes: temporary bytes of one token, over the whole batch.
             multiple: of units that chunks have; 1 for units of many tokens, such as frames.
             smallest: fewest units of a chunk, whatever they take; None: the multiple.
+            runs: runs of tokens that the layer treats differently, which no chunk crosses; empty: all alike.
+
+        There is one chunk where a layer's result would depend on how its input is cut.
         """
+        whole = any(scales_whole_input(layer) for module in modules for layer in module.modules())
         return self._chunks(
             kind,
             *modules,
             total=total,
             unit_bytes=unit_bytes,
             multiple=multiple,
-            smallest=smallest or multiple,
+            smallest=total if whole else smallest or multiple,
             runs=runs,
         )
 
@@ -89,7 +99,6 @@ class CallState:
             total: heads of the layer.
             unit_bytes: temporary bytes of one head, over all tokens and the whole batch.
             together: whether the heads cannot be computed apart, so that all are one group.
-            runs: runs of tokens that the layer treats differently, which no chunk crosses; empty: all alike.
         """
         multiple = total if together else HEAD_MULTIPLE
         return self._chunks(kind, *modules, total=total, unit_bytes=unit_bytes, multiple=multiple, smallest=multiple)

@@ -12,11 +12,14 @@ from typing import Any
 from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
-from .fitted_model import FittedModel, Services
+from .fitted_model import FittedModel
 from .model import Patch, is_own, native_model
+from .services import Services
 
 KEY = "i2v_vram_fit"
 """Key of this pack's wrappers and callbacks among those of other nodes."""
+_CLONED = ("ON_CLONE", "ON_MATCH_MULTIGPU_CLONES")
+"""Names of core's callbacks for a clone that may have got another model; some versions give it that one later."""
 
 
 def fitted(patcher: Any, services: Services) -> tuple[Any, str]:
@@ -32,20 +35,26 @@ def _attach(patcher: Any, services: Services) -> str:
     if native is None:
         return f"{type(model).__name__} is not known to VRAM Fit: it runs as it is"
     fit = FittedModel(native, patcher.model, patcher.load_device, services)
+    if not _is_free(patcher, fit.call_patch):
+        return f"{native.name}: another node has replaced the model's forward, so it runs as it is"
     patches = list(native.patches(model, fit.state))
     fit.not_cores_own.extend(_without_patch(model, native.block_lists(model), patches))
-    for patch in patches:
-        name = f"diffusion_model.{patch.name}"
-        if _is_free(patcher, name, patch):
-            patcher.add_object_patch(name, patch.replacement)
-            fit.patched[name] = patch.replacement
+    for patch in (fit.call_patch, *patches):
+        if _is_free(patcher, patch):
+            patcher.add_object_patch(_name(patch), patch.replacement)
+            fit.patched[_name(patch)] = patch.replacement
         else:
             fit.left_out.append(patch.name.removesuffix(".forward"))
     for kind, wrapper in fit.wrappers.items():
         patcher.add_wrapper_with_key(kind, KEY, wrapper)
-    patcher.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, _on_clone)
+    for kind in _callbacks():
+        patcher.add_callback_with_key(kind, KEY, _on_clone)
     patcher.set_attachments(KEY, fit)
     return str(fit)
+
+
+def _callbacks() -> list[str]:
+    return [getattr(CallbacksMP, name) for name in _CLONED if hasattr(CallbacksMP, name)]
 
 
 def _on_clone(_original: Any, clone: Any) -> None:
@@ -65,7 +74,8 @@ def _detach(patcher: Any) -> None:
             del patcher.object_patches[name]
     for kind in fit.wrappers:
         patcher.remove_wrappers_with_key(kind, KEY)
-    patcher.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)
+    for kind in _callbacks():
+        patcher.remove_callbacks_with_key(kind, KEY)
     patcher.remove_attachments(KEY)
 
 
@@ -80,8 +90,14 @@ def _without_patch(model: nn.Module, block_lists: Sequence[str], patches: Sequen
             yield f"{count} of {len(names)} {path}"
 
 
-def _is_free(patcher: Any, name: str, patch: Patch) -> bool:
+def _name(patch: Patch) -> str:
+    """Path of a patch below core's `BaseModel`."""
+    return f"diffusion_model.{patch.name}"
+
+
+def _is_free(patcher: Any, patch: Patch) -> bool:
     """Whether a part runs core's own method, or one that a fit has put in: not another node's."""
+    name = _name(patch)
     if name in patcher.object_patches:
         return False
     now = patch.module.__dict__.get(patch.method)

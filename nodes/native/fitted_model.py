@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from comfy.ldm.modules import attention
 from comfy.patcher_extension import WrappersMP
+from torch import nn
 
 from ...i2v_core.errors import DoesNotFitError, RanOutError
-from ...i2v_core.memory.device import DeviceFacts, empty_allocator_cache, is_out_of_memory
+from ...i2v_core.memory.device import empty_allocator_cache
 from ...i2v_core.units import format_gib
 from .attention_memory import TAKING_WHAT_IS_FREE
-from .call_plan import UNKNOWN_DEVICE, CallPlan
+from .call_plan import CallPlan
 from .call_planner import CallPlanner, UntraceableError
+from .call_shapes import Call, first_tensor
 from .calls import CallState
 from .held_weights import HeldWeightsRunner
 from .host_memory import CallNeeds, batching_for, loading_for
-from .model import NativeModel
+from .model import NativeModel, Patch
+from .planned_call import PlannedCall
+from .quantised_layers import scales_whole_input
 from .recorded_call import RecordedCall
 from .run_record import RunRecord
+from .services import Services
 from .suggested_size import LatentClip
-from .twin import Call
 
 logger = logging.getLogger(__name__)
 
@@ -33,32 +38,8 @@ OVERRIDE = "optimized_attention_override"
 _PREFIX = "diffusion_model."
 
 
-def _no_learning(_model: str, _facts: DeviceFacts, _predicted_bytes: int, _measured_bytes: int) -> None:
-    pass
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Services:
-    """Services that the host's side provides to a fit."""
-
-    usable_bytes: Callable[[], int]
-    """Device memory that the model may take now: the budget, or what is free or can be freed."""
-    check_cancelled: Callable[[], None]
-    """Raises when the user has cancelled."""
-    say: Callable[[str], None] = lambda _: None
-    """Shows a line to the user."""
-    free_bytes: Callable[[], int | None] = lambda: None
-    """Device memory that nobody holds; None where that is not known."""
-    device_facts: Callable[[str], DeviceFacts] = lambda _: UNKNOWN_DEVICE
-    """The device, with what earlier runs of a model took of their predictions."""
-    learn: Callable[[str, DeviceFacts, int, int], None] = _no_learning
-    """Keeps a model's predicted and measured peak in bytes for later runs."""
-    keep_report: Callable[[Mapping[str, Any]], None] = lambda _: None
-    """Takes the report of a run, as `run_report.StageFigures` reads it."""
-
-
 class FittedModel:
-    """One fitted model: what its runs are planned from, and the wrappers around them.
+    """One fitted model: what its runs are planned from, the wrappers around them, and the patch around its calls.
 
     Args:
         native: the file that knows the model.
@@ -67,8 +48,10 @@ class FittedModel:
     """
 
     def __init__(self, native: NativeModel, base: Any, device: torch.device, services: Services) -> None:
-        self.state = CallState(on_chunk=services.check_cancelled)
+        self.state = CallState(check_cancelled=services.check_cancelled)
         self.base, self.services = base, services
+        self.model: nn.Module = base.diffusion_model
+        """The diffusion model; torch.compile puts another in its place in `base` during a call."""
         self.patched: dict[str, Any] = {}
         self.left_out: list[str] = []
         """Patches whose place another node has taken."""
@@ -95,6 +78,9 @@ class FittedModel:
         ):
             if names:
                 parts.append(f"run as they are, since {reason}: {', '.join(names)}")
+        whole = sum(map(scales_whole_input, self.model.modules()))
+        if whole:
+            parts.append(f"{whole} linear layers run unchunked, since their format takes one scale from all tokens")
         return "; ".join([*parts, "planned when sampling starts"])
 
     @property
@@ -104,8 +90,17 @@ class FittedModel:
             WrappersMP.OUTER_SAMPLE: self.outer_sample,
             WrappersMP.PREPARE_SAMPLING: self.prepare_sampling,
             WrappersMP.CALC_COND_BATCH: self.calc_cond_batch,
-            WrappersMP.DIFFUSION_MODEL: self.diffusion_model,
         }
+
+    @property
+    def call_patch(self) -> Patch:
+        """Replacement for the method in which the diffusion model does its work, inside of other nodes' wrappers.
+
+        A wrapper would not do: core calls one model's wrappers for its copies on other cards too, and for the second
+        model of a guider.
+        """
+        method = "_forward" if hasattr(type(self.model), "_forward") else "forward"
+        return Patch("", self.model, PlannedCall(self, getattr(type(self.model), method)), method)
 
     def outer_sample(self, executor: Any, noise: Any, latent_image: Any, *args: Any, **kwargs: Any) -> Any:
         """Around a whole run of a sampler."""
@@ -116,8 +111,7 @@ class FittedModel:
         try:
             return executor(noise, latent_image, *args, **kwargs)
         finally:
-            self.state.workspace_bytes = None
-            self.state.runner = HeldWeightsRunner(torch.device("cpu"), torch.float32)
+            self._mask = None
             if self.plan is not None:
                 self._finish(self.plan)
 
@@ -144,34 +138,28 @@ class FittedModel:
         warning = self._record.begin_step()
         if warning is not None:
             self._take_less(warning)
-        if self.plan is None:
+        if self.plan is None or model is not self.base:
             return executor(model, conds, x_in, timestep, model_options)
         needs = self._needs or CallNeeds({tuple(x_in.shape): self.plan.needed_bytes})
         with batching_for(model, needs, most_bytes=self.plan.usable_bytes - self.plan.resident_bytes):
             return executor(model, conds, x_in, timestep, model_options)
 
-    def diffusion_model(self, executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """One call of the model; after an out-of-memory the same call again, cut finer."""
-        first = x[0] if isinstance(x, (list, tuple)) else x
-        call = Call(executor.class_obj, (x, *args), kwargs)
-        self.state.dtype = first.dtype
-        self.state.runner = HeldWeightsRunner(first.device, first.dtype)
-        while True:
-            try:
-                plan = self._plan_of(call)
-            except UntraceableError:
-                self.state.workspace_bytes = None
-                return executor(x, *args, **kwargs)
-            self.state.workspace_bytes = plan.workspace_bytes
-            try:
-                with self._record.call(call.key, plan, first.device):
-                    return executor(x, *args, **kwargs)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                problem = str(error)
-            # Outside of the except: the traceback keeps what the failed layer had made.
-            self._fall_back(call, problem, first.device)
+    @torch.compiler.disable
+    def prepare(self, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """Sets the layers up for a call of the diffusion model."""
+        call = Call(self.model, (x, *args), kwargs)
+        self.state.dtype = call.dtype
+        self.state.runner = HeldWeightsRunner(first_tensor(x).device, call.dtype)
+        try:
+            self.state.workspace_bytes = self._plan_of(call).workspace_bytes
+        except UntraceableError:
+            self.state.workspace_bytes = None
+        return call
+
+    def measured(self, call: Call, device: torch.device) -> AbstractContextManager[None]:
+        """Measures a call that `prepare` has set the layers up for."""
+        plan = self._plans.get(call.key)
+        return nullcontext() if plan is None else self._record.call(call.key, plan, device)
 
     # Planning.
 
@@ -179,10 +167,15 @@ class FittedModel:
         """Takes note of what the memory of calls depends on besides the model: attention, and patched weights."""
         override = model_options.get("transformer_options", {}).get(OVERRIDE)
         patched = {name.removeprefix(_PREFIX) for name in patcher.patches}
-        self._planner.look_at(replaced_attention=override is not None, patched=patched)
+        self._planner.look_at(
+            replaced_attention=override is not None,
+            patched=patched,
+            object_patches=patcher.object_patches,
+            model_options=model_options,
+        )
         chosen = attention.optimized_attention if override is None else override
         name = getattr(chosen, "__name__", type(chosen).__name__)
-        model = type(self.base.diffusion_model).__name__
+        model = type(self.model).__name__
         self._learned_as = f"{model}, {self.base.get_dtype_inference()}, {name}"
         self._predictable = name not in TAKING_WHAT_IS_FREE
         self._planner.facts = self.services.device_facts(self._learned_as)
@@ -232,9 +225,10 @@ class FittedModel:
 
     # What goes wrong, and the end.
 
-    def _fall_back(self, call: Call, problem: str, device: torch.device) -> None:
+    def fall_back(self, call: Call, problem: str, device: torch.device) -> None:
         """Plans calls of these shapes finer, after one ran out of memory."""
-        lower = self._planner.finer(call, self._plans[call.key])
+        plan = self._plans.get(call.key)
+        lower = None if plan is None else self._planner.finer(call, plan)
         if lower is None:
             raise RanOutError(
                 f"the device ran out of memory in a call of {self._native.name}, even with the lowest-memory settings "
@@ -245,6 +239,7 @@ class FittedModel:
         assert lower.workspace_bytes is not None
         self._note(f"ran out of memory: the same step again in chunks of {format_gib(lower.workspace_bytes)} a layer")
         self._plans[call.key] = lower
+        self.state.workspace_bytes = lower.workspace_bytes
 
     def _take_less(self, warning: str) -> None:
         """Plans all calls finer, after the driver has put device memory into the host's."""

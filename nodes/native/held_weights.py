@@ -7,18 +7,22 @@ put in the layer's place until its last.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import comfy.model_management as management
 import comfy.ops
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...i2v_core.chunking import LayerCall, LayerRunner
+from .calls import nothing
+from .quantised_layers import has_functions, is_mixed_precision, is_restored, multiplied_as_stored, quantises_input
 
-_FUNCTIONS = ("weight_function", "bias_function")
-"""Names of a layer's lists of what core applies to its weights as it casts them, such as a LoRA."""
+_DYNAMIC_MEMORY = "_v"
+"""Attribute by which core finds a layer's weights in its dynamic memory, before it looks at the layer's own."""
 
 
 class HeldWeightsRunner(LayerRunner):
@@ -34,13 +38,21 @@ class HeldWeightsRunner(LayerRunner):
 
     @contextmanager
     def enter(self, call: LayerCall) -> Generator[None]:
-        with ExitStack() as stack:
-            for module in _layers(call.modules):
-                stack.enter_context(_held(module, self._device, self._dtype))
+        with held(call.modules, self._device, self._dtype):
             yield
 
 
-def _layers(modules: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
+@contextmanager
+def held(modules: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> Generator[None]:
+    """Holds the weights of modules as calls of them, with inputs on a device and in a precision, compute with them."""
+    with ExitStack() as stack:
+        for layer in _layers(modules):
+            if _is_cast(layer, device, dtype):
+                stack.enter_context(_held(layer, device, dtype))
+        yield
+
+
+def _layers(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """The layers that own weights, once each."""
     seen: set[int] = set()
     for module in modules:
@@ -50,30 +62,34 @@ def _layers(modules: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
                 yield layer
 
 
+@dataclass(frozen=True, slots=True)
+class _Cast:
+    """A layer's weights as its calls compute with them."""
+
+    weight: Tensor
+    bias: Tensor | None
+    release: Callable[[], None] = nothing
+    """Gives back to core what it has lent."""
+
+
 @contextmanager
 def _held(layer: Any, device: torch.device, dtype: torch.dtype) -> Generator[None]:
-    """Core's cast of a layer's weights in the place of its own, where core would cast them."""
-    if not _is_cast(layer, device, dtype):
-        yield
-        return
-    weight, bias, release = _cast(layer, device, dtype)
-    attributes: dict[str, Any] = {name: [] for name in _FUNCTIONS}
-    if _is_quantised(layer) and _multiplies_dequantised(layer):
-        attributes["comfy_force_cast_weights"] = True  # otherwise the layer would quantise its inputs
-    parameters = {name: layer._parameters.get(name) for name in ("weight", "bias")}
-    before = {name: layer.__dict__[name] for name in attributes if name in layer.__dict__}
+    """Core's cast of a layer's weights in the place of its own."""
+    as_stored = multiplied_as_stored(layer)
+    cast = _cast(layer, device, dtype, as_stored=as_stored)
+    attributes: dict[str, Any] = {"weight_function": [], "bias_function": []}
+    if is_mixed_precision(layer) and not as_stored:
+        attributes["comfy_force_cast_weights"] = True  # or core would take the weight for one in a quantised format
+    tensors = {"weight": cast.weight, "bias": cast.bias}
+    parameters = {name: nn.Parameter(it, requires_grad=False) for name, it in tensors.items() if it is not None}
     try:
-        layer._parameters["weight"] = _parameter(weight)
-        if bias is not None:
-            layer._parameters["bias"] = _parameter(bias)
-        layer.__dict__.update(attributes)
-        yield
+        with (
+            _replaced(layer._parameters, parameters),
+            _replaced(layer.__dict__, attributes, hidden=_DYNAMIC_MEMORY),
+        ):
+            yield
     finally:
-        layer._parameters.update({name: it for name, it in parameters.items() if it is not None})
-        for name in attributes:
-            del layer.__dict__[name]
-        layer.__dict__.update(before)
-        release()
+        cast.release()
 
 
 def _is_cast(layer: Any, device: torch.device, dtype: torch.dtype) -> bool:
@@ -81,45 +97,80 @@ def _is_cast(layer: Any, device: torch.device, dtype: torch.dtype) -> bool:
     weight = layer._parameters.get("weight")
     if weight is None or not isinstance(layer, comfy.ops.CastWeightBiasOp):
         return False
-    if _is_quantised(layer):  # multiplied as it is stored, only a copy to the device can be saved
-        return _multiplies_dequantised(layer) or weight.device != device
-    has_functions = any(getattr(layer, name, None) for name in _FUNCTIONS)
-    casts = getattr(layer, "comfy_cast_weights", False) or has_functions
-    return bool(casts) and (weight.device != device or weight.dtype != dtype or has_functions or _is_packed(layer))
-
-
-def _is_quantised(layer: Any) -> bool:
-    """Whether the weight is stored in one of core's own quantised formats."""
-    return getattr(layer, "quant_format", None) is not None
-
-
-def _multiplies_dequantised(layer: Any) -> bool:
-    """Whether a quantised layer of core's dequantises its weight for each call."""
-    reasons = ("_full_precision_mm", "comfy_force_cast_weights", *_FUNCTIONS)
-    return any(getattr(layer, name, None) for name in reasons)
+    if not (getattr(layer, "comfy_cast_weights", False) or has_functions(layer) or is_mixed_precision(layer)):
+        return False
+    if weight.device != device or has_functions(layer) or _is_packed(layer):
+        return True
+    if multiplied_as_stored(layer):
+        return quantises_input(layer) and weight.dtype != dtype
+    return weight.dtype != dtype or is_restored(weight)
 
 
 def _is_packed(layer: Any) -> bool:
-    """Whether the weight is stored in a format of its own (GGUF), whatever dtype it names."""
+    """Whether the weight is stored in a format of ComfyUI-GGUF's, whatever dtype it names."""
     return hasattr(layer, "is_ggml_quantized") and bool(layer.is_ggml_quantized())
 
 
-def _cast(layer: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    """The layer's weight and bias by its own cast, and what gives them back."""
-    if hasattr(layer, "is_ggml_quantized"):
+def _cast(layer: Any, device: torch.device, dtype: torch.dtype, *, as_stored: bool) -> _Cast:
+    """The layer's weights, cast by its own code with the arguments of its own forward."""
+    if _is_packed(layer):
         weight, bias = layer.cast_bias_weight(dtype=dtype, device=device, bias_dtype=dtype)
-        return weight, bias, lambda: None
-    as_stored = _is_quantised(layer) and not _multiplies_dequantised(layer)
-    weight, bias, stream = comfy.ops.cast_bias_weight(
+        return _Cast(weight, bias)
+    weight, bias, lent = comfy.ops.cast_bias_weight(
         layer,
-        dtype=layer.weight.dtype if as_stored else dtype,
+        dtype=layer.weight.dtype if as_stored and not quantises_input(layer) else dtype,
         device=device,
         bias_dtype=dtype,
         offloadable=True,
+        compute_dtype=_lora_dtype(layer, device, dtype, as_stored=as_stored),
         want_requant=as_stored,
     )
-    return weight, bias, lambda: comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
+    cast = _kept(layer, weight, bias, lent)
+    if as_stored or not is_restored(cast.weight):
+        return cast
+    return _Cast(cast.weight.dequantize(), cast.bias, cast.release)
 
 
-def _parameter(tensor: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
+def _lora_dtype(layer: Any, device: torch.device, dtype: torch.dtype, *, as_stored: bool) -> torch.dtype | None:
+    """The precision in which core adds a LoRA to the layer's weight; None: that of the cast."""
+    if is_mixed_precision(layer):
+        return dtype
+    return management.lora_compute_dtype(device) if as_stored else None
+
+
+def _kept(layer: Any, weight: Tensor, bias: Tensor | None, lent: Any) -> _Cast:
+    """A cast that stays valid while other layers are cast.
+
+    Core brings weights in through a buffer of each of its few streams, which serves the next layer as soon as this one
+    has run. A layer call holds more layers than there are streams, so it copies what lies in a buffer.
+    """
+
+    def release() -> None:
+        comfy.ops.uncast_bias_weight(layer, weight, bias, lent)
+
+    stream, source, bias_source = lent
+    is_pinned = source is not None and not isinstance(source, Tensor)  # a page of core's dynamic memory, until release
+    if stream is None or is_pinned:
+        return _Cast(weight, bias, release)
+    weight = weight.clone() if source is None or weight is source else weight
+    if bias is not None and (source is None or bias is bias_source):
+        bias = bias.clone()
+    release()
+    return _Cast(weight, bias)
+
+
+@contextmanager
+def _replaced(values: Any, replacements: Mapping[str, Any], hidden: str | None = None) -> Generator[None]:
+    """Entries of a dictionary replaced, and one left out, until the context ends."""
+    names = [*replacements, *([hidden] if hidden else [])]
+    before = {name: values[name] for name in names if name in values}
+    values.update(replacements)
+    if hidden:
+        values.pop(hidden, None)
+    try:
+        yield
+    finally:
+        for name in names:
+            if name not in before:
+                values.pop(name, None)
+        values.update(before)

@@ -54,8 +54,12 @@ def kernels_traced(device: torch.device) -> Generator[StorageMeter]:
         yield meter
 
 
-def kernel_meter(device: torch.device) -> StorageMeter:
-    """A meter that also counts what operations allocate within themselves on `device`, where they run or would run."""
+def kernel_meter(device: torch.device, device_type: str | None = None) -> StorageMeter:
+    """A meter that also counts what operations allocate within themselves on `device`, where they run or would run.
+
+    Args:
+        device_type: of the tensors to count; None counts all.
+    """
 
     def run(operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if _reads_a_fraction(operation, args):
@@ -72,7 +76,7 @@ def kernel_meter(device: torch.device) -> StorageMeter:
                 torch.empty(beside_bytes, dtype=torch.uint8, device=result.device)
         return result
 
-    meter = StorageMeter(run=run)
+    meter = StorageMeter(device_type=device_type, run=run)
     return meter
 
 

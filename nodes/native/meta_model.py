@@ -28,6 +28,7 @@ def _copied(
     module: nn.Module, path: str, shortened: set[int], patched: Collection[str], memo: dict[int, nn.Module]
 ) -> nn.Module:
     """The module with its own dictionaries; what is neither a tensor nor a module is shared with the original."""
+    module = module._modules.get("_orig_mod") or module  # of torch.compile
     if id(module) in memo:
         return memo[id(module)]
     packed = _is_packed(module)

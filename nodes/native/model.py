@@ -70,7 +70,7 @@ class PreparesConditioning(Protocol):
 
 
 COPY_OF = "i2v_copy_of"
-"""Attribute of a function: the method of core's that it is a copy of, see `traced_attention.py`."""
+"""Attribute of what runs a method of core's in its place as core does: that method."""
 
 
 def is_own_method(module: nn.Module, method: str = "forward") -> bool:
@@ -83,7 +83,7 @@ def is_own(found: Any, module: nn.Module, method: str = "forward") -> bool:
 
     An object patch that was taken back leaves the class's bound method in the instance, which is its own too.
     """
-    function = getattr(found, "__func__", None)
+    function = getattr(found, "__func__", found)
     return found is None or getattr(function, COPY_OF, function) is getattr(type(module), method)
 
 

@@ -58,6 +58,8 @@ def recorded_calls(
     latent_shape: Sequence[int],
     conds: Mapping[str, Sequence[Mapping[str, Any]]],
     *,
+    object_patches: Mapping[str, Any] | None = None,
+    model_options: Mapping[str, Any] | None = None,
     denoise_mask: torch.Tensor | None = None,
     latent_shapes: Sequence[Sequence[int]] | None = None,
 ) -> list[RecordedCall]:
@@ -67,24 +69,26 @@ def recorded_calls(
         model: core's `BaseModel`.
         latent_shape: of the latent to sample.
         conds: as a guider holds them, by name.
-        twin: the diffusion model's; it stands in for parts of the model that core runs to prepare the call.
+        object_patches: of the patcher, which core puts into the model when it is loaded.
+        model_options: of the run; core's context windows are among them.
         denoise_mask: of the latent, if it has one.
         latent_shapes: of the parts of a latent that is packed from several.
 
     Raises:
         FAILURES: core's preparation cannot be followed.
     """
-    probe = _probe(model)
+    probe, options = _probe(model, object_patches or {}), model_options or {}
     on_meta, on_cpu = _DEVICES
     try:
-        return _recorded_on(on_meta, probe, latent_shape, conds, denoise_mask, latent_shapes)
+        return _recorded_on(on_meta, probe, options, latent_shape, conds, denoise_mask, latent_shapes)
     except FAILURES:  # a model's preparation looks at values
-        return _recorded_on(on_cpu, probe, latent_shape, conds, denoise_mask, latent_shapes)
+        return _recorded_on(on_cpu, probe, options, latent_shape, conds, denoise_mask, latent_shapes)
 
 
 def _recorded_on(
     device: torch.device,
     probe: Any,
+    model_options: Mapping[str, Any],
     latent_shape: Sequence[int],
     conds: Mapping[str, Sequence[Mapping[str, Any]]],
     denoise_mask: torch.Tensor | None,
@@ -102,16 +106,38 @@ def _recorded_on(
         latent_shapes=latent_shapes,
     )
     sigma = torch.full((noise.shape[0],), float(probe.model_sampling.sigma_max), device=device)
-    branches = [
-        comfy.samplers.get_area_and_mult(_shapes_only(entry), noise, sigma)
-        for entries in prepared.values()
-        for entry in entries
-    ]
+    of_other_nodes = model_options.get("transformer_options", {})
+    patches = {name: of_other_nodes.get(name, {}) for name in ("patches", "patches_replace")}
     found: dict[object, RecordedCall] = {}
-    for group in _groups(branches):
-        recorded = _recorded(probe, group, sigma)
-        found.setdefault(recorded.call.key, recorded)
+    for latents, parts in _windows(probe, list(prepared.values()), noise, model_options.get("context_handler")):
+        branches = [
+            comfy.samplers.get_area_and_mult(_shapes_only(entry), latents, sigma)
+            for entries in parts
+            for entry in entries
+        ]
+        for group in _groups(branches):
+            recorded = _recorded(probe, group, sigma, patches)
+            found.setdefault(recorded.call.key, recorded)
     return list(found.values())
+
+
+def _windows(
+    probe: Any, branches: list[Any], noise: torch.Tensor, handler: Any
+) -> list[tuple[torch.Tensor, list[Any]]]:
+    """The latents that calls run on, with their conditioning: one, or a window of it each where core cuts it so."""
+    sigmas = torch.tensor([float(probe.model_sampling.sigma_max), 0.0])
+    sigma = sigmas[:1].expand(noise.shape[0])
+    if handler is None or not handler.should_use_context(probe, branches, noise, sigma, {}):
+        return [(noise, branches)]
+    windows: list[tuple[torch.Tensor, list[Any]]] = []
+
+    def record(_model: Any, parts: list[Any], window: torch.Tensor, *_args: Any) -> list[torch.Tensor]:
+        windows.append((window, parts))
+        return [torch.zeros_like(window) for _ in parts]
+
+    options = {"transformer_options": {"sample_sigmas": sigmas}}
+    copy.copy(handler).execute(record, probe, branches, noise, sigma, options)
+    return windows
 
 
 def _shapes_only(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,11 +155,11 @@ def _groups(branches: Sequence[Any]) -> Iterator[list[Any]]:
             yield alike
 
 
-def _recorded(probe: Any, branches: Sequence[Any], sigma: torch.Tensor) -> RecordedCall:
+def _recorded(probe: Any, branches: Sequence[Any], sigma: torch.Tensor, patches: Mapping[str, Any]) -> RecordedCall:
     def record(executor: Any, *args: Any, **kwargs: Any) -> None:
         raise _RecordedError(Call(executor.class_obj, args, kwargs))
 
-    options = {"wrappers": {WrappersMP.DIFFUSION_MODEL: {"record": [record]}}}
+    options = {**patches, "wrappers": {WrappersMP.DIFFUSION_MODEL: {"record": [record]}}}
     latents = torch.cat([it.input_x for it in branches])
     arguments = comfy.samplers.cond_cat([it.conditioning for it in branches])
     try:
@@ -143,12 +169,14 @@ def _recorded(probe: Any, branches: Sequence[Any], sigma: torch.Tensor) -> Recor
     raise AssertionError("core ran the call without the diffusion model")
 
 
-def _probe(model: Any) -> Any:
-    """The model, with stand-ins for work that its preparation would do; the original is not changed."""
-    native = native_model(model.diffusion_model)
-    if not isinstance(native, PreparesConditioning):
-        return model
+def _probe(model: Any, object_patches: Mapping[str, Any]) -> Any:
+    """The patched model, with stand-ins for work that its preparation would do; the original is not changed."""
     probe, diffusion_model = copy.copy(model), copy.copy(model.diffusion_model)
-    diffusion_model.__dict__.update(native.stand_ins(model.diffusion_model))
+    native = native_model(model.diffusion_model)
+    if isinstance(native, PreparesConditioning):
+        diffusion_model.__dict__.update(native.stand_ins(model.diffusion_model))
     probe.__dict__["_modules"] = {**model._modules, "diffusion_model": diffusion_model}
+    for name, value in object_patches.items():
+        if "." not in name and name != "diffusion_model":
+            setattr(probe, name, value)
     return probe

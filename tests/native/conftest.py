@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,8 +56,9 @@ class Core:
             workspace_bytes=workspace_bytes, peak_bytes=2**30, stock_bytes=2**30, usable_bytes=2**40, weights_bytes=0
         )
         fitted = clone.get_attachment(fit.KEY)
-        fitted._planner.plan = lambda *_: plan  # planning traces calls, and has tests of its own
-        fitted._planner.peak = lambda _: lambda _: 2**30
+        if fitted is not None:
+            fitted._planner.recorded = lambda *_: []  # planning traces calls, and has tests of its own
+            fitted._plan_of = lambda _: plan
         return clone
 
 
@@ -78,12 +79,18 @@ def core() -> Core:
     return Core(load("comfy.sample"), load("comfy.model_patcher"), load("comfy.patcher_extension"), load("comfy.ops"))
 
 
-@pytest.fixture
-def make_patcher(core: Core, one_thread: None) -> Callable[..., Any]:
-    """Makes a small model with random weights, in a patcher as loaders give it."""
+@pytest.fixture(scope="session")
+def make_patcher(core: Core) -> Callable[..., Any]:
+    """Makes a small model with random weights, in a patcher as loaders give it; `config` changes its configuration."""
 
-    def make(name: str, dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None) -> Any:
+    def make(
+        name: str,
+        dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> Any:
         case = SMALL_MODELS[name]
+        case = replace(case, config={**case.config, **(config or {})})
         if not case.exists:
             pytest.skip(f"this ComfyUI has no {case.supported_model}")
         model = model_case.model_of(case, dtype, "cpu", compute_dtype=compute_dtype)
@@ -129,7 +136,7 @@ def casts_of(core: Core, monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dty
     return start
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def sample(core: Core) -> Callable[..., torch.Tensor]:
     """Samples a small clip with core's own sampler; a latent of several parts comes back as one row of numbers."""
 

@@ -46,7 +46,7 @@ def test_two_blocks_predict_the_peak_of_all(
         executor(*args, **kwargs)  # core keeps some tables from its first call on
         shapes = twin.Twin(core.native("model").native_model(model), model, torch.float32)
         predicted = shapes.peak_bytes(twin.Call(model, args, kwargs), workspace_bytes)
-        with memory.kernel_meter(torch.device("cpu")) as measured:
+        with memory.kernel_meter(torch.device("cpu"), "cpu") as measured:
             result = executor(*args, **kwargs)
         peaks.append((measured.peak_bytes, predicted))
         return result

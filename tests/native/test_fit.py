@@ -21,7 +21,9 @@ def fit_for(core: Core, patcher: Any, usable_bytes: int, **services: Any) -> Any
 
 
 def weights_bytes(patcher: Any) -> int:
-    return sum(it.nbytes for it in patcher.model.diffusion_model.parameters())
+    import comfy.model_management as management  # pyright: ignore[reportMissingImports]
+
+    return management.module_size(patcher.model.diffusion_model)
 
 
 def plan_of(core: Core, patcher: Any) -> Any:

@@ -39,7 +39,8 @@ def test_int8_weights(core: Core, make_patcher: Callable[..., Any], sample: Call
         core.native("call_planner").CallPlanner(native, base, torch.device("cpu")).weights_bytes
         for base in (plain, patcher.model)
     )
-    assert in_fp32 - in_int8 == sum(3 * it.numel() for it in quantised)
+    saved_bytes = sum(3 * it.numel() for it in quantised)
+    assert 0.95 * saved_bytes < in_fp32 - in_int8 <= saved_bytes  # beside scales
 
 
 def test_what_core_computes_in_fp32_stays_so(core: Core, make_patcher: Callable[..., Any]) -> None:

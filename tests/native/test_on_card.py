@@ -62,9 +62,6 @@ class CardRun:
             self.fit.Services(check_cancelled=lambda: None, **{"usable_bytes": lambda: 2**40, **self.services}),
         )
         fitted = clone.get_attachment(self.fit.KEY)
-        call = self.core.extension.WrapperExecutor.new_class_executor(
-            self.model._forward, self.model, [fitted.diffusion_model]
-        )
         with emulated_cuda(64 * MIB) as card, torch.no_grad():
             self.model.to(CARD)
             first = self.first.to(CARD)
@@ -72,7 +69,7 @@ class CardRun:
             card.limit_bytes = card.used_bytes + free_bytes
             clone.patch_model(load_weights=False)
             try:
-                yield card, fitted, lambda: call.execute(first, **arguments, transformer_options=self.options)
+                yield card, fitted, lambda: self.model(first, **arguments, transformer_options=self.options)
             finally:
                 clone.unpatch_model(unpatch_weights=False)
                 self.model.to("cpu")

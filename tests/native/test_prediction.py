@@ -152,7 +152,7 @@ def predicted_and_measured(core: Core, patcher: Any, sample: Callable[..., Any],
     def around(executor: Any, *args: Any, **kwargs: Any) -> Any:
         shapes = twin.Twin(core.native("model").native_model(model), model, patcher.model.get_dtype_inference())
         predicted = shapes.peak_bytes(twin.Call(model, args, kwargs), workspace_bytes)
-        with memory.kernel_meter(CPU) as meter:
+        with memory.kernel_meter(CPU, "cpu") as meter:
             result = executor(*args, **kwargs)
         found.append((predicted, meter.peak_bytes))
         return result

@@ -102,7 +102,7 @@ def test_two_fits_in_a_row_are_one(
     sample(once)  # its patches are in the model still
     twice = core.chunked(once, 1)
     assert twice.get_attachment(fit.KEY).left_out == []
-    assert len(twice.get_wrappers("diffusion_model", fit.KEY)) == 1
+    assert len(twice.get_wrappers("outer_sample", fit.KEY)) == 1
     assert off_by(sample(twice), expected) <= TOLERANCE
 
 

@@ -177,18 +177,18 @@ class Block:
         with self._state.tokens("cross_attention", *modules, norm, total=total, unit_bytes=unit_bytes) as chunks:
             for tokens in chunks:
                 query = attention.norm_q(attention.q(norm(hidden[:, tokens])))
-                parts = [
-                    core.optimized_attention(
-                        query, key, value, heads=attention.num_heads, transformer_options=transformer_options
-                    )
-                    for key, value in pairs
-                ]
+                attended = self._attended(query, pairs[-1], transformer_options)
+                if len(pairs) > 1:  # the picture's part is added to the text's
+                    attended = attended + self._attended(query, pairs[0], transformer_options)
                 del query
-                # Core adds the picture's part to the text's: the same order, so the same rounding.
-                attended = parts[0] if len(parts) == 1 else parts[1] + parts[0]
-                del parts
                 hidden[:, tokens].add_(attention.o(attended))
                 del attended
+
+    def _attended(
+        self, query: Tensor, keys_and_values: tuple[Tensor, Tensor], transformer_options: dict[str, Any]
+    ) -> Tensor:
+        heads = self._block.cross_attn.num_heads
+        return core.optimized_attention(query, *keys_and_values, heads=heads, transformer_options=transformer_options)
 
 
 def _copy(hidden: Tensor) -> Tensor:

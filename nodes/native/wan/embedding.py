@@ -13,6 +13,7 @@ from comfy.ldm.wan import model as core
 from torch import Tensor
 
 from ..calls import CallState
+from ..held_weights import held
 from ..model import is_plain
 from ..patch_embedding import embedded_by_frame
 
@@ -36,9 +37,7 @@ class PatchEmbedding:
 
     def tokens(self, latents_BCTHW: Tensor) -> Tensor:
         """The embedded patches (B, T, h, w, D), laid out as tokens."""
-        # In fp32, weights are not held for all frames: they would be cast to the precision of the hidden state.
-        held = () if self._in_fp32 else (self._embedding,)
-        with self._state.tokens("embedding", *held, total=1, unit_bytes=1):
+        with held((self._embedding,), latents_BCTHW.device, latents_BCTHW.dtype):
             return embedded_by_frame(
                 lambda frames: self._core(self._embedding, frames),
                 latents_BCTHW,
