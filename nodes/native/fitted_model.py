@@ -14,6 +14,7 @@ from torch import nn
 
 from ...i2v_core.errors import DoesNotFitError, RanOutError
 from ...i2v_core.memory.device import is_out_of_memory
+from ...i2v_core.sampling.checkpoint import Checkpointing
 from ...i2v_core.units import format_gib
 from .call_plan import CallPlan, Peak, finer, lowest_needed_bytes, plan_call
 from .calls import CallState
@@ -38,6 +39,10 @@ class Services:
     """Raises when the user has cancelled."""
     say: Callable[[str], None] = lambda _: None
     """Shows a line to the user."""
+    checkpointing: Checkpointing | None = None
+    """Where and when a run's calls are recorded, to resume it; None: never."""
+    is_whole: Callable[[str], bool] = lambda _: False
+    """Whether a prompt, by the host's name of it, has been run to its end."""
 
 
 class FittedModel:
