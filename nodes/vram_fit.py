@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..i2v_core.errors import I2VError
 from ..i2v_core.placement.precision import AUTO
+from ..i2v_core.sampling.checkpoint import Checkpointing, CheckpointWhen
 from ..i2v_core.units import parse_bytes
 from . import host
 from .host_progress import node_text_sender
@@ -39,6 +40,16 @@ class VRAMFit(io.ComfyNode):
                     tooltip="Device memory that the model may use, weights included: auto for what is free, or an "
                     "amount such as 6 or 6GiB. Default auto.",
                 ),
+                io.Combo.Input(
+                    "checkpoint",
+                    options=[when.value for when in CheckpointWhen],
+                    default=CheckpointWhen.AUTO.value,
+                    optional=True,
+                    tooltip="When to save to disk what the sampler has done, with any sampler: auto saves every 30 "
+                    "seconds in runs of more than 2 minutes, and when such a run is cancelled or fails; every step "
+                    "saves after each step; off never saves. Queue the same video again to resume. Unfinished videos "
+                    "take 5 GiB of disk at most. Default auto.",
+                ),
             ],
             outputs=[
                 io.Model.Output("model", tooltip="The model, for any sampler."),
@@ -59,11 +70,15 @@ class VRAMFit(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(cls, model: Any, budget: str, model_2: Any = None, vae: Any = None) -> io.NodeOutput:
+    def execute(
+        cls, model: Any, budget: str, model_2: Any = None, vae: Any = None, checkpoint: str = CheckpointWhen.AUTO.value
+    ) -> io.NodeOutput:
         services = Services(
             usable_bytes=_usable(_limit_bytes(budget)),
             check_cancelled=management.throw_exception_if_processing_interrupted,
             say=_say,
+            checkpointing=Checkpointing(folder=host.checkpoint_folder(), when=CheckpointWhen(checkpoint)),
+            is_whole=host.has_succeeded,
         )
         fits = [fitted(it, services) for it in (model, model_2) if it is not None]
         report = "\n".join(text for _, text in fits)
