@@ -37,7 +37,8 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     values = tensor.detach().cpu().reshape(-1)
     if values.stride(0) != 1:  # a single one may have any stride, which no view as bytes takes
         values = values.clone(memory_format=torch.contiguous_format)
-    return memoryview(values.view(torch.uint8).numpy())
+    contents: Any = values.view(torch.uint8).numpy()
+    return memoryview(contents)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -124,8 +125,10 @@ def _cells(function: Callable[..., Any]) -> Iterable[object]:
 
 def _key(key: object) -> str:
     """Return a name of a mapping's key that is the same in any process."""
-    plain = isinstance(key, _PLAIN) or (isinstance(key, tuple) and all(isinstance(it, _PLAIN) for it in key))
-    return repr(key) if plain else type(key).__qualname__
+    parts = cast("tuple[object, ...]", key) if isinstance(key, tuple) else (key,)
+    if all(isinstance(it, _PLAIN) for it in parts):
+        return repr(parts)
+    return type(cast("object", key)).__qualname__
 
 
 def _stored(tensor: Tensor) -> Tensor:

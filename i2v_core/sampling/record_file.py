@@ -31,7 +31,7 @@ class Record:
     """Tensors, and facts about them in JSON's types."""
 
     tensors: Mapping[str, Tensor]
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def size_bytes(self) -> int:

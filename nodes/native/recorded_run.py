@@ -7,11 +7,12 @@ and its result, and come to the same state as in the run that was cut short.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -26,10 +27,19 @@ from .run_identity import is_ours, model_identity
 
 logger = logging.getLogger(__name__)
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
 _UNKNOWABLE = (RuntimeError, TypeError, ValueError, KeyError, AttributeError)
 """Errors of reading other nodes' objects; what cannot be told from others is not recorded."""
+_OF_BRANCHES = ("cond_or_uncond", "uuids")
+"""Options of a call that list its guidance branches; the second names them anew in each run."""
 _LIST = "list"
 """Fact of a call's record: whether the model returned a list of tensors."""
+
+
+def _uncompiled(*, recursive: bool = True) -> Callable[[Method], Method]:
+    """Keeps torch.compile out of a method, and of all that it calls if `recursive`."""
+    return cast("Callable[[Method], Method]", partial(torch.compiler.disable, recursive=recursive))
 
 
 class KnownModel:
@@ -63,7 +73,8 @@ class _Call:
     """One call of a model, known by its inputs."""
 
     names: Sequence[str]
-    """A hash of the inputs, for each guidance branch in the call."""
+    """For each guidance branch in the call, a hash of its inputs with the number of calls before that had the same."""
+    hashes: Sequence[str]
     rows: int
     """The batch of all branches."""
     step: int
@@ -99,6 +110,7 @@ class RecordedRun:
         self._record, self._timer, self._note = record, timer, note
         self._lock = Lock()  # copies of a model on several cards are called at once
         self._step = 0
+        self._done: Counter[str] = Counter()
         self._answered, self._made = 0, 0
         self._noted: set[str] = set()
 
@@ -107,20 +119,14 @@ class RecordedRun:
         """Whether the calls that were made are worth keeping."""
         return self._timer.is_worthwhile(self._step)
 
-    @partial(torch.compiler.disable, recursive=False)  # it compiles what this calls
+    @_uncompiled(recursive=False)  # the model beneath is compiled
     def diffusion_model(self, executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         """One call, innermost of the wrappers around a diffusion model."""
         call = self._call(executor.class_obj, x, args, kwargs)
         if call is None:
             return executor(x, *args, **kwargs)
-        with self._lock:
-            found = self._found(call)
-        if found is not None:
-            return found
-        output = _contiguous(executor(x, *args, **kwargs))
-        with self._lock:
-            self._keep(call, output)
-        return output
+        found = self._found(call)
+        return self._kept(call, executor(x, *args, **kwargs)) if found is None else found
 
     def save(self) -> bool:
         """Writes the calls of a run that was cut short, if they are worth it; whether there are any on disk."""
@@ -134,6 +140,7 @@ class RecordedRun:
         if not self._made:
             self._tell_answered()
 
+    @_uncompiled()
     def _call(self, model: nn.Module, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Call | None:
         """The call by its inputs; None for one that is made as if there were no record."""
         known = self._models.get(id(model))
@@ -148,37 +155,45 @@ class RecordedRun:
             sigma = float(options["sigmas"].max())
             step = min(sum(it > sigma for it in self._sigmas) + 1, len(self._sigmas) - 1)
             rows, device = _first(x).shape[0], _first(x).device
-            return _Call(_names(known.identity, x, args, kwargs, options), rows, step, device)
+            names = _names(known.identity, x, args, kwargs, options)
         except _UNKNOWABLE as error:
             logger.info("a call is not recorded, since it cannot be told from others: %r", error)
             return None
+        # Another node's functions may act in another way each time. What they do follows from the calls before.
+        return _Call([f"{name}-{self._done[name]}" for name in names], names, rows, step, device)
 
+    @_uncompiled()
     def _found(self, call: _Call) -> Any:
-        """What the call returned in an earlier run; None where a branch of it is missing."""
-        found: list[Record] = []
-        for name in call.names:
-            record = self._record.find(name)
-            if record is None:
+        """Returns what an earlier run's call did; None where a branch of it is missing."""
+        with self._lock:
+            found = [record for name in call.names if (record := self._record.find(name)) is not None]
+            if len(found) < len(call.names):
                 if not self._made:
                     self._begin(call)
                 return None
-            found.append(record)
-        self._answered += 1
-        tensors = [torch.cat([it.tensors[str(index)] for it in found]) for index in range(len(found[0].tensors))]
-        moved = [it.to(call.device) for it in tensors]
-        return moved if found[0].facts[_LIST] else moved[0]
+            self._done.update(call.hashes)
+            self._answered += 1
+        names = sorted(found[0].tensors, key=int)
+        tensors = [torch.cat([it.tensors[name] for it in found]).to(call.device) for name in names]
+        return tensors if found[0].facts[_LIST] else tensors[0]
 
     def _begin(self, call: _Call) -> None:
         """Counts the time from the first call that is made."""
         self._timer.start(call.step - 1)
         self._tell_answered()
 
-    def _keep(self, call: _Call, output: Any) -> None:
-        self._made, self._step = self._made + 1, max(self._step, call.step)
-        for name, record in _records(call, output):
-            self._note_problem(self._record.add(name, record))
-        if self._timer.is_due(self._step):
-            self._write()
+    @_uncompiled()
+    def _kept(self, call: _Call, output: Any) -> Any:
+        """The output, which is recorded."""
+        output = _contiguous(output)
+        with self._lock:
+            self._done.update(call.hashes)
+            self._made, self._step = self._made + 1, max(self._step, call.step)
+            for name, record in _records(call, output):
+                self._note_problem(self._record.add(name, record))
+            if self._timer.is_due(self._step):
+                self._write()
+        return output
 
     def _write(self) -> None:
         self._note_problem(self._record.write())
@@ -206,22 +221,16 @@ def _is_options(value: object) -> bool:
 def _names(
     identity: str, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Mapping[str, Any]
 ) -> list[str]:
-    """A hash of the inputs of each guidance branch: equal whether branches run together or one after another.
-
-    Options do not count, but for the branch and the time step. They are those of the whole run, which has an identity
-    of its own, and hold what earlier calls have left behind.
-    """
-    inputs = [
-        x,
-        [it for it in args if it is not options],
-        {name: it for name, it in kwargs.items() if it is not options},
-    ]
+    """A hash of the inputs of each guidance branch: equal whether branches run together or one after another."""
+    named = {name: it for name, it in kwargs.items() if it is not options}
+    inputs = [x, [it for it in args if it is not options], named]
+    shared = {name: it for name, it in options.items() if name not in _OF_BRANCHES}
     branches, rows = list(options["cond_or_uncond"]), _first(x).shape[0]
     if rows % len(branches):
-        return [digest([identity, branches, options["sigmas"], inputs])]
+        return [digest([identity, branches, shared, inputs])]
     size = rows // len(branches)
     return [
-        digest([identity, branch, options["sigmas"], _rows(inputs, rows, slice(index * size, (index + 1) * size))])
+        digest([identity, branch, shared, _rows(inputs, rows, slice(index * size, (index + 1) * size))])
         for index, branch in enumerate(branches)
     ]
 

@@ -163,13 +163,13 @@ class _Resume:
 
 
 def _key(models: list[KnownModel], prompt: str | None, inputs: Mapping[str, Any]) -> str:
-    """What tells a run from others, but for what its calls show. It must not differ when the run is queued again."""
+    """A hash of what tells a run from others beside its calls. It must not differ when the run is queued again."""
     named = ("noise", "latent_image", "sigmas", "denoise_mask", "seed", "conds")
     return digest([[it.identity for it in models], prompt, {name: inputs.get(name) for name in named}])
 
 
 def _result_key(key: str, guider: Any, inputs: Mapping[str, Any]) -> str:
-    """What tells a run from others with all it depends on, beside its calls."""
+    """A hash of all that a run depends on, its sampler and guider included."""
     settings = {name: it for name, it in vars(guider).items() if isinstance(it, (bool, int, float, str))}
     return digest([key, settings, guider.conds, inputs["sampler"]], object_levels=_OBJECT_LEVELS)
 

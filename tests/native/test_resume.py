@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,48 @@ def test_a_node_that_caches_between_steps_comes_to_the_same_state(subject: Subje
     found, made = subject.again(clone, settings)
     assert torch.equal(found, expected)
     assert made == total - 2
+
+
+def test_calls_that_differ_in_what_another_node_does_to_them(subject: Subject) -> None:
+    """Skip-layer guidance repeats the call of a branch, with the same inputs and a block left out."""
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT  # pyright: ignore[reportMissingImports]
+
+    def guided(patcher: Any) -> Any:
+        return SkipLayerGuidanceDiT().execute(patcher, 3.0, 0.0, 1.0, "0", "", 0.0).args[0]
+
+    expected, total = subject.calls.of(lambda: subject.run(guided(subject.patcher)))
+    assert total == 6
+    clone = guided(subject.recorded())
+    subject.cut(clone, 6)
+    found, made = subject.again(clone)
+    assert torch.equal(found, expected)
+    assert made == 1
+
+
+def test_calls_that_no_input_tells_apart(subject: Subject) -> None:
+    """Another node's function stays the same by name as what it does changes: the order of the calls tells."""
+
+    def twice(executor: Any, *args: Any) -> list[torch.Tensor]:
+        outputs: list[list[torch.Tensor]] = []
+        for scale in (1.0, 0.5):
+            scales.append(scale)
+            outputs.append(executor(*args))
+        return [one - other for one, other in zip(*outputs, strict=True)]
+
+    def scaled(given: dict[str, Any]) -> dict[str, Any]:
+        return {"img": given["img"] * scales[-1]}
+
+    scales: list[float] = []
+    patcher = subject.patcher.clone()
+    patcher.set_model_patch(scaled, "double_block")
+    patcher.add_wrapper_with_key(subject.core.extension.WrappersMP.CALC_COND_BATCH, "twice", twice)
+    expected = subject.run(patcher)
+    clone = subject.recorded(patcher=patcher)
+    with running(graph(), "4"):
+        subject.cut(clone, 5)
+        found, made = subject.again(clone)
+    assert torch.equal(found, expected)
+    assert made == 2
 
 
 def test_branches_that_run_apart_find_what_ran_together(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,7 +482,7 @@ def truncate(file: Path) -> None:
 
 
 def flip_a_bit(file: Path) -> None:
-    """As a disk does that lost its power."""
+    """Damages a file as a loss of power may."""
     content = bytearray(file.read_bytes())
     content[-7] ^= 1
     file.write_bytes(content)
@@ -498,8 +541,8 @@ def killed(folder: Path) -> None:
     from . import conftest
 
     torch.set_num_threads(1)
-    core = conftest.core.__wrapped__()
-    patcher = conftest.make_patcher.__wrapped__(core)("wan-t2v")
+    core = unwrap(conftest.core)()
+    patcher = unwrap(conftest.make_patcher)(core)("wan-t2v")
     calls = Calls(patcher.model.diffusion_model.blocks[1].ffn[0])
     clone = Subject(core, patcher, calls, folder).recorded()
     own = patcher.model.diffusion_model.blocks[0].ffn[0].forward
