@@ -439,6 +439,20 @@ def test_two_experts_in_two_samplers(subject: Subject) -> None:
     assert not subject.files(), "the prompt was run to its end"
 
 
+def test_results_of_finished_prompts_go_when_the_program_ends(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(subject.core.native("resume").atexit, "register", lambda *call: ends.append(call))
+    clone = subject.recorded(is_whole=lambda prompt: prompt == "prompt")
+    with running(graph(), "4"):
+        subject.run(clone)
+    assert len(subject.files("*.result.safetensors")) == 1
+    ((forget, *given),) = ends
+    forget(*given)
+    assert not subject.files()
+
+
 def test_without_a_prompt_no_result_is_kept(subject: Subject) -> None:
     subject.run(subject.recorded())
     assert not subject.files()
