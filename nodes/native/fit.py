@@ -22,7 +22,7 @@ KEY = "i2v_vram_fit"
 def fitted(patcher: Any, services: Services) -> tuple[Any, str]:
     """A clone of the patcher whose model runs within the budget, and a line that says what it covers."""
     clone = patcher.clone()
-    services = resumable(clone, services)
+    services = resumable(clone, services, inside=KEY)
     return clone, _attach(clone, services)
 
 

@@ -121,7 +121,7 @@ class RecordedRun:
 
     @_uncompiled(recursive=False)  # the model beneath is compiled
     def diffusion_model(self, executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """One call, innermost of the wrappers around a diffusion model."""
+        """One call, around which are other nodes' wrappers."""
         call = self._call(executor.class_obj, x, args, kwargs)
         if call is None:
             return executor(x, *args, **kwargs)

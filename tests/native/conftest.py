@@ -65,7 +65,7 @@ def core() -> Core:
     return Core(load("comfy.sample"), load("comfy.model_patcher"), load("comfy.patcher_extension"), load("comfy.ops"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def make_patcher(core: Core) -> Callable[..., Any]:
     """Makes a small model with random weights, in a patcher as loaders give it."""
 

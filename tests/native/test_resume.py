@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import signal
@@ -17,10 +18,10 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_host import setup
+from comfy_host import model_case, setup
 from comfy_host.in_process import native_modules
 
-from .conftest import PACKAGE, Core, off_by
+from .conftest import PACKAGE, SMALL_MODELS, Core, off_by
 
 pytestmark = [pytest.mark.host, pytest.mark.usefixtures("one_thread")]
 SHAPE = (1, 16, 1, 4, 6)
@@ -128,9 +129,19 @@ class Subject:
         return [it for it in self.folder.rglob(pattern) if it.is_file()]
 
 
+def small_wan(core: Core) -> Any:
+    """A patcher with the same weights in any program."""
+    model = model_case.model_of(SMALL_MODELS["wan-t2v"], torch.float32, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.diffusion_model.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    cpu = torch.device("cpu")
+    return core.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
 @pytest.fixture(scope="module")
-def model(make_patcher: Callable[..., Any]) -> tuple[Any, Calls]:
-    patcher = make_patcher("wan-t2v")
+def model(core: Core) -> tuple[Any, Calls]:
+    patcher = small_wan(core)
     return patcher, Calls(patcher.model.diffusion_model.blocks[1].ffn[0])
 
 
@@ -235,7 +246,7 @@ def test_branches_that_run_apart_find_what_ran_together(subject: Subject, monkey
     assert off_by(found, expected) <= 1e-6
 
 
-def test_a_guiders_second_model(subject: Subject, make_patcher: Callable[..., Any]) -> None:
+def test_a_guiders_second_model(subject: Subject) -> None:
     nodes = pytest.importorskip("comfy_extras.nodes_custom_sampler")
     if not hasattr(nodes, "Guider_DualModel"):
         pytest.skip("this ComfyUI has no guider with two models")
@@ -250,7 +261,7 @@ def test_a_guiders_second_model(subject: Subject, make_patcher: Callable[..., An
         sigmas, latent = torch.tensor([1.0, 0.9, 0.0]), torch.zeros(SHAPE)
         return guider.sample(noise, latent, sampler_object("euler"), sigmas, disable_pbar=True, seed=1)
 
-    second = with_lora(make_patcher("wan-t2v"), 1.0)
+    second = with_lora(small_wan(subject.core), 1.0)
     expected = guided(subject.patcher, second)
     clone = subject.recorded()
     with subject.calls.cut(2):
@@ -443,13 +454,13 @@ def test_results_of_finished_prompts_go_when_the_program_ends(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(subject.core.native("resume").atexit, "register", lambda *call: ends.append(call))
+    monkeypatch.setattr(atexit, "register", lambda *call: ends.append(call))
     clone = subject.recorded(is_whole=lambda prompt: prompt == "prompt")
     with running(graph(), "4"):
         subject.run(clone)
     assert len(subject.files("*.result.safetensors")) == 1
-    ((forget, *given),) = ends
-    forget(*given)
+    for end, *given in ends:
+        end(*given)
     assert not subject.files()
 
 
@@ -556,7 +567,7 @@ def killed(folder: Path) -> None:
 
     torch.set_num_threads(1)
     core = unwrap(conftest.core)()
-    patcher = unwrap(conftest.make_patcher)(core)("wan-t2v")
+    patcher = small_wan(core)
     calls = Calls(patcher.model.diffusion_model.blocks[1].ffn[0])
     clone = Subject(core, patcher, calls, folder).recorded()
     own = patcher.model.diffusion_model.blocks[0].ffn[0].forward
