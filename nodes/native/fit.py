@@ -14,6 +14,7 @@ from torch import nn
 
 from .fitted_model import FittedModel, Services
 from .model import Patch, is_own, native_model
+from .resume import resumable
 
 KEY = "i2v_vram_fit"
 """Key of this pack's wrappers and callbacks among those of other nodes."""
@@ -22,6 +23,7 @@ KEY = "i2v_vram_fit"
 def fitted(patcher: Any, services: Services) -> tuple[Any, str]:
     """A clone of the patcher whose model runs within the budget, and a line that says what it covers."""
     clone = patcher.clone()
+    services = resumable(clone, services, inside=KEY)
     return clone, _attach(clone, services)
 
 

@@ -13,6 +13,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...i2v_core.errors import DoesNotFitError, RanOutError
 from ...i2v_core.memory.device import DeviceFacts, empty_allocator_cache, is_out_of_memory
+from ...i2v_core.sampling.checkpoint import Checkpointing
 from ...i2v_core.units import format_gib
 from .attention_memory import TAKING_WHAT_IS_FREE
 from .call_plan import UNKNOWN_DEVICE, CallPlan
@@ -55,6 +56,10 @@ class Services:
     """Keeps a model's predicted and measured peak in bytes for later runs."""
     keep_report: Callable[[Mapping[str, Any]], None] = lambda _: None
     """Takes the report of a run, as `run_report.StageFigures` reads it."""
+    checkpointing: Checkpointing | None = None
+    """Where and when a run's calls are recorded, to resume it; None: never."""
+    is_whole: Callable[[str], bool] = lambda _: False
+    """Whether a prompt, by the host's name of it, has been run to its end."""
 
 
 class FittedModel:
