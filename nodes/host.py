@@ -15,6 +15,7 @@ import comfy.model_management as management
 import folder_paths
 import torch
 from comfy.cli_args import args
+from server import PromptServer
 from torch import Tensor
 
 from ..i2v_core.errors import ModelFolderError
@@ -221,6 +222,13 @@ def finish_stage(report: StageReport, notes: list[str]) -> dict[str, list[Any]]:
 
 def checkpoint_folder() -> Path:
     return _own_folder() / "checkpoints"
+
+
+def has_succeeded(prompt_id: str) -> bool:
+    """Return whether the host has run a prompt to its end, as far as it remembers."""
+    queue = PromptServer.instance.prompt_queue
+    found = queue.get_history(prompt_id, map_function=lambda item: item["status"] or {})
+    return any(status.get("completed") for status in found.values())
 
 
 def queue_file() -> Path:

@@ -14,6 +14,7 @@ from ..i2v_core.memory.calibration import calibration_key
 from ..i2v_core.memory.device import DeviceFacts
 from ..i2v_core.placement.precision import AUTO
 from ..i2v_core.planning.plan import Stage
+from ..i2v_core.sampling.checkpoint import Checkpointing, CheckpointWhen
 from ..i2v_core.units import parse_bytes
 from . import host, native_runs
 from .host_progress import node_text_sender
@@ -43,6 +44,16 @@ class VRAMFit(io.ComfyNode):
                     tooltip="Device memory that the model may use, weights included: auto for what is free, or an "
                     "amount such as 6 or 6GiB. Default auto.",
                 ),
+                io.Combo.Input(
+                    "checkpoint",
+                    options=[when.value for when in CheckpointWhen],
+                    default=CheckpointWhen.AUTO.value,
+                    optional=True,
+                    tooltip="When to save to disk what the sampler has done, with any sampler: auto saves every 30 "
+                    "seconds in runs of more than 2 minutes, and when such a run is cancelled or fails; every step "
+                    "saves after each step; off never saves. Queue the same video again to resume. Unfinished videos "
+                    "take 5 GiB of disk at most. Default auto.",
+                ),
             ],
             outputs=[
                 io.Model.Output("model", tooltip="The model, for any sampler."),
@@ -63,7 +74,9 @@ class VRAMFit(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(cls, model: Any, budget: str, model_2: Any = None, vae: Any = None) -> io.NodeOutput:
+    def execute(
+        cls, model: Any, budget: str, model_2: Any = None, vae: Any = None, checkpoint: str = CheckpointWhen.AUTO.value
+    ) -> io.NodeOutput:
         services = Services(
             usable_bytes=_usable(_limit_bytes(budget)),
             check_cancelled=management.throw_exception_if_processing_interrupted,
@@ -72,6 +85,8 @@ class VRAMFit(io.ComfyNode):
             device_facts=_device_facts,
             learn=_learn,
             keep_report=native_runs.keep,
+            checkpointing=Checkpointing(folder=host.checkpoint_folder(), when=CheckpointWhen(checkpoint)),
+            is_whole=host.has_succeeded,
         )
         fits = [fitted(it, services) for it in (model, model_2) if it is not None]
         report = "\n".join(text for _, text in fits)

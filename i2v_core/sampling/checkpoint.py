@@ -14,21 +14,20 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..errors import FileError
-from ..files import atomic_file, file_errors, set_aside
+from .digest import tensor_bytes
+from .record_file import Record, found_or_set_aside, read_record, save_record, surplus
 from .state import LoopState, Scalar, SchedulerValue
 
 logger = logging.getLogger(__name__)
 
-_VERSION, _HEADER, _LATENTS = 1, "i2v_checkpoint", "latents"
+_LATENTS = "latents"
 _SUFFIX = ".checkpoint.safetensors"
 _MAX_FILES = 16  # checkpoints of abandoned videos would fill the disk
 
@@ -58,9 +57,8 @@ def checkpoint_key(parts: Mapping[str, str | int | float | bool | None], tensors
     """Return a hash of exactly these settings and values."""
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
-        content = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {content.dtype} {tuple(content.shape)}".encode())
-        digest.update(content.view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()[:32]
 
 
@@ -78,60 +76,75 @@ def weights_identity(folder: Path, files: Sequence[Path] = ()) -> str:
     return hashlib.sha256(repr((str(folder.resolve()), found)).encode()).hexdigest()[:16]
 
 
-class CheckpointFile:
-    """The checkpoint of one video. Problems with the disk are logged or returned, and never stop the sampling."""
+class CheckpointTimer:
+    """Times at which a run of known length is worth a checkpoint."""
 
-    def __init__(self, checkpointing: Checkpointing, key: str, total_steps: int) -> None:
-        self.path = checkpointing.folder / f"{key}{_SUFFIX}"
-        self._key, self._when, self._total_steps = key, checkpointing.when, total_steps
+    def __init__(self, when: CheckpointWhen, total_steps: int) -> None:
+        self._when, self._total_steps = when, total_steps
+        self.start()
+
+    def start(self, first_step: int = 0) -> None:
+        """Count from here. The time of steps up to `first_step` was not spent in this run."""
         self._began_seconds = self._written_seconds = time.monotonic()
-        self._first_step = 0
-
-    def load(self, like_BCTHW: Tensor) -> LoopState | None:
-        """Return the state to resume from, or None. A damaged or foreign file is set aside.
-
-        `like_BCTHW` has the expected shape of the latents.
-        """
-        if self._when is CheckpointWhen.OFF or not self.path.is_file():
-            return None
-        try:
-            state = self._read(like_BCTHW)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
-            logger.warning("the checkpoint in %s cannot be used and is set aside: %s", self.path, error)
-            set_aside(self.path)
-            return None
-        self.set_resumed_from(state)
-        return state
-
-    def set_resumed_from(self, state: LoopState) -> None:
-        """Leave the steps up to `state` out of account: their time was not spent in this run."""
-        self._first_step = state.steps_done
+        self._first_step = first_step
 
     def is_due(self, steps_done: int) -> bool:
-        """Return whether to write the state after this step."""
+        """Return whether to write what has been done."""
         if self._when is CheckpointWhen.EVERY_STEP:
             return self.is_worthwhile(steps_done)
         return self.is_worthwhile(steps_done) and time.monotonic() - self._written_seconds >= _INTERVAL_SECONDS
 
     def is_worthwhile(self, steps_done: int) -> bool:
         """Return whether the steps since the run began or resumed are worth keeping."""
-        if not self._first_step < steps_done < self._total_steps or self._when is CheckpointWhen.OFF:
+        if steps_done <= self._first_step or self._when is CheckpointWhen.OFF:
             return False
         step_seconds = (time.monotonic() - self._began_seconds) / (steps_done - self._first_step)
         return self._when is CheckpointWhen.EVERY_STEP or step_seconds * self._total_steps > _WORTHWHILE_SECONDS
 
+    def written(self) -> None:
+        """Count the interval to the next checkpoint from here."""
+        self._written_seconds = time.monotonic()
+
+
+class CheckpointFile:
+    """The checkpoint of one video. Problems with the disk are logged or returned, and never stop the sampling."""
+
+    def __init__(self, checkpointing: Checkpointing, key: str, total_steps: int) -> None:
+        self.path = checkpointing.folder / f"{key}{_SUFFIX}"
+        self._key, self._when, self._total_steps = key, checkpointing.when, total_steps
+        self._timer = CheckpointTimer(checkpointing.when, total_steps)
+
+    def load(self, like_BCTHW: Tensor) -> LoopState | None:
+        """Return the state to resume from, or None. A damaged or foreign file is set aside.
+
+        `like_BCTHW` has the expected shape of the latents.
+        """
+        if self._when is CheckpointWhen.OFF:
+            return None
+        state = found_or_set_aside(self.path, partial(self._read, like_BCTHW))
+        if state is not None:
+            self.set_resumed_from(state)
+        return state
+
+    def set_resumed_from(self, state: LoopState) -> None:
+        """Leave the steps up to `state` out of account: their time was not spent in this run."""
+        self._timer.start(state.steps_done)
+
+    def is_due(self, steps_done: int) -> bool:
+        """Return whether to write the state after this step."""
+        return steps_done < self._total_steps and self._timer.is_due(steps_done)
+
+    def is_worthwhile(self, steps_done: int) -> bool:
+        """Return whether the steps since the run began or resumed are worth keeping."""
+        return steps_done < self._total_steps and self._timer.is_worthwhile(steps_done)
+
     def save(self, state: LoopState) -> str | None:
         """Write the state, whole or not at all; return the problem, in words, if it could not be written."""
-        try:
-            content = _to_bytes(self._key, state)
-            with atomic_file(self.path) as temporary, file_errors(self.path):
-                temporary.write_bytes(content)
-        except FileError as error:
-            logger.warning("%s", error)
-            return str(error)
-        self._written_seconds = time.monotonic()
-        _prune(self.path.parent)
-        return None
+        problem = save_record(self.path, self._key, _to_record(state))
+        if problem is None:
+            self._timer.written()
+            _prune(self.path.parent)
+        return problem
 
     def delete(self) -> None:
         try:
@@ -140,18 +153,11 @@ class CheckpointFile:
             logger.warning("the checkpoint in %s cannot be removed: %s", self.path, error)
 
     def _read(self, like_BCTHW: Tensor) -> LoopState:
-        content = self.path.read_bytes()
-        opened: Any = safetensors.safe_open(self.path, framework="pt")
-        with opened as file:
-            metadata = cast("dict[str, str]", file.metadata() or {})
-        header = cast("dict[str, Any]", json.loads(metadata[_HEADER]))
-        if header["version"] != _VERSION or header["key"] != self._key:
-            raise ValueError("it belongs to another video or version")
-        tensors = safetensors.torch.load(content)
+        record = read_record(self.path, self._key)
         state = LoopState(
-            steps_done=int(header["steps_done"]),
-            latents_BCTHW=tensors[_LATENTS],
-            scheduler={name: _unpacked(value, tensors) for name, value in header["scheduler"].items()},
+            steps_done=int(record.facts["steps_done"]),
+            latents_BCTHW=record.tensors[_LATENTS],
+            scheduler={name: _unpacked(value, record.tensors) for name, value in record.facts["scheduler"].items()},
         )
         if not 0 < state.steps_done < self._total_steps:
             raise ValueError(f"its step is {state.steps_done} of {self._total_steps}")
@@ -160,13 +166,10 @@ class CheckpointFile:
         return state
 
 
-def _to_bytes(key: str, state: LoopState) -> bytes:
+def _to_record(state: LoopState) -> Record:
     tensors = {_LATENTS: state.latents_BCTHW}
     scheduler = {name: _packed(name, value, tensors) for name, value in state.scheduler.items()}
-    header = {"version": _VERSION, "key": key, "steps_done": state.steps_done, "scheduler": scheduler}
-    # Cloned, because two attributes of a scheduler may share one tensor, which safetensors refuses to store.
-    contents = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    return safetensors.torch.save(contents, {_HEADER: json.dumps(header)})
+    return Record(tensors, {"steps_done": state.steps_done, "scheduler": scheduler})
 
 
 def _packed(name: str, value: SchedulerValue, tensors: dict[str, Tensor]) -> Any:
@@ -190,8 +193,7 @@ def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> SchedulerValue:
 def _prune(folder: Path) -> None:
     """Delete all but the newest checkpoints: those of abandoned videos would stay forever."""
     try:
-        files = sorted(folder.glob(f"*{_SUFFIX}"), key=lambda file: file.stat().st_mtime, reverse=True)
-        for file in files[_MAX_FILES:]:
+        for file in surplus(list(folder.glob(f"*{_SUFFIX}")), most=_MAX_FILES):
             file.unlink(missing_ok=True)
     except OSError as error:
         logger.warning("old checkpoints in %s cannot be removed: %s", folder, error)

@@ -31,6 +31,10 @@ class SysmemFallbackDetector:
         self._seconds: list[float] = []
         self._since = time.monotonic()
 
+    def skip_step(self) -> None:
+        """Leave the time since the last step out of account."""
+        self._since = time.monotonic()
+
     def after_step(self, step: int) -> str | None:
         """Return a warning if this step took several times as long as earlier ones while the device was full."""
         now = time.monotonic()

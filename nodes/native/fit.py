@@ -14,6 +14,7 @@ from torch import nn
 
 from .fitted_model import FittedModel
 from .model import Patch, is_own, native_model
+from .resume import resumable
 from .services import Services
 
 KEY = "i2v_vram_fit"
@@ -25,6 +26,7 @@ _CLONED = ("ON_CLONE", "ON_MATCH_MULTIGPU_CLONES")
 def fitted(patcher: Any, services: Services) -> tuple[Any, str]:
     """A clone of the patcher whose model runs within the budget, and a line that says what it covers."""
     clone = patcher.clone()
+    services = resumable(clone, services, inside=KEY)
     return clone, _attach(clone, services)
 
 

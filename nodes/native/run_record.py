@@ -33,7 +33,7 @@ class RunRecord:
         self._retries: list[dict[str, int]] = []
         self._free_bytes = free_bytes
         self._detector: SysmemFallbackDetector | None = None
-        self._steps = 0
+        self._steps, self._calls = 0, 0
 
     def call(self, key: Hashable, plan: CallPlan, device: torch.device) -> AbstractContextManager[None]:
         """Measures the call within the context.
@@ -42,6 +42,8 @@ class RunRecord:
             key: equal for calls of the same shapes.
             plan: by which it runs.
         """
+
+        self._calls += 1
 
         def on_peak(peak_bytes: int, completed: bool) -> None:
             if completed:
@@ -57,10 +59,14 @@ class RunRecord:
 
     def begin_step(self) -> str | None:
         """Counts a step; a warning where the driver seems to have put the last one's memory into the host's."""
+        calls, self._calls = self._calls, 0
         if self._detector is None:
             self._detector = SysmemFallbackDetector(self._free_bytes)
             return None
         self._steps += 1
+        if not calls:  # skipped by another node, or answered by an earlier run's record: others seem slow beside it
+            self._detector.skip_step()
+            return None
         return self._detector.after_step(self._steps)
 
     def predicted_and_measured(self) -> Iterator[tuple[int, int]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...i2v_core.memory.device import DeviceFacts
+from ...i2v_core.sampling.checkpoint import Checkpointing
 from .call_plan import UNKNOWN_DEVICE
 
 
@@ -32,3 +33,7 @@ class Services:
     """Keeps a model's predicted and measured peak in bytes for later runs."""
     keep_report: Callable[[Mapping[str, Any]], None] = lambda _: None
     """Takes the report of a run, as `run_report.StageFigures` reads it."""
+    checkpointing: Checkpointing | None = None
+    """Where and when a run's calls are recorded, to resume it; None: never."""
+    is_whole: Callable[[str], bool] = lambda _: False
+    """Whether a prompt, by the host's name of it, has been run to its end."""

@@ -126,3 +126,21 @@ def test_the_memory_report_finds_the_run_of_a_latent(core: Core, monkeypatch: py
         runs.keep(other)
     assert runs.of(latent) == (other,), "of the prompt that runs"
     assert len(runs._runs) == 8
+
+
+def test_steps_without_a_call_are_not_held_against_others(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other nodes skip steps, and a run that is resumed has steps that are answered from disk."""
+    clock = 0.0
+    monkeypatch.setattr(core.library("sampling.sysmem_fallback").time, "monotonic", lambda: clock)
+    record = core.native("run_record").RunRecord(lambda: 0)
+    warnings: list[str | None] = []
+    for seconds in (0.01, 0.01, 0.01, 0.01, 2.0, 2.0, 2.0, 14.0):
+        warnings.append(record.begin_step())
+        if seconds > 1:
+            with record.call("shape", plan(core, 2**30), torch.device("cpu")):
+                clock += seconds
+        clock += 0.01
+    warnings.append(record.begin_step())
+    assert not any(warnings[:-1])
+    assert warnings[-1] is not None
+    assert "took 14.0 s" in warnings[-1]

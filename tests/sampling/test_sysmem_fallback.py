@@ -54,3 +54,20 @@ def test_other_slow_steps_are_not(
     free_bytes: int | None,
 ) -> None:
     assert not any(watched(step_seconds, free_bytes))
+
+
+def test_steps_that_took_no_time_are_not_held_against_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a resume, steps that an earlier run has made are answered from disk."""
+    clock = 0.0
+    monkeypatch.setattr(sysmem_fallback.time, "monotonic", lambda: clock)
+    detector = SysmemFallbackDetector(lambda: 0)
+    for _ in range(5):
+        clock += 0.01
+        detector.skip_step()
+    said: list[str | None] = []
+    for seconds in (2.0, 2.0, 2.0, 14.0):
+        clock += seconds
+        said.append(detector.after_step(len(said) + 6))
+    assert said[:3] == [None] * 3
+    assert said[3] is not None
+    assert "step 9 took 14.0 s" in said[3]
