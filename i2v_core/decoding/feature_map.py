@@ -5,12 +5,14 @@ Legend: N frames, C channels, H rows of the map, r rows of a tile, W width, G gr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import gcd
 from weakref import WeakSet
 
 import torch
 
 from ..chunking.group_norm import GroupMoments
+from ..memory.device import is_out_of_memory
 from ..memory.meter import rounded_bytes
 from ..placement.offload import empty_offloaded, onload
 
@@ -91,11 +93,22 @@ def moments_bytes(feature_map: FeatureMap) -> int:
 class FeatureMaps:
     """Allocates feature maps: on the device while they take no more than `limit_bytes` together, else offloaded.
 
-    `groups` is the number of groups of the normalisations that follow; 0 if none uses statistics of a map.
+    Args:
+        groups: the number of groups of the normalisations that follow; 0 if none uses statistics of a map.
+        on_full: called with the error where the device has no memory left for a map, which then is offloaded, as are
+            all that would not have fitted with it. None: the error is raised.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, limit_bytes: int | None, groups: int) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        limit_bytes: int | None,
+        groups: int,
+        on_full: Callable[[str], None] | None = None,
+    ) -> None:
         self._device, self._dtype, self._limit_bytes, self._groups = device, dtype, limit_bytes, groups
+        self._on_full = on_full
         self._on_device: WeakSet[FeatureMap] = WeakSet()
 
     def new(self, frames: int, channels: int, height: int, width: int, *, long_lived: bool = False) -> FeatureMap:
@@ -104,16 +117,26 @@ class FeatureMaps:
         size_bytes = rounded_bytes(height * frames * channels * width * self._dtype.itemsize)
         limit_bytes = self._limit_bytes
         offloaded = limit_bytes is not None and (long_lived or self._device_bytes + size_bytes > limit_bytes)
-        if offloaded:
-            rows_HNCW = empty_offloaded(shape, self._dtype, self._device)
-        else:
-            rows_HNCW = torch.empty(shape, dtype=self._dtype, device=self._device)
+        rows_HNCW = None if offloaded else self._empty_on_device(shape)
+        if rows_HNCW is None:
+            rows_HNCW, offloaded = empty_offloaded(shape, self._dtype, self._device), True
         # Channels that the groups do not divide, such as a picture's three, are never normalised; any groups will do.
         groups = gcd(self._groups, channels) if self._groups else 0
         made = FeatureMap(rows_HNCW, self._device, offloaded=offloaded, groups=groups)
         if not offloaded:
             self._on_device.add(made)
         return made
+
+    def _empty_on_device(self, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """Return an empty tensor on the device, or None where that is full and the map may be offloaded instead."""
+        try:
+            return torch.empty(shape, dtype=self._dtype, device=self._device)
+        except RuntimeError as error:
+            if self._on_full is None or not is_out_of_memory(error):
+                raise
+            self._limit_bytes = self._device_bytes
+            self._on_full(str(error))
+            return None
 
     @property
     def _device_bytes(self) -> int:
