@@ -11,8 +11,9 @@ from typing import Any
 from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
-from .fitted_model import FittedModel, Services
+from .fitted_model import FittedModel
 from .model import Patch, native_model
+from .services import Services
 
 KEY = "i2v_vram_fit"
 """Key of this pack's wrappers and callbacks among those of other nodes."""

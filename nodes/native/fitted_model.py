@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -22,22 +21,11 @@ from .host_memory import estimating_shape, memory_required_as
 from .measured import PeakReading
 from .model import NativeModel
 from .recorded_call import recorded_calls
+from .services import Services
 from .suggested_size import suggested_sizes
 from .twin import Call, Twin
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Services:
-    """Services that the host's side provides to a fit."""
-
-    usable_bytes: Callable[[], int]
-    """Device memory that the model may take now: the budget, or what is free or can be freed."""
-    check_cancelled: Callable[[], None]
-    """Raises when the user has cancelled."""
-    say: Callable[[str], None] = lambda _: None
-    """Shows a line to the user."""
 
 
 class FittedModel:
@@ -94,6 +82,7 @@ class FittedModel:
         self, executor: Any, model: Any, noise_shape: Sequence[int], conds: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Plans the run, and tells core what it needs."""
+        self.services.check_latent(noise_shape)
         calls = self._recorded(noise_shape, conds)
         if not calls:
             return executor(model, noise_shape, conds, *args, **kwargs)

@@ -34,7 +34,7 @@ class Twin:
 
     def __init__(self, native: NativeModel, model: nn.Module, dtype: torch.dtype) -> None:
         self._state = CallState(runner=DistinctChunks())
-        self.model = _on_meta(model, native.block_lists(model), dtype)
+        self.model = on_meta(model, native.block_lists(model), dtype)
         for patch in native.patches(self.model, self._state):
             setattr(patch.module, patch.method, patch.replacement)
 
@@ -116,7 +116,7 @@ def _attention_output(_func: Any, q: Tensor, *_args: Any, **kwargs: Any) -> Tens
     return q.new_empty(shape)
 
 
-def _on_meta(model: nn.Module, block_lists: tuple[str, ...], dtype: torch.dtype) -> nn.Module:
+def on_meta(model: nn.Module, block_lists: tuple[str, ...], dtype: torch.dtype) -> nn.Module:
     """A copy of the model with two blocks of each list, whose weights have a shape and nothing else."""
     shortened = {id(model.get_submodule(path)) for path in block_lists}
     return _copied(model, dtype, shortened, {})

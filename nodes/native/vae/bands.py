@@ -1,0 +1,130 @@
+"""A pass through an autoencoder in bands: a number of rows of a few frames, as wide as the frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import comfy.ops
+import torch
+from torch.nn import functional
+
+from ....i2v_core.chunking import ChunkSettings, LayerRunner
+from ....i2v_core.chunking.execution import Execution
+from ....i2v_core.decoding.causal_row_tiles import CausalRowTiledLayers
+from ....i2v_core.decoding.feature_map import FeatureMaps
+from ....i2v_core.memory.device import is_out_of_memory
+from ....i2v_core.units import GIB, MIB, format_gib
+from ..calls import nothing
+from ..held_weights import HeldWeightsRunner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bands:
+    """Size of bands, and where feature maps are kept between layers."""
+
+    workspace_bytes: int
+    """Temporary memory of one layer beside the maps that it reads and writes."""
+    maps_bytes: int | None = None
+    """Feature maps that stay on the device; further ones, and frames that are kept for later ones, are offloaded to
+    host memory. None: all stay.
+    """
+
+    def __str__(self) -> str:
+        stay = "all" if self.maps_bytes is None else format_gib(self.maps_bytes)
+        return f"bands of {format_gib(self.workspace_bytes)} a layer, {stay} of the feature maps on the device"
+
+
+_OFFLOADED_MAPS_BYTES = (2 * GIB, GIB, 512 * MIB, 256 * MIB, 128 * MIB, 64 * MIB, 16 * MIB, 0)
+_SMALL_WORKSPACES_BYTES = (16 * MIB, 0)
+
+CANDIDATES: tuple[Bands | None, ...] = (
+    None,
+    *(Bands(workspace_bytes=size) for size in (GIB, 256 * MIB, 64 * MIB)),
+    *(Bands(workspace_bytes=64 * MIB, maps_bytes=size) for size in _OFFLOADED_MAPS_BYTES),
+    *(Bands(workspace_bytes=size, maps_bytes=0) for size in _SMALL_WORKSPACES_BYTES),
+)
+"""Settings from fast to low memory. None: core's own code. All have the same result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BandedPass:
+    """Settings and services of one pass."""
+
+    device: torch.device
+    dtype: torch.dtype
+    bands: Bands
+    runner: LayerRunner
+    on_band: Callable[[], None] = nothing
+    """Called before every band; may raise to cancel."""
+    on_full: Callable[[str], None] | None = None
+    """Called with the error where the device has no memory left for a feature map, which then is offloaded."""
+    on_latent_frame: Callable[[], None] = nothing
+    """Called when a latent frame is done."""
+
+    def causal_layers(self, frames: int) -> CausalRowTiledLayers:
+        """Layers of an autoencoder that is causal in time, which run on up to so many frames at a time."""
+        execution = Execution(
+            settings=ChunkSettings(workspace_bytes=max(1, self.bands.workspace_bytes)),
+            runner=self.runner,
+            on_chunk=self.on_band,
+            num_frames=frames,
+        )
+        maps = FeatureMaps(self.device, self.dtype, self.bands.maps_bytes, groups=0, on_full=self.on_full)
+        return CausalRowTiledLayers(execution, maps, _conv3d)
+
+
+class BandRunner(HeldWeightsRunner):
+    """Holds weights for a layer call, and runs a band that does not fit in halves, which all later bands are too.
+
+    Nothing is computed again but the band that failed.
+    """
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, on_full: Callable[[str], None] = lambda _: None
+    ) -> None:
+        super().__init__(device, dtype)
+        self._on_full = on_full
+        self._halvings = 0
+
+    def run_chunk(self, run: Callable[[slice], None], chunk: slice) -> None:
+        start, whole = chunk.start, chunk.stop - chunk.start
+        while start < chunk.stop:
+            size = max(1, -(-whole // 2**self._halvings))
+            part = slice(start, min(start + size, chunk.stop))
+            problem = _out_of_memory_in(run, part)
+            if problem is None:
+                start = part.stop
+            elif size == 1:
+                raise torch.OutOfMemoryError(problem)
+            else:
+                self._halvings += 1
+                self._on_full(problem)
+
+
+def _out_of_memory_in(run: Callable[[slice], None], part: slice) -> str | None:
+    """Run a part; returns the message where the device runs out of memory, without what the traceback would keep."""
+    try:
+        run(part)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return str(error)
+    return None
+
+
+def _conv3d(
+    tile: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+) -> torch.Tensor:
+    """PyTorch's 3D convolution, or cuDNN's called directly where core goes around a defect of PyTorch's choice."""
+    around_defect = getattr(comfy.ops, "NVIDIA_MEMORY_CONV_BUG_WORKAROUND", False)
+    if not around_defect or tile.device.type != "cuda" or weight.dtype not in (torch.float16, torch.bfloat16):
+        return functional.conv3d(tile, weight, bias, stride, padding)
+    made = torch.cudnn_convolution(
+        tile, weight, padding, stride, (1, 1, 1), 1, benchmark=False, deterministic=False, allow_tf32=True
+    )
+    return made if bias is None else made.add_(bias.view(1, -1, 1, 1, 1))
