@@ -42,15 +42,18 @@ class VAETwin:
 
     def _decode_bytes(self, shape: tuple[int, ...], bands: Bands | None) -> int:
         """The highest sum of live activations while a latent (1, C, T, h, w) is decoded."""
+        native = self._native
         frames = self._traced_frames(shape[2], bands)
         latent_shape = (*shape[:2], frames, *shape[3:])
         with torch.no_grad(), fused_attention(), StorageMeter(device_type="meta") as meter:
             if bands is None:
-                pixels = self._model.decode(torch.empty(latent_shape, dtype=self._dtype, device=_META))
-                further = self._native.frames(shape[2]) - pixels.shape[2]
-                return meter.peak_bytes + _collected_bytes(pixels, further)
+                latent = torch.empty(latent_shape, dtype=self._dtype, device=_META)
+                pixels = self._model.decode(latent)
+                # Each is there twice at most: before frames are joined and after, before the first layer and after.
+                further = _further_bytes(pixels, native.frames(shape[2])) + _further_bytes(latent, shape[2])
+                return meter.peak_bytes + 2 * further
             latent = empty_on_host(latent_shape, self._dtype, _META)
-            self._native.decode(self._model, latent, self._banded(bands), write=lambda *_: None)
+            native.decode(self._model, latent, self._banded(bands), write=lambda *_: None)
         return meter.peak_bytes
 
     def _encode_bytes(self, shape: tuple[int, ...], bands: Bands | None) -> int:
@@ -63,9 +66,12 @@ class VAETwin:
 
         with torch.no_grad(), fused_attention(), StorageMeter(device_type="meta") as meter:
             if bands is None:
-                pixels = empty(slice(0, frames))
-                self._model.encode(pixels)
-                return meter.peak_bytes + _collected_bytes(pixels, shape[2] - frames)
+                latent = self._model.encode(empty(slice(0, frames)))
+                pixels = empty(slice(0, 1))
+                latents = _further_bytes(latent, native.latent_frames(shape[2]))
+                further = _further_bytes(pixels, 1 + shape[2] - frames) + 2 * latents
+                # Pixels are there twice while their squares are folded, if they are.
+                return max(meter.peak_bytes + further, 2 * shape[2] * pixels.nbytes)
             video = Video(frames=frames, height=shape[3], width=shape[4], read=empty)
             native.encode(self._model, video, self._banded(bands))
         return meter.peak_bytes
@@ -81,6 +87,6 @@ class VAETwin:
         return BandedPass(device=_META, dtype=self._dtype, bands=bands, runner=DistinctChunks())
 
 
-def _collected_bytes(pixels: torch.Tensor, further_frames: int) -> int:
-    """Bytes of further frames, each there at most twice: as it was made, and among all that core joins."""
-    return 2 * further_frames * pixels.nbytes // pixels.shape[2]
+def _further_bytes(traced: torch.Tensor, frames: int) -> int:
+    """Bytes of the frames of a clip beyond those that were traced."""
+    return (frames - traced.shape[2]) * traced.untyped_storage().nbytes() // traced.shape[2]
