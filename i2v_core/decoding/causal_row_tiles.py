@@ -31,11 +31,22 @@ class CausalRowTiledLayers(RowTiledLayers):
     """Layers of a causal autoencoder, which run once for each chunk of frames, in order.
 
     Past frames that convolutions need again are kept on the device, or offloaded if the maps' bytes are limited.
+
+    Args:
+        replicates: whether convolutions pad with the nearest pixel and frame, rather than with zeros.
+        conv3d: PyTorch's, or another with the same result.
     """
 
-    def __init__(self, execution: Execution, maps: FeatureMaps, conv3d: _Conv3d = functional.conv3d) -> None:
+    def __init__(
+        self,
+        execution: Execution,
+        maps: FeatureMaps,
+        *,
+        replicates: bool = False,
+        conv3d: _Conv3d = functional.conv3d,
+    ) -> None:
         super().__init__(execution, maps)
-        self._conv3d = conv3d
+        self._replicates, self._conv3d = replicates, conv3d
         self._past: dict[nn.Module, FeatureMap] = {}
 
     def causal_resnet(self, block: Any, source: FeatureMap, *, keep: bool = False) -> FeatureMap:
@@ -178,7 +189,9 @@ class CausalRowTiledLayers(RowTiledLayers):
         before = self._past.get(conv)
         after = self._maps.new(past_frames, source.channels, source.height, source.width, long_lived=True)
         self._past[conv] = after
-        return _FrameChunk(conv=conv, conv3d=self._conv3d, source=source, before=before, after=after)
+        return _FrameChunk(
+            conv=conv, conv3d=self._conv3d, replicates=self._replicates, source=source, before=before, after=after
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,10 +200,11 @@ class _FrameChunk:
 
     conv: Any
     conv3d: _Conv3d
+    replicates: bool
     source: FeatureMap
 
     before: FeatureMap | None
-    """Past frames; None: zeros."""
+    """Past frames; None: padding."""
 
     after: FeatureMap
     """Map that the last frames are written to, as the next chunk's past."""
@@ -207,26 +221,27 @@ class _FrameChunk:
         """Return a tile (N, C, r, W) of the result, and keep its last frames; to be called once for each tile."""
         conv = self.conv
         tile_1CNrW = self._with_halo(rows, norm)[None]
-        made = self.conv3d(tile_1CNrW, conv.weight, conv.bias, conv.stride, (0, 0, self.halo))
+        across = 0 if self.replicates else self.halo
+        made = self.conv3d(tile_1CNrW, conv.weight, conv.bias, conv.stride, (0, 0, across))
         return made[0].transpose(0, 1)
 
     def _with_halo(self, rows: slice, norm: nn.Module | None) -> torch.Tensor:
-        """Return past and present frames with the tile's halo (C, P + N, r + 2, W), normalised, with zeros outside."""
+        """Return past and present frames with the tile's halo, normalised and padded: (C, P + N, r + 2, W), or two
+        pixels wider if they replicate.
+        """
         source, past, halo = self.source, self.past_frames, self.halo
+        across = halo if self.replicates else 0
         inside = slice(max(rows.start - halo, 0), min(rows.stop + halo, source.height))
         height = rows.stop - rows.start + 2 * halo
         padded = torch.empty(
-            (source.channels, past + source.frames, height, source.width), dtype=source.dtype, device=source.device
+            (source.channels, past + source.frames, height, source.width + 2 * across),
+            dtype=source.dtype,
+            device=source.device,
         )
         above = inside.start - rows.start + halo
         below = above + inside.stop - inside.start
-        padded[:, :, :above].zero_()
-        padded[:, :, below:].zero_()
-        past_part, new = padded[:, :past, above:below], padded[:, past:, above:below]
-        if self.before is None:
-            past_part.zero_()
-        else:
-            past_part.copy_(self.before.read(inside).transpose(0, 1))
+        within = padded[:, :, above:below, across : across + source.width]
+        past_part, new = within[:, :past], within[:, past:]
         tile_CNrW = source.read(inside).transpose(0, 1)
         if norm is None:
             new.copy_(tile_CNrW)
@@ -234,8 +249,29 @@ class _FrameChunk:
             new.copy_(norm(tile_CNrW[None])[0])
             functional.silu(new, inplace=True)
         del tile_CNrW
-        self.after.write(rows, padded[:, source.frames :, halo : height - halo].transpose(0, 1))
+        if self.before is not None:
+            past_part.copy_(self.before.read(inside).transpose(0, 1))
+        elif self.replicates:
+            past_part.copy_(new[:, :1].expand_as(past_part))
+        else:
+            past_part.zero_()
+        last, own = slice(source.frames, None), slice(rows.start - inside.start, rows.stop - inside.start)
+        self.after.write(rows, within[:, last, own].transpose(0, 1))
+        if self.replicates:
+            _replicate(padded, above, below, across)
+        else:
+            padded[:, :, :above].zero_()
+            padded[:, :, below:].zero_()
         return padded
+
+
+def _replicate(padded: torch.Tensor, above: int, below: int, across: int) -> None:
+    """Fill the rows above and below, and then `across` columns on each side, with the nearest that are inside."""
+    padded[:, :, :above].copy_(padded[:, :, above : above + 1].expand_as(padded[:, :, :above]))
+    padded[:, :, below:].copy_(padded[:, :, below - 1 : below].expand_as(padded[:, :, below:]))
+    if across:
+        padded[..., :across].copy_(padded[..., across : across + 1].expand_as(padded[..., :across]))
+        padded[..., -across:].copy_(padded[..., -across - 1 : -across].expand_as(padded[..., -across:]))
 
 
 def _channels_to_frames(tile_NCrW: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,10 @@ class FeatureMap:
         """Return a map over a tensor on the device, which may only be read, and not be normalised."""
         return cls(source_NCHW.permute(2, 0, 1, 3), source_NCHW.device, offloaded=False, groups=1)
 
+    def part(self, frames: slice) -> FeatureMap:
+        """Return a map over some of the frames, whose rows are those of this map."""
+        return FeatureMap(self._rows_HNCW[:, frames], self.device, offloaded=self.offloaded, groups=self.groups)
+
     @property
     def moments(self) -> GroupMoments:
         """Moments of all values that have been written."""

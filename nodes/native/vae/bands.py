@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import comfy.ops
 import torch
@@ -47,6 +48,9 @@ CANDIDATES: tuple[Bands | None, ...] = (
 """Settings from fast to low memory. None: core's own code. All have the same result."""
 
 
+_Layers = TypeVar("_Layers", bound=CausalRowTiledLayers)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BandedPass:
     """Settings and services of one pass."""
@@ -62,8 +66,18 @@ class BandedPass:
     on_latent_frame: Callable[[], None] = nothing
     """Called when a latent frame is done."""
 
-    def causal_layers(self, frames: int) -> CausalRowTiledLayers:
-        """Layers of an autoencoder that is causal in time, which run on up to so many frames at a time."""
+    def causal_layers(
+        self,
+        frames: int,
+        *,
+        replicates: bool = False,
+        kind: type[_Layers] = CausalRowTiledLayers,
+    ) -> _Layers:
+        """Layers of an autoencoder that is causal in time, which run on up to so many frames at a time.
+
+        Args:
+            replicates: whether convolutions pad with the nearest pixel and frame, rather than with zeros.
+        """
         execution = Execution(
             settings=ChunkSettings(workspace_bytes=max(1, self.bands.workspace_bytes)),
             runner=self.runner,
@@ -71,7 +85,7 @@ class BandedPass:
             num_frames=frames,
         )
         maps = FeatureMaps(self.device, self.dtype, self.bands.maps_bytes, groups=0, on_full=self.on_full)
-        return CausalRowTiledLayers(execution, maps, _conv3d)
+        return kind(execution, maps, replicates=replicates, conv3d=_conv3d)
 
 
 class BandRunner(HeldWeightsRunner):

@@ -20,38 +20,28 @@ from ....i2v_core.placement.offload import empty_on_host
 from .bands import BandedPass
 from .layer_classes import all_plain
 from .model import Video, Write
+from .resnet import Resnet
 
 _TIMES = 4
 """Frames of the video for each latent frame after the first."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Resnet:
-    """A `ResidualBlock` under the names of diffusers' `WanResidualBlock`."""
-
-    norm1: nn.Module
-    conv1: nn.Module
-    norm2: nn.Module
-    conv2: nn.Module
-    conv_shortcut: nn.Module
-
-
-@dataclass(frozen=True, slots=True)
 class _Middle:
-    resnets: tuple[_Resnet, _Resnet]
+    resnets: tuple[Resnet, Resnet]
     attentions: tuple[nn.Module]
 
 
 @dataclass(frozen=True, slots=True)
 class _Up:
-    resnets: tuple[_Resnet, ...]
+    resnets: tuple[Resnet, ...]
     upsampler: nn.Module | None
     avg_shortcut: nn.Module | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Down:
-    resnets: tuple[_Resnet, ...]
+    resnets: tuple[Resnet, ...]
     downsampler: nn.Module | None
     avg_shortcut: nn.Module
 
@@ -190,9 +180,9 @@ def _renamed(model: Any) -> _Autoencoder:
     )
 
 
-def _resnet(block: Any) -> _Resnet:
+def _resnet(block: Any) -> Resnet:
     norm1, _, conv1, norm2, _, _, conv2 = block.residual
-    return _Resnet(norm1, conv1, norm2, conv2, block.shortcut)
+    return Resnet(norm1, conv1, norm2, conv2, block.shortcut)
 
 
 def _middle(blocks: Any) -> _Middle:
@@ -223,7 +213,7 @@ def _ups(layers: Iterable[Any]) -> tuple[_Up, ...]:
     return (*made, _Up(*_split(pending))) if pending else tuple(made)
 
 
-def _split(layers: Iterable[Any]) -> tuple[tuple[_Resnet, ...], nn.Module | None]:
+def _split(layers: Iterable[Any]) -> tuple[tuple[Resnet, ...], nn.Module | None]:
     """The residual blocks, and the resampling that follows them, if any."""
     resnets = tuple(_resnet(it) for it in layers if hasattr(it, "residual"))
     return resnets, next((it for it in layers if hasattr(it, "resample")), None)
