@@ -38,6 +38,12 @@ class FeatureMap:
         """Return a map over a tensor on the device, which may only be read, and not be normalised."""
         return cls(source_NCHW.permute(2, 0, 1, 3), source_NCHW.device, offloaded=False, groups=1)
 
+    def offload(self) -> None:
+        """Move the map to host memory."""
+        rows_HNCW = empty_offloaded(tuple(self._rows_HNCW.shape), self.dtype, self.device)
+        rows_HNCW.copy_(self._rows_HNCW, non_blocking=self.device.type == "cuda")
+        self._rows_HNCW, self.offloaded = rows_HNCW, True
+
     def part(self, frames: slice) -> FeatureMap:
         """Return a map over some of the frames, whose rows are those of this map."""
         return FeatureMap(self._rows_HNCW[:, frames], self.device, offloaded=self.offloaded, groups=self.groups)
@@ -114,6 +120,7 @@ class FeatureMaps:
         self._device, self._dtype, self._limit_bytes, self._groups = device, dtype, limit_bytes, groups
         self._on_full = on_full
         self._on_device: WeakSet[FeatureMap] = WeakSet()
+        self._long_lived: WeakSet[FeatureMap] = WeakSet()
 
     def new(self, frames: int, channels: int, height: int, width: int, *, long_lived: bool = False) -> FeatureMap:
         """Allocate a map; a `long_lived` one outlives the next layer, and so is offloaded wherever there is a limit."""
@@ -129,7 +136,22 @@ class FeatureMaps:
         made = FeatureMap(rows_HNCW, self._device, offloaded=offloaded, groups=groups)
         if not offloaded:
             self._on_device.add(made)
+            if long_lived:
+                self._long_lived.add(made)
         return made
+
+    def make_room(self, *, only_long_lived: bool) -> bool:
+        """Offload maps that are on the device, after it ran out of memory, and limit further ones to what is left.
+
+        Returns whether there was one.
+        """
+        moved = [it for it in self._on_device if it in self._long_lived or not only_long_lived]
+        for feature_map in moved:
+            feature_map.offload()
+            self._on_device.discard(feature_map)
+        if moved or not only_long_lived:
+            self._limit_bytes = self._device_bytes
+        return bool(moved)
 
     def _empty_on_device(self, shape: tuple[int, ...]) -> torch.Tensor | None:
         """Return an empty tensor on the device, or None where that is full and the map may be offloaded instead."""

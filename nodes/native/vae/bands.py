@@ -63,6 +63,8 @@ class BandedPass:
     """Called before every band; may raise to cancel."""
     on_full: Callable[[str], None] | None = None
     """Called with the error where the device has no memory left for a feature map, which then is offloaded."""
+    on_maps: Callable[[FeatureMaps], None] = lambda _: None
+    """Called with the feature maps of the layers that are made for the pass."""
     on_latent_frame: Callable[[], None] = nothing
     """Called when a latent frame is done."""
 
@@ -85,19 +87,23 @@ class BandedPass:
             num_frames=frames,
         )
         maps = FeatureMaps(self.device, self.dtype, self.bands.maps_bytes, groups=0, on_full=self.on_full)
+        self.on_maps(maps)
         return kind(execution, maps, replicates=replicates, conv3d=_conv3d)
 
 
 class BandRunner(HeldWeightsRunner):
-    """Holds weights for a layer call, and runs a band that does not fit in halves, which all later bands are too.
+    """Holds weights for a layer call, and runs a band again that ran out of memory, after making room for it.
 
-    Nothing is computed again but the band that failed.
+    First maps that are kept for later frames are offloaded, then this and all later bands halved, and at last all other
+    maps offloaded. Nothing is computed again but the band that failed.
     """
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, on_full: Callable[[str], None] = lambda _: None
     ) -> None:
         super().__init__(device, dtype)
+        self.maps: list[FeatureMaps] = []
+        """Those of the layers that run."""
         self._on_full = on_full
         self._halvings = 0
 
@@ -109,11 +115,19 @@ class BandRunner(HeldWeightsRunner):
             problem = _out_of_memory_in(run, part)
             if problem is None:
                 start = part.stop
-            elif size == 1:
+                continue
+            self._on_full(problem)
+            if not self._make_room(size):
                 raise torch.OutOfMemoryError(problem)
-            else:
-                self._halvings += 1
-                self._on_full(problem)
+
+    def _make_room(self, size: int) -> bool:
+        """Take the next measure for bands of so many rows; returns whether there was one."""
+        if any(it.make_room(only_long_lived=True) for it in self.maps):
+            return True
+        if size > 1:
+            self._halvings += 1
+            return True
+        return any(it.make_room(only_long_lived=False) for it in self.maps)
 
 
 def _out_of_memory_in(run: Callable[[slice], None], part: slice) -> str | None:

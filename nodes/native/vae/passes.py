@@ -200,15 +200,18 @@ class VAEPasses:
 
         def on_full(problem: str) -> None:
             management.soft_empty_cache()
-            self._note(f"ran out of memory: goes on from the same rows, in smaller bands ({problem})")
+            logger.info("VRAM Fit: %s", problem)
+            self._note("ran out of memory: goes on from the same rows, with less on the device")
 
+        runner = BandRunner(vae.device, vae.vae_dtype, on_full)
         return BandedPass(
             device=vae.device,
             dtype=vae.vae_dtype,
             bands=bands,
-            runner=BandRunner(vae.device, vae.vae_dtype, on_full),
+            runner=runner,
             on_band=self._services.check_cancelled,
             on_full=on_full,
+            on_maps=runner.maps.append,
             on_latent_frame=lambda: progress.update(1),
         )
 
@@ -228,8 +231,9 @@ class VAEPasses:
         return made
 
     def _note(self, line: str) -> None:
-        logger.warning("%s: %s", self._native.name, line)
-        self.notes.append(line)
+        if line not in self.notes:
+            logger.warning("%s: %s", self._native.name, line)
+            self.notes.append(line)
 
     def _tell(self, line: str) -> None:
         logger.info("VRAM Fit, %s: %s", self._native.name, line)

@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
+from comfy_host.vae_case import VAECase
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VAECase:
-    """An autoencoder class, and the arguments that make it small."""
+def small_vae(case: VAECase, dtype: torch.dtype = torch.float32) -> Any:
+    """Core's `VAE`, with numbers with which every layer matters."""
+    generator = torch.Generator().manual_seed(0)
 
-    module: str
-    """Core's module in which `VAE` finds the class."""
-    kind: str
-    """Name of the class there."""
-    arguments: Mapping[str, Any]
-    latent_shape: tuple[int, ...]
-    downscale: int
+    def weight(name: str, shape: torch.Size) -> torch.Tensor:
+        values = torch.randn(shape, generator=generator)
+        if name.endswith("bias"):
+            return values * 0.05
+        return values / math.sqrt(shape[1:].numel()) if name.endswith("weight") else 1 + values * 0.05
 
-    def vae(self, dtype: torch.dtype = torch.float32) -> Any:
-        """Core's `VAE` as its loaders make it from a file, with weights with which every layer matters."""
-        module = importlib.import_module(self.module)
-        kind = getattr(module, self.kind)
-        generator = torch.Generator().manual_seed(0)
-        shapes = kind(**self.arguments).state_dict()
-        weights = {name: _random_weight(name, it.shape, generator) for name, it in shapes.items()}
-        # Core takes some sizes from the file, and has others built in.
-        with mock.patch.object(module, self.kind, side_effect=lambda **_: kind(**self.arguments)):
-            return importlib.import_module("comfy.sd").VAE(sd=weights, device=torch.device("cpu"), dtype=dtype)
-
-
-def _random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    values = torch.randn(shape, generator=generator)
-    if name.endswith("bias"):
-        return values * 0.05
-    return values / math.sqrt(shape[1:].numel()) if name.endswith("weight") else 1 + values * 0.05
+    return case.vae(dtype, torch.device("cpu"), weight)
 
 
 _WAN = {

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from comfy_host.vae_case import VAECase
 
 from ..conftest import Core, off_by
-from .small_vaes import CASES, VAECase
+from .small_vaes import CASES, small_vae
 
 pytestmark = pytest.mark.host
 TOLERANCE = 1e-5
@@ -60,7 +61,7 @@ def pixels_of(case: VAECase, frames: int) -> torch.Tensor:
 def test_bands_give_what_core_gives(
     core: Core, case: VAECase, bands: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vae = case.vae()
+    vae = small_vae(case)
     fit = in_bands(core, vae, bands, monkeypatch)
     assert isinstance(fit, type(vae))
     with torch.no_grad():
@@ -80,7 +81,7 @@ def test_bands_give_what_core_gives(
 
 def test_half_precision_changes_no_pixel(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["wan-2.1"]
-    vae = case.vae(torch.float16)
+    vae = small_vae(case, torch.float16)
     fit = in_bands(core, vae, ON_DEVICE, monkeypatch)
     with torch.no_grad():
         latent = latent_of(case, frames=2)
@@ -88,7 +89,7 @@ def test_half_precision_changes_no_pixel(core: Core, monkeypatch: pytest.MonkeyP
 
 
 def test_with_room_core_s_own_code_runs(core: Core, case: VAECase) -> None:
-    vae, latent, pixels = case.vae(), latent_of(case), pixels_of(case, 6)
+    vae, latent, pixels = small_vae(case), latent_of(case), pixels_of(case, 6)
     fit = fit_for(core, vae)
     with torch.no_grad():
         assert torch.equal(fit.decode(latent), vae.decode(latent))
@@ -109,7 +110,7 @@ def test_with_less_it_takes_the_fastest_bands_that_fit_and_tells_core_what_they_
         return load(models, memory_required, *args, **kwargs)
 
     monkeypatch.setattr(management, "load_models_gpu", heard)
-    vae, latent = case.vae(), latent_of(case)
+    vae, latent = small_vae(case), latent_of(case)
     weights_bytes = sum(it.nbytes for it in vae.first_stage_model.parameters())
     peak = fit_for(core, vae).passes._twin.decode_bytes
     stock_bytes = peak(tuple(latent.shape), None)
@@ -136,7 +137,7 @@ def test_the_twin_predicts_the_peak(
     core: Core, case: VAECase, bands: dict[str, int] | None, latent_frames: int
 ) -> None:
     library, native = core.library("memory.meter"), core.native("vae.bands")
-    vae, latent = case.vae(), latent_of(case, frames=latent_frames)
+    vae, latent = small_vae(case), latent_of(case, frames=latent_frames)
     model, cpu = vae.first_stage_model, torch.device("cpu")
     known = core.native("vae.model").native_vae(model)
     twin = core.native("vae.twin").VAETwin(known, model, torch.float32)
@@ -171,18 +172,20 @@ def test_out_of_memory_in_a_band_repeats_no_other_band(
 ) -> None:
     """A device that holds only a part of what was planned: maps are offloaded and bands halved, frames are equal."""
     meter, native = core.library("memory.meter"), core.native("vae.bands")
-    vae, latent, cpu = case.vae(), latent_of(case), torch.device("cpu")
+    vae, latent, cpu = small_vae(case), latent_of(case), torch.device("cpu")
     model = vae.first_stage_model
     known = core.native("vae.model").native_vae(model)
     twin = core.native("vae.twin").VAETwin(known, model, torch.float32)
     large = native.Bands(workspace_bytes=2**30)
     problems: list[str] = []
+    runner = native.BandRunner(cpu, torch.float32, problems.append)
     banded = native.BandedPass(
         device=cpu,
         dtype=torch.float32,
         bands=large,
-        runner=native.BandRunner(cpu, torch.float32, problems.append),
+        runner=runner,
         on_full=problems.append,
+        on_maps=runner.maps.append,
         on_latent_frame=lambda: problems.append("a latent frame"),
     )
     with torch.no_grad():
@@ -199,7 +202,7 @@ def test_out_of_memory_in_a_band_repeats_no_other_band(
 
 def test_out_of_memory_in_core_s_own_code_goes_on_in_bands(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["wan-2.1"]
-    vae, latent = case.vae(), latent_of(case)
+    vae, latent = small_vae(case), latent_of(case)
     expected = vae.decode(latent)
     fit = fit_for(core, vae)
 
@@ -225,7 +228,7 @@ def test_a_cancel_acts_within_a_latent_frame(core: Core, monkeypatch: pytest.Mon
             raise CancelledError
 
     case = CASES["wan-2.1"]
-    vae, latent = case.vae(), latent_of(case)
+    vae, latent = small_vae(case), latent_of(case)
     fit = in_bands(core, vae, OFFLOADED, monkeypatch, check_cancelled=check)
     with torch.no_grad():
         expected = vae.decode(latent)
@@ -237,7 +240,7 @@ def test_a_cancel_acts_within_a_latent_frame(core: Core, monkeypatch: pytest.Mon
 def test_a_decode_that_cannot_fit_is_refused_before_sampling(
     core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
 ) -> None:
-    vae, patcher = CASES["wan-2.1"].vae(), make_patcher("wan-t2v")
+    vae, patcher = small_vae(CASES["wan-2.1"]), make_patcher("wan-t2v")
     error = core.library("errors").DoesNotFitError
     fit = fit_for(core, vae, 20_000)
     with pytest.raises(
@@ -258,7 +261,7 @@ def test_a_decode_that_cannot_fit_is_refused_before_sampling(
 
 @pytest.mark.parametrize("alter", ["padding", "method", "class"])
 def test_an_autoencoder_that_is_not_core_s_own_is_left_as_it_is(core: Core, alter: str) -> None:
-    vae = CASES["wan-2.1"].vae()
+    vae = small_vae(CASES["wan-2.1"])
     decoder = vae.first_stage_model.decoder
     if alter == "padding":
         decoder.upsamples[2].resample[1].padding_mode = "circular"
@@ -274,7 +277,7 @@ def test_an_autoencoder_that_is_not_core_s_own_is_left_as_it_is(core: Core, alte
 
 
 def test_a_fitted_vae_is_fitted_anew_from_the_original(core: Core) -> None:
-    vae = CASES["wan-2.1"].vae()
+    vae = small_vae(CASES["wan-2.1"])
     once = fit_for(core, vae, 1)
     again = fit_for(core, once)
     assert again.original is vae
