@@ -64,7 +64,7 @@ def test_bands_give_what_core_gives(
     vae = small_vae(case)
     fit = in_bands(core, vae, bands, monkeypatch)
     assert isinstance(fit, type(vae))
-    with torch.no_grad():
+    with torch.inference_mode():  # as core runs its nodes
         latent, pixels = latent_of(case, batch=2), pixels_of(case, 14)
         frames, encoded = vae.decode(latent), vae.encode(pixels)
         for decoded in (fit.decode(latent), fit.decode_tiled(latent, tile_x=4, tile_y=4, overlap=1)):
