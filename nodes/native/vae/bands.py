@@ -148,11 +148,20 @@ def _conv3d(
     stride: tuple[int, ...],
     padding: tuple[int, ...],
 ) -> torch.Tensor:
-    """PyTorch's 3D convolution, or cuDNN's called directly where core goes around a defect of PyTorch's choice."""
+    """PyTorch's 3D convolution, or the library's called directly where PyTorch chooses badly.
+
+    On CUDA where core goes around a defect; on the CPU since PyTorch takes its own slow code for inputs of few rows.
+    """
+    if _needs_cudnn(tile, weight):
+        made = torch.cudnn_convolution(
+            tile, weight, padding, stride, (1, 1, 1), 1, benchmark=False, deterministic=False, allow_tf32=True
+        )
+        return made if bias is None else made.add_(bias.view(1, -1, 1, 1, 1))
+    if tile.device.type == "cpu" and tile.dtype is torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.mkldnn_convolution(tile, weight, bias, padding, stride, (1, 1, 1), 1)
+    return functional.conv3d(tile, weight, bias, stride, padding)
+
+
+def _needs_cudnn(tile: torch.Tensor, weight: torch.Tensor) -> bool:
     around_defect = getattr(comfy.ops, "NVIDIA_MEMORY_CONV_BUG_WORKAROUND", False)
-    if not around_defect or tile.device.type != "cuda" or weight.dtype not in (torch.float16, torch.bfloat16):
-        return functional.conv3d(tile, weight, bias, stride, padding)
-    made = torch.cudnn_convolution(
-        tile, weight, padding, stride, (1, 1, 1), 1, benchmark=False, deterministic=False, allow_tf32=True
-    )
-    return made if bias is None else made.add_(bias.view(1, -1, 1, 1, 1))
+    return around_defect and tile.device.type == "cuda" and weight.dtype in (torch.float16, torch.bfloat16)
