@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import comfy.model_management as management
@@ -18,7 +20,9 @@ from ..i2v_core.sampling.checkpoint import Checkpointing, CheckpointWhen
 from ..i2v_core.units import parse_bytes
 from . import host, native_runs
 from .host_progress import node_text_sender
-from .native.fit import Services, fitted
+from .native.fit import fitted
+from .native.services import Services
+from .native.vae.fitted_vae import FittedVAE, fitted_vae
 from .sockets import CATEGORY
 from .validation import checked
 
@@ -37,7 +41,7 @@ class VRAMFit(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model from a loader or a LoRA node."),
                 io.Model.Input("model_2", optional=True, tooltip="A second model, such as Wan 2.2's low-noise expert."),
-                io.Vae.Input("vae", optional=True, tooltip="The VAE; it is passed on unchanged."),
+                io.Vae.Input("vae", optional=True, tooltip="The VAE that decodes and encodes the video."),
                 io.String.Input(
                     "budget",
                     default=AUTO,
@@ -58,7 +62,11 @@ class VRAMFit(io.ComfyNode):
             outputs=[
                 io.Model.Output("model", tooltip="The model, for any sampler."),
                 io.Model.Output("model_2", tooltip="The second model, for any sampler, if one is connected."),
-                io.Vae.Output("vae", tooltip="The VAE, unchanged."),
+                io.Vae.Output(
+                    "vae",
+                    tooltip="The VAE, for any node that takes one. It decodes and encodes within the budget, with the "
+                    "result of an untiled decode, also in tiled nodes. If the report does not name it: unchanged.",
+                ),
                 io.String.Output("report", tooltip="Which layers run within the budget, and which run as they are."),
             ],
         )
@@ -88,10 +96,16 @@ class VRAMFit(io.ComfyNode):
             checkpointing=Checkpointing(folder=host.checkpoint_folder(), when=CheckpointWhen(checkpoint)),
             is_whole=host.has_succeeded,
         )
+        report: list[str] = []
+        if vae is not None:
+            vae, line = fitted_vae(vae, services)
+            report.append(line)
+        if isinstance(vae, FittedVAE):
+            services = replace(services, check_latent=partial(vae.passes.check_latent, vae))
         fits = [fitted(it, services) for it in (model, model_2) if it is not None]
-        report = "\n".join(text for _, text in fits)
         models = [it for it, _ in fits] + [None] * (2 - len(fits))
-        return io.NodeOutput(models[0], models[1], vae, report, ui={"text": [report]})
+        text = "\n".join([*(line for _, line in fits), *report])
+        return io.NodeOutput(models[0], models[1], vae, text, ui={"text": [text]})
 
 
 def _say_here_and_on(own_node: Callable[[str], None]) -> Callable[[str], None]:

@@ -5,12 +5,14 @@ Legend: N frames, C channels, H rows of the map, r rows of a tile, W width, G gr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import gcd
 from weakref import WeakSet
 
 import torch
 
 from ..chunking.group_norm import GroupMoments
+from ..memory.device import is_out_of_memory
 from ..memory.meter import rounded_bytes
 from ..placement.offload import empty_offloaded, onload
 
@@ -35,6 +37,16 @@ class FeatureMap:
     def view_of(cls, source_NCHW: torch.Tensor) -> FeatureMap:
         """Return a map over a tensor on the device, which may only be read, and not be normalised."""
         return cls(source_NCHW.permute(2, 0, 1, 3), source_NCHW.device, offloaded=False, groups=1)
+
+    def offload(self) -> None:
+        """Move the map to host memory."""
+        rows_HNCW = empty_offloaded(tuple(self._rows_HNCW.shape), self.dtype, self.device)
+        rows_HNCW.copy_(self._rows_HNCW, non_blocking=self.device.type == "cuda")
+        self._rows_HNCW, self.offloaded = rows_HNCW, True
+
+    def part(self, frames: slice) -> FeatureMap:
+        """Return a map over some of the frames, whose rows are those of this map."""
+        return FeatureMap(self._rows_HNCW[:, frames], self.device, offloaded=self.offloaded, groups=self.groups)
 
     @property
     def moments(self) -> GroupMoments:
@@ -91,12 +103,24 @@ def moments_bytes(feature_map: FeatureMap) -> int:
 class FeatureMaps:
     """Allocates feature maps: on the device while they take no more than `limit_bytes` together, else offloaded.
 
-    `groups` is the number of groups of the normalisations that follow; 0 if none uses statistics of a map.
+    Args:
+        groups: the number of groups of the normalisations that follow; 0 if none uses statistics of a map.
+        on_full: called with the error where the device has no memory left for a map, which then is offloaded, as are
+            all that would not have fitted with it. None: the error is raised.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, limit_bytes: int | None, groups: int) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        limit_bytes: int | None,
+        groups: int,
+        on_full: Callable[[str], None] | None = None,
+    ) -> None:
         self._device, self._dtype, self._limit_bytes, self._groups = device, dtype, limit_bytes, groups
+        self._on_full = on_full
         self._on_device: WeakSet[FeatureMap] = WeakSet()
+        self._long_lived: WeakSet[FeatureMap] = WeakSet()
 
     def new(self, frames: int, channels: int, height: int, width: int, *, long_lived: bool = False) -> FeatureMap:
         """Allocate a map; a `long_lived` one outlives the next layer, and so is offloaded wherever there is a limit."""
@@ -104,16 +128,41 @@ class FeatureMaps:
         size_bytes = rounded_bytes(height * frames * channels * width * self._dtype.itemsize)
         limit_bytes = self._limit_bytes
         offloaded = limit_bytes is not None and (long_lived or self._device_bytes + size_bytes > limit_bytes)
-        if offloaded:
-            rows_HNCW = empty_offloaded(shape, self._dtype, self._device)
-        else:
-            rows_HNCW = torch.empty(shape, dtype=self._dtype, device=self._device)
+        rows_HNCW = None if offloaded else self._empty_on_device(shape)
+        if rows_HNCW is None:
+            rows_HNCW, offloaded = empty_offloaded(shape, self._dtype, self._device), True
         # Channels that the groups do not divide, such as a picture's three, are never normalised; any groups will do.
         groups = gcd(self._groups, channels) if self._groups else 0
         made = FeatureMap(rows_HNCW, self._device, offloaded=offloaded, groups=groups)
         if not offloaded:
             self._on_device.add(made)
+            if long_lived:
+                self._long_lived.add(made)
         return made
+
+    def make_room(self, *, only_long_lived: bool) -> bool:
+        """Offload maps that are on the device, after it ran out of memory, and limit further ones to what is left.
+
+        Returns whether there was one.
+        """
+        moved = [it for it in self._on_device if it in self._long_lived or not only_long_lived]
+        for feature_map in moved:
+            feature_map.offload()
+            self._on_device.discard(feature_map)
+        if moved or not only_long_lived:
+            self._limit_bytes = self._device_bytes
+        return bool(moved)
+
+    def _empty_on_device(self, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """Return an empty tensor on the device, or None where that is full and the map may be offloaded instead."""
+        try:
+            return torch.empty(shape, dtype=self._dtype, device=self._device)
+        except RuntimeError as error:
+            if self._on_full is None or not is_out_of_memory(error):
+                raise
+            self._limit_bytes = self._device_bytes
+            self._on_full(str(error))
+            return None
 
     @property
     def _device_bytes(self) -> int:

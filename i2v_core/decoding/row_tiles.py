@@ -8,7 +8,7 @@ Legend: N frames, C channels, r rows of a tile, W width.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -79,29 +79,32 @@ class RowTiledLayers:
     def pointwise(self, conv: Any, source: FeatureMap) -> FeatureMap:
         """Run a 1×1 convolution."""
         target = self._maps.new(source.frames, conv.out_channels, source.height, source.width)
-        with self._layer(workspace.pointwise(source, target), conv, height=target.height) as tiles:
-            for rows in tiles:
-                target.write(rows, functional.conv2d(source.read(rows), conv.weight, conv.bias))
+
+        def run(rows: slice) -> None:
+            target.write(rows, functional.conv2d(source.read(rows), conv.weight, conv.bias))
+
+        self._run_tiles(run, workspace.pointwise(source, target), conv, height=target.height)
         return target
 
     def upsample(self, conv: Any, source: FeatureMap) -> FeatureMap:
         """Double height and width by repeating pixels, then run a 3×3 convolution."""
         target = self._maps.new(source.frames, conv.out_channels, 2 * source.height, 2 * source.width)
-        with self._layer(workspace.upsample(source, target), conv, height=target.height) as tiles:
-            for rows in tiles:
-                tile = functional.conv2d(_upsampled_with_halo(source, rows), conv.weight, conv.bias, padding=(0, 1))
-                target.write(rows, tile)
-                del tile
+
+        def run(rows: slice) -> None:
+            tile = functional.conv2d(_upsampled_with_halo(source, rows), conv.weight, conv.bias, padding=(0, 1))
+            target.write(rows, tile)
+
+        self._run_tiles(run, workspace.upsample(source, target), conv, height=target.height)
         return target
 
     def downsample(self, conv: Any, source: FeatureMap) -> FeatureMap:
         """Run a 3×3 convolution with a stride of two, padded at the right and at the bottom."""
         target = self._maps.new(source.frames, conv.out_channels, source.height // 2, source.width // 2)
-        with self._layer(workspace.downsample(source, target), conv, height=target.height) as tiles:
-            for rows in tiles:
-                tile = functional.conv2d(_downsample_input(source, rows), conv.weight, conv.bias, stride=2)
-                target.write(rows, tile)
-                del tile
+
+        def run(rows: slice) -> None:
+            target.write(rows, functional.conv2d(_downsample_input(source, rows), conv.weight, conv.bias, stride=2))
+
+        self._run_tiles(run, workspace.downsample(source, target), conv, height=target.height)
         return target
 
     def temporal_convolve(
@@ -173,6 +176,12 @@ class RowTiledLayers:
             return None
         scale, shift = source.moments.scale_and_shift(norm)
         return scale[:, :, None, None], shift[:, :, None, None]
+
+    def _run_tiles(self, run: Callable[[slice], None], usage: Workspace, *modules: nn.Module, height: int) -> None:
+        """Run a layer call, by `run` for the rows of each tile."""
+        with self._layer(usage, *modules, height=height) as tiles:
+            for rows in tiles:
+                self._execution.runner.run_chunk(run, rows)
 
     @contextmanager
     def _layer(self, usage: Workspace, *modules: nn.Module, height: int) -> Generator[Iterator[slice]]:

@@ -85,3 +85,9 @@ class LayerRunner:
         """Yield slices that cover 0 to `total`, each `size` long but for the last."""
         for start in range(0, total, size):
             yield slice(start, min(start + size, total))
+
+    def run_chunk(self, run: Callable[[slice], None], chunk: slice) -> None:
+        """Run one chunk of a tiled layer. Subclasses may run it in parts, again after `run` has raised too: `run`
+        writes its result as its last act.
+        """
+        run(chunk)

@@ -119,6 +119,7 @@ class FittedModel:
         self, executor: Any, model: Any, noise_shape: Sequence[int], conds: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Plans the run, and tells core what it needs."""
+        self.services.check_latent(self._clip.shapes[0])
         self._look_at(model, kwargs.get("model_options") or model.model_options)
         calls = self._planner.recorded(self._clip, conds, self._mask)
         if not calls:

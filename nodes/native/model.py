@@ -107,11 +107,11 @@ def native_model(model: nn.Module) -> NativeModel | None:
 def _models() -> tuple[NativeModel, ...]:
     package = __name__.rpartition(".")[0]
     paths = import_module(package).__path__
-    modules = (_imported(f"{package}.{found.name}") for found in pkgutil.iter_modules(paths))
+    modules = (imported(f"{package}.{found.name}") for found in pkgutil.iter_modules(paths))
     return tuple(module.MODEL for module in modules if hasattr(module, "MODEL"))
 
 
-def _imported(name: str) -> Any:
+def imported(name: str) -> Any:
     """A module of this folder; None where the host is older than the model that it is for."""
     try:
         return import_module(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,3 +37,5 @@ class Services:
     """Where and when a run's calls are recorded, to resume it; None: never."""
     is_whole: Callable[[str], bool] = lambda _: False
     """Whether a prompt, by the host's name of it, has been run to its end."""
+    check_latent: Callable[[Sequence[int]], None] = lambda _: None
+    """Called before sampling with the latent's shape; raises where what follows could not run, such as the decode."""

@@ -12,7 +12,7 @@ from comfy_host import setup, source
 
 pytestmark = [pytest.mark.host, pytest.mark.slow]
 TESTS = Path(__file__).parent
-OLD_HOST_TESTS = ("test_equality.py", "test_fit.py", "test_resume.py", "test_wan.py")
+OLD_HOST_TESTS = ("test_equality.py", "test_fit.py", "test_resume.py", "test_wan.py", "vae/test_fitted_vae.py")
 
 
 @pytest.mark.parametrize("version", source.OLDER_VERSIONS)

@@ -20,9 +20,10 @@ from torch import nn
 from ...chunking import ChunkSettings, LayerRunner
 from ...chunking.execution import Execution
 from ...decoding.causal_row_tiles import CausalRowTiledLayers
-from ...decoding.feature_map import FeatureMap, FeatureMaps
+from ...decoding.feature_map import FeatureMaps
 from ...decoding.settings import TilingSettings
 from ...placement.offload import empty_on_host
+from .tiled import TiledDecoder, TiledEncoder
 
 # Takes one latent frame (1, C, 1, h, w) on the device, and the frames (F, H, W, 3) in host memory to write to.
 _Decoder: TypeAlias = Callable[[torch.Tensor, torch.Tensor], None]
@@ -127,94 +128,27 @@ class _TiledDecoder:
     """Runs the decoder's layers in tiles."""
 
     def __init__(self, run: WanAutoencoder) -> None:
-        decoder = run.vae.decoder
-        self._vae, self._layers = run.vae, run.tiled_layers(decoder.conv_out.in_channels)
-        self._first = True
+        self._vae = run.vae
+        self._decode = TiledDecoder(run.vae, run.tiled_layers(run.vae.decoder.conv_out.in_channels))
 
     def __call__(self, latent_1C1hw: torch.Tensor, frames_FHW3: torch.Tensor) -> None:
-        layers, decoder = self._layers, self._vae.decoder
-        hidden = layers.causal_pointwise(self._vae.post_quant_conv, FeatureMap.view_of(latent_1C1hw[0].transpose(0, 1)))
-        hidden = _middle(layers, decoder.mid_block, layers.causal_convolve(decoder.conv_in, hidden))
-        for block in decoder.up_blocks:
-            hidden = self._up(block, hidden)
         side = self._vae.config.patch_size or 1
 
         def write(rows: slice, tile_FCrW: torch.Tensor) -> None:
             _write_frames(self._vae, tile_FCrW, frames_FHW3[:, side * rows.start : side * rows.stop])
 
-        layers.causal_output(decoder.conv_out, hidden, decoder.norm_out, write)
-        self._first = False
-
-    def _up(self, block: Any, hidden: FeatureMap) -> FeatureMap:
-        """Run a `WanUpBlock`, or a `WanResidualUpBlock`, which adds its upsampled input to its result."""
-        layers, source = self._layers, hidden
-        shortcut = getattr(block, "avg_shortcut", None)
-        for index, resnet in enumerate(block.resnets):
-            hidden = layers.causal_resnet(resnet, hidden, keep=index == 0 and shortcut is not None)
-        upsampler = block.upsampler if hasattr(block, "upsampler") else (block.upsamplers or [None])[0]
-        if upsampler is None:
-            return hidden
-        # The first frame is not doubled: the temporal convolution starts with the second.
-        if upsampler.mode == "upsample3d" and not self._first:
-            hidden = layers.causal_convolve(upsampler.time_conv, hidden)
-        hidden = layers.upsample(upsampler.resample[1], hidden)
-        return (
-            hidden if shortcut is None else layers.add_upsampled_shortcut(shortcut, source, hidden, first=self._first)
-        )
+        self._decode(latent_1C1hw, write)
 
 
 class _TiledEncoder:
     """Runs the encoder's layers in tiles."""
 
     def __init__(self, run: WanAutoencoder) -> None:
-        encoder = run.vae.encoder
-        self._vae, self._layers = run.vae, run.tiled_layers(encoder.conv_in.out_channels)
-        self._first = True
+        self._vae = run.vae
+        self._encode = TiledEncoder(run.vae, run.tiled_layers(run.vae.encoder.conv_in.out_channels))
 
     def __call__(self, frames_13FHW: torch.Tensor) -> torch.Tensor:
-        layers, encoder = self._layers, self._vae.encoder
-        source = FeatureMap.view_of(_folded(self._vae, frames_13FHW)[0].transpose(0, 1))
-        hidden = layers.causal_convolve(encoder.conv_in, source)
-        for layer in encoder.down_blocks:
-            hidden = self._down(layer, hidden)
-        hidden = layers.causal_convolve(
-            encoder.conv_out, _middle(layers, encoder.mid_block, hidden), norm=encoder.norm_out
-        )
-        hidden = layers.causal_pointwise(self._vae.quant_conv, hidden)
-        self._first = False
-        return hidden.read(slice(0, hidden.height)).transpose(0, 1)[None]
-
-    def _down(self, layer: Any, hidden: FeatureMap) -> FeatureMap:
-        """Run a `WanResidualBlock` or `WanResample`, or a `WanResidualDownBlock` of these."""
-        layers = self._layers
-        if hasattr(layer, "avg_shortcut"):
-            return self._residual_down(layer, hidden)
-        if not hasattr(layer, "resample"):
-            return layers.causal_resnet(layer, hidden)
-        hidden = layers.downsample(layer.resample[1], hidden)
-        if layer.mode != "downsample3d":
-            return hidden
-        # The first frame is not halved, but kept as the temporal convolution's past.
-        if self._first:
-            layers.remember(layer.time_conv, hidden)
-            return hidden
-        return layers.causal_convolve(layer.time_conv, hidden)
-
-    def _residual_down(self, block: Any, source: FeatureMap) -> FeatureMap:
-        hidden = source
-        for index, resnet in enumerate(block.resnets):
-            hidden = self._layers.causal_resnet(resnet, hidden, keep=index == 0)
-        if block.downsampler is not None:
-            hidden = self._down(block.downsampler, hidden)
-        return self._layers.add_downsampled_shortcut(block.avg_shortcut, source, hidden)
-
-
-def _middle(layers: CausalRowTiledLayers, block: Any, hidden: FeatureMap) -> FeatureMap:
-    """Run a `WanMidBlock`."""
-    hidden = layers.causal_resnet(block.resnets[0], hidden)
-    for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
-        hidden = layers.causal_resnet(resnet, layers.causal_attention(attention, hidden))
-    return hidden
+        return self._encode(_folded(self._vae, frames_13FHW))
 
 
 def _empty_cache(module: nn.Module) -> list[Any]:
