@@ -65,12 +65,13 @@ def main() -> None:
 def _row(dtype: str, frames: int, chunks: int, repeats: int) -> Row:
     load = native_modules("i2v_native_time_benchmark")
     import torch
-    from native_models.wan import A14B_480P  # needs the host
+    from native_models.wan import CASES  # needs the host
 
     torch.set_num_threads(1)
+    _, _, a14b = CASES[0]
     case = replace(
-        A14B_480P,
-        config={**A14B_480P.config, "num_layers": 1},
+        a14b,
+        config={**a14b.config, "num_layers": 1},
         latent_shape=(1, 16, frames, LATENT_ROWS, LATENT_COLUMNS),
     )
     model = model_of(case, getattr(torch, dtype), "cpu").diffusion_model.requires_grad_(False)

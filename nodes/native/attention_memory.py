@@ -139,8 +139,8 @@ def _sage_value_bytes() -> int:
     """Bytes for each number of the value: transposed and in 8 bits, on 9.0 padded before; or in fp16 on older cards,
     whose Triton kernels hold a copy of the key meanwhile where it is smoothed (core's default before 0.30).
     """
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    return {(8, 0): 4, (8, 6): 4, (8, 7): 4, (8, 9): 3, (12, 0): 3, (12, 1): 3}.get(capability, 5)
+    by_capability = {(8, 0): 4, (8, 6): 4, (8, 7): 4, (8, 9): 3, (12, 0): 3, (12, 1): 3}
+    return by_capability.get(torch.cuda.get_device_capability(), 5) if torch.cuda.is_available() else 5
 
 
 def _sage3(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

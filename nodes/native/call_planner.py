@@ -172,7 +172,7 @@ class CallPlanner:
     @property
     def _held_bytes(self) -> int:
         """Weights that the widest layer call has on the device, as they are stored: two linear layers at most."""
-        model = self._model
+        model: Any = self._model
         in_blocks = _widest(block for path in self._native.block_lists(model) for block in model.get_submodule(path))
         return max(2 * in_blocks, _widest([model]))
 

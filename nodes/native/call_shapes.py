@@ -89,7 +89,7 @@ def _original_block(arguments: Any, more: Any) -> Any:
 
 
 def _distinct(timesteps: Any) -> int | None:
-    """How many distinct time steps (B, tokens, ...) the tokens of a call have; None where all have the same."""
+    """Number of distinct time steps (B, tokens, ...) the tokens of a call have; None where all have the same."""
     if not isinstance(timesteps, Tensor) or timesteps.ndim < 2:
         return None
     return timesteps.flatten(1).unique(dim=1).shape[1]

@@ -145,9 +145,12 @@ class FittedModel:
         with batching_for(model, needs, most_bytes=self.plan.usable_bytes - self.plan.resident_bytes):
             return executor(model, conds, x_in, timestep, model_options)
 
-    @torch.compiler.disable
     def prepare(self, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        """Sets the layers up for a call of the diffusion model."""
+        """Sets the layers up for a call of the diffusion model; torch.compile is kept out of it."""
+        prepare: Any = torch.compiler.disable(self._prepare)
+        return prepare(x, args, kwargs)
+
+    def _prepare(self, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         call = Call(self.model, (x, *args), kwargs)
         self.state.dtype = call.dtype
         self.state.runner = HeldWeightsRunner(first_tensor(x).device, call.dtype)

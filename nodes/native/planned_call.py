@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -16,6 +15,14 @@ if TYPE_CHECKING:
     from .fitted_model import FittedModel
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _itself_uncompiled(function: _Function) -> _Function:
+    """Keeps torch.compile out of a function, but not out of what it calls: the planning stays out."""
+    return cast(_Function, torch.compiler.disable(function, recursive=False))
+
+
 class PlannedCall:
     """A diffusion model's own forward in chunks as planned; after an out-of-memory the same call again, cut finer."""
 
@@ -23,7 +30,7 @@ class PlannedCall:
         self._fit, self._forward = fit, forward
         setattr(self, COPY_OF, forward)
 
-    @partial(torch.compiler.disable, recursive=False)  # it compiles what this calls, but not the planning
+    @_itself_uncompiled
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         fit, device = self._fit, first_tensor(x).device
         call = fit.prepare(x, args, kwargs)

@@ -1,4 +1,4 @@
-"""How core multiplies a linear layer whose weight is stored in a quantised format.
+"""Products of linear layers whose weight is stored in a quantised format, as core makes them.
 
 As stored: core quantises the layer's input too, and multiplies the two. Dequantised: where the card has no such
 product, or a LoRA is added while the layer runs, core restores the weight first. The conditions are those of
@@ -66,6 +66,6 @@ def scales_whole_input(layer: Any) -> bool:
     )
 
 
-def is_restored(weight: torch.Tensor) -> bool:
+def is_restored(weight: Any) -> bool:
     """Whether a product with this weight dequantises it first, each time."""
     return isinstance(weight, QuantizedTensor) and weight._layout_cls in _RESTORED_LAYOUTS

@@ -157,7 +157,7 @@ def test_layers_that_another_node_has_replaced(
 def test_any_part_of_a_call_may_be_another_nodes(
     core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor], method: str
 ) -> None:
-    """What it gets, and what it puts out, has core's form."""
+    """Its input and its output have core's form."""
     patcher = make_patcher("ltx-guides")
     owner = patcher.model.diffusion_model
     *path, name = method.split(".")

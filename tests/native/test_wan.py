@@ -206,7 +206,7 @@ def test_a_model_of_another_class_is_not_overwritten(
 def test_what_another_nodes_block_keeps_is_not_overwritten(
     core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
 ) -> None:
-    """As a cache of residuals does it, in the place of a block's forward."""
+    """A cache of residuals keeps it, in the place of a block's forward."""
     patcher = make_patcher("wan-t2v")
     block = patcher.model.diffusion_model.blocks[0]
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -36,7 +36,7 @@ def run_node(core: Core) -> Iterator[Callable[..., Any]]:
 
     The test is skipped where this version of core has no such node.
     """
-    folder = Path(importlib.import_module("folder_paths").__file__).parent
+    folder = Path(str(importlib.import_module("folder_paths").__file__)).parent
     spec = util.spec_from_file_location("nodes", folder / "nodes.py")  # this pack has a folder of the same name
     assert spec is not None
     assert spec.loader is not None

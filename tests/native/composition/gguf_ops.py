@@ -36,7 +36,7 @@ class PackedTensor(torch.Tensor):
         return made
 
     @property
-    def shape(self) -> torch.Size:
+    def shape(self) -> torch.Size:  # pyright: ignore[reportIncompatibleVariableOverride]
         return getattr(self, "logical_shape", None) or self.size()
 
     def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:

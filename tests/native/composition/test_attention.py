@@ -36,8 +36,8 @@ class BlockQuantised:
         self.query_lengths.append(q.shape[1])
         self.keys.append(k)
         rounded = torch.cat([self._rounded(block) for block in q.split(BLOCK, dim=1)], dim=1)
-        split = (it.unflatten(2, (heads, -1)).transpose(1, 2) for it in (rounded, k, v))
-        return F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+        rounded, k, v = (it.unflatten(2, (heads, -1)).transpose(1, 2) for it in (rounded, k, v))
+        return F.scaled_dot_product_attention(rounded, k, v).transpose(1, 2).flatten(2)
 
     @staticmethod
     def _rounded(block: torch.Tensor) -> torch.Tensor:

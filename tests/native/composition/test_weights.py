@@ -149,7 +149,7 @@ INPUT_SCALES = [None, 0.01]
 def test_weights_that_are_multiplied_as_stored(
     load_as: Any, chunked: Fits, sample: Sample, name: str, input_scale: float | None
 ) -> None:
-    """As on a card for the format: the input is quantised too, which magnifies the least difference of rounding."""
+    """On a card for the format the input is quantised too, which magnifies the least difference of rounding."""
     from .quantised import multiply_as_stored
 
     patcher = load_as(name)
@@ -268,7 +268,7 @@ class Elsewhere(torch.nn.Parameter):
     """A parameter that core takes for one on another device."""
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
         return torch.device("meta")
 
 
