@@ -82,7 +82,7 @@ def _detach(patcher: Any) -> None:
 
 
 def _without_patch(model: nn.Module, block_lists: Sequence[str], patches: Sequence[Patch]) -> Iterator[str]:
-    """Counts, for each list, the blocks that have no patch in them, where there are some: core's own blocks have one."""
+    """Counts, for each list, the blocks that have no patch in them, where there are some; core's own have one."""
     if any(not patch.path and patch.method.startswith(("forward", "_forward")) for patch in patches):
         return  # of the whole model, and its blocks with it
     patched = {".".join(patch.path.split(".")[: path.count(".") + 2]) for path in block_lists for patch in patches}
