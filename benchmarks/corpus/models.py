@@ -94,15 +94,16 @@ class KnownModel:
         if self.case.supported_model == "MiniMaxH3":  # its frames come in groups of 17, after 5
             latent_frames = max(0, -(-(clip.frames - 5) // 17)) * 5 + 2
         shape = (batch, channels, latent_frames, clip.height // spatial, clip.width // spatial)
-        return replace(self.case, latent_shape=shape, audio_latent_shape=self._audio(clip))
+        frames = clip.frames if self.case.supported_model == "MiniMaxH3" else (latent_frames - 1) * temporal + 1
+        return replace(self.case, latent_shape=shape, audio_latent_shape=self._audio(frames))
 
-    def _audio(self, clip: Clip) -> tuple[int, ...] | None:
-        """Shape of the audio latent that is as long as a clip."""
+    def _audio(self, frames: int) -> tuple[int, ...] | None:
+        """Shape of the audio latent that is as long as some frames."""
         stream, shape = _STREAMS.get(self.case.supported_model), self.case.audio_latent_shape
         if stream is None or shape is None:
             return shape
         axis, steps_per_second, frames_per_second = stream
-        return (*shape[:axis], round(clip.frames / frames_per_second * steps_per_second), *shape[axis + 1 :])
+        return (*shape[:axis], round(frames / frames_per_second * steps_per_second), *shape[axis + 1 :])
 
 
 def known_model(file: str) -> KnownModel | None:

@@ -68,6 +68,8 @@ class Planner:
             ample = self.within(1 << 50)
             return replace(ample, usable_bytes=usable_bytes, needed_bytes=None, resident_bytes=0, refusal=str(error))
         plan = self._fit.plan
+        if plan is None:
+            raise NotFittedError("its calls cannot be traced")
         return Planned(
             usable_bytes=usable_bytes,
             needed_bytes=plan.needed_bytes,

@@ -47,7 +47,7 @@ LTX23_22B = {
     "audio_connector_attention_head_dim": 64,
 }
 AUDIO = (1, 8, 121, 16)
-"""The audio latent of 121 frames at 25 frames a second."""
+"""The audio latent of 121 frames at 25 frames a second: one step for each."""
 
 
 def _start_image(width: int, tokens: int = 256, **options: Any) -> Callable[..., list[Any]]:
@@ -66,9 +66,9 @@ def _with_audio(conditioning: Callable[..., list[Any]]) -> Callable[..., list[An
 
     def make(generator: torch.Generator, shape: tuple[int, ...]) -> list[Any]:
         embedding, options = conditioning(generator, shape)
-        packed = torch.cat(
-            [options["concat_mask"].reshape(1, 1, -1), torch.ones(1, 1, *AUDIO[1:]).reshape(1, 1, -1)], 2
-        )
+        _, channels, _, bins = AUDIO
+        audio = torch.ones(1, 1, channels * ((shape[2] - 1) * 8 + 1) * bins)
+        packed = torch.cat([options["concat_mask"].reshape(1, 1, -1), audio], 2)
         return [embedding, {**options, "concat_mask": packed}]
 
     return make
