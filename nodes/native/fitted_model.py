@@ -24,7 +24,7 @@ from .calls import CallState
 from .held_weights import HeldWeightsRunner
 from .host_memory import CallNeeds, batching_for, loading_for
 from .model import NativeModel, Patch
-from .planned_call import PlannedCall
+from .planned_call import PlannedCall, uncompiled
 from .quantised_layers import scales_whole_input
 from .recorded_call import RecordedCall
 from .run_record import RunRecord
@@ -145,12 +145,9 @@ class FittedModel:
         with batching_for(model, needs, most_bytes=self.plan.usable_bytes - self.plan.resident_bytes):
             return executor(model, conds, x_in, timestep, model_options)
 
+    @uncompiled
     def prepare(self, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        """Sets the layers up for a call of the diffusion model; torch.compile is kept out of it."""
-        prepare: Any = torch.compiler.disable(self._prepare)
-        return prepare(x, args, kwargs)
-
-    def _prepare(self, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """Sets the layers up for a call of the diffusion model."""
         call = Call(self.model, (x, *args), kwargs)
         self.state.dtype = call.dtype
         self.state.runner = HeldWeightsRunner(first_tensor(x).device, call.dtype)

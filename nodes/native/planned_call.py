@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
+def uncompiled(function: _Function) -> _Function:
+    """Keeps torch.compile out of a function and of what it calls."""
+    return cast(_Function, torch.compiler.disable(function))
+
+
 def _itself_uncompiled(function: _Function) -> _Function:
     """Keeps torch.compile out of a function, but not out of what it calls: the planning stays out."""
     return cast(_Function, torch.compiler.disable(function, recursive=False))

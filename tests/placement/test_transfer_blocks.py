@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -43,6 +43,7 @@ def laid_out(kinds: list[Kind]) -> list[torch.Tensor]:
     return tensors
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # it measures the machine
 @given(
     st.lists(st.builds(Kind, st.integers(1, 600), DTYPES, st.booleans(), st.booleans()), min_size=1, max_size=12),
     st.randoms(use_true_random=False),
