@@ -1,4 +1,4 @@
-"""Whether a block may overwrite the hidden state that it is given."""
+"""Whether a block may overwrite the hidden state that it is given: only where nobody else holds it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from .model import is_own_method
+
+
+def comes_from_ours(model: nn.Module, loop: str, before: nn.Module | None, ours: type) -> bool:
+    """Whether nothing of another node's has made a block's hidden state, or hands it on: it may keep what it gives.
+
+    Args:
+        loop: name of the model's method that calls the blocks.
+        before: the block that made the hidden state; None: the model itself did.
+        ours: class of the replacement forwards, which keep no reference to their result.
+    """
+    return is_own_method(model, loop) and (before is None or isinstance(before.__dict__.get("forward"), ours))
+
+
+def is_watched(transformer_options: dict[str, Any]) -> bool:
+    """Whether another node has put patches around blocks, which may hold what goes into them."""
+    replaced = transformer_options.get("patches_replace", {}).get("dit")
+    return bool(replaced) or "double_block" in transformer_options.get("patches", {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -37,9 +54,8 @@ class BlockInput:
         return hidden
 
     def _is_held(self, transformer_options: dict[str, Any]) -> bool:
-        if type(self.model) is not self.plain or not is_own_method(self.model, self.loop):
-            return True
-        if self.before is not None and type(self.before.__dict__.get("forward")) is not self.ours:
-            return True  # a block that another node has replaced may keep its result, and return it in the next call
-        replaced = transformer_options.get("patches_replace", {}).get("dit")
-        return bool(replaced) or "double_block" in transformer_options.get("patches", {})
+        return (
+            type(self.model) is not self.plain
+            or not comes_from_ours(self.model, self.loop, self.before, self.ours)
+            or is_watched(transformer_options)
+        )

@@ -12,6 +12,7 @@ from comfy.ldm.wan import model as core
 from comfy.ldm.wan import model_animate
 from torch import nn
 
+from ..block_input import comes_from_ours
 from ..calls import CallState
 from ..model import Patch
 from .animate import AfterPatchEmbedding, FaceBlock
@@ -97,10 +98,13 @@ def _may_overwrite(model: nn.Module, index: int, first_sum: FirstSum | None) -> 
     """Whether a block's hidden state is one that nobody else will read."""
     if first_sum is None and type(model) not in _HELD_BY_NOBODY:
         return lambda: False
-    if index == 0:
-        return first_sum.is_taken_early if first_sum else lambda: True
-    previous = model.get_submodule(f"blocks.{index - 1}")
-    return lambda: isinstance(previous.__dict__.get("forward"), Block)  # not another node's, which may hold its result
+    before = model.get_submodule(f"blocks.{index - 1}") if index else None
+
+    def may_overwrite() -> bool:
+        kept_for_vace = before is None and first_sum is not None and not first_sum.is_taken_early()
+        return not kept_for_vace and comes_from_ours(model, "forward_orig", before, Block)
+
+    return may_overwrite
 
 
 def _vace_embeddings(first_sum: FirstSum) -> dict[str, Make]:

@@ -15,6 +15,7 @@ import torch
 from comfy.ldm.wan import model as core
 from torch import Tensor, nn
 
+from ..block_input import is_watched
 from ..calls import CallState
 from ..model import is_plain
 from .modulation import modulated, modulation, rows_of
@@ -48,11 +49,7 @@ class Block:
 
     def own(self, x: Tensor, transformer_options: dict[str, Any]) -> Tensor:
         """The hidden state to update in place: a copy where somebody else may hold it."""
-        replaced = transformer_options.get("patches_replace", {}).get("dit", {})
-        watched = "double_block" in transformer_options.get("patches", {}) or replaced
-        if self._may_overwrite() and not watched:
-            return x.contiguous()
-        return _copy(x)
+        return x.contiguous() if self._may_overwrite() and not is_watched(transformer_options) else _copy(x)
 
     def run(
         self,
