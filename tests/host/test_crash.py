@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -19,11 +18,10 @@ import torch
 from comfy_host import setup
 from comfy_host.client import Client, Event, Run
 from comfy_host.errors import HostError
-from comfy_host.in_process import native_modules
-from comfy_host.model_case import ModelCase, model_of
 from comfy_host.server import Server
 from PIL import Image
-from safetensors.torch import load_file, save_file
+
+from .native_graphs import latent_of, node, sampler, write_wan
 
 STEPS, KILLED_AT = 30, 12
 
@@ -72,77 +70,25 @@ def test_a_killed_host_goes_on_from_the_checkpoint(mortal: Server, make_prompt: 
     survived["hosts killed"] += 1
 
 
-TEXT_WIDTH = 1024
-"""Of the only conditioning that a node of core makes without a text encoder."""
-
-
-def write_wan(file: Path) -> None:
-    """A small model in a file as core's loader takes it."""
-    native_modules("i2v_crash_tests")
-    config = {
-        "image_model": "wan2.1",
-        "model_type": "t2v",
-        "patch_size": (1, 2, 2),
-        "dim": 256,
-        "ffn_dim": 512,
-        "num_heads": 2,
-        "num_layers": 2,
-        "in_dim": 16,
-        "out_dim": 16,
-        "text_dim": TEXT_WIDTH,
-    }
-    case = ModelCase(supported_model="WAN21_T2V", config=config, latent_shape=(), conditioning=lambda *_: [])
-    generator = torch.Generator().manual_seed(0)
-    shapes = model_of(case, torch.float32, "meta").diffusion_model.state_dict()
-    state = {name: torch.randn(it.shape, generator=generator) * 0.05 for name, it in shapes.items()}
-    save_file(state, file, {"config": json.dumps({"transformer": {"text_dim": TEXT_WIDTH}})})
-
-
 def two_samplers(file: str, checkpoint: str) -> dict[str, Any]:
     """Core's own nodes around VRAM Fit: the first half of the steps in one sampler, the second in another."""
 
-    def node(kind: str, **inputs: Any) -> dict[str, Any]:
-        return {"class_type": kind, "inputs": inputs}
-
-    def sampler(latent: str, first: int, last: int) -> dict[str, Any]:
-        begins = first == 0
-        return node(
-            "KSamplerAdvanced",
-            model=["fit", 0],
-            positive=["text", 0],
-            negative=["text", 0],
-            latent_image=[latent, 0],
-            add_noise="enable" if begins else "disable",
-            noise_seed=1,
-            steps=STEPS,
-            cfg=1.0,
-            sampler_name="dpmpp_2m_sde",
-            scheduler="simple",
-            start_at_step=first,
-            end_at_step=last,
-            return_with_leftover_noise="enable" if begins else "disable",
-        )
-
+    settings = {"noise_seed": 1, "steps": STEPS, "sampler_name": "dpmpp_2m_sde"}
     return {
         "loader": node("UNETLoader", unet_name=file, weight_dtype="default"),
         "fit": node("I2VVRAMFit", model=["loader", 0], budget="auto", checkpoint=checkpoint),
         "text": node("LotusConditioning"),
         "empty": node("EmptyHunyuanLatentVideo", width=192, height=192, length=9, batch_size=1),
-        "first": sampler("empty", 0, KILLED_AT),
-        "second": sampler("first", KILLED_AT, STEPS),
+        "first": sampler(["fit", 0], "empty", 0, KILLED_AT, **settings),
+        "second": sampler(["fit", 0], "first", KILLED_AT, STEPS, **settings),
         "save": node("SaveLatent", samples=["second", 0], filename_prefix="crash"),
     }
-
-
-def latent_of(run: Run, server: Server) -> torch.Tensor:
-    (saved,) = run.outputs["save"]["latents"]
-    return load_file(server.output_folder / saved["subfolder"] / saved["filename"])["latent_tensor"]
 
 
 def test_a_killed_host_resumes_cores_samplers_behind_vram_fit(mortal: Server, survived: Counter[str]) -> None:
     file = mortal.models_folder / "diffusion_models" / "crash.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_wan(file)
+    write_wan(file, ffn_dim=512)
     expected = latent_of(Client(mortal.url).run(two_samplers(file.name, "off")), mortal)
     prompt = two_samplers(file.name, "every step")
 

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from comfy_host.client import Client, Event, ExecutionError, PromptRefusedError
-from comfy_host.in_process import native_modules
-from comfy_host.model_case import ModelCase, model_of
 from comfy_host.server import Server
-from safetensors.torch import load_file, save_file
+
+from .native_graphs import latent_of, node, sampler, write_wan
 
 HIGH, LOW = "fit/high_noise.safetensors", "fit/low_noise.safetensors"
-TEXT_WIDTH = 1024
-"""Width of the only conditioning that a node of core makes without a text encoder."""
-CONFIG = {
-    "image_model": "wan2.1",
-    "model_type": "t2v",
-    "patch_size": (1, 2, 2),
-    "dim": 256,
-    "ffn_dim": 8192,
-    "num_heads": 2,
-    "num_layers": 2,
-    "in_dim": 16,
-    "out_dim": 16,
-    "text_dim": TEXT_WIDTH,
-}
 SIZE = {"width": 160, "height": 160, "length": 17, "batch_size": 1}
 CHUNKED = "48MiB"
 """Less than core's own call takes with the weights: most of it are the wide inner tensors of feed-forwards."""
@@ -39,58 +22,27 @@ CHUNKED = "48MiB"
 @pytest.fixture(scope="module")
 def experts(server: Server) -> Iterator[None]:
     """Two models as files of core's own layout, which its loaders recognise."""
-    native_modules("i2v_fit_host_tests")
     files = [server.models_folder / "diffusion_models" / name for name in (HIGH, LOW)]
     files[0].parent.mkdir(parents=True)
     for seed, file in enumerate(files):
-        write_model(file, seed)
+        write_wan(file, ffn_dim=8192, seed=seed)
     yield
     for file in files:
         file.unlink()
     files[0].parent.rmdir()
 
 
-def write_model(file: Path, seed: int) -> None:
-    case = ModelCase(
-        supported_model="WAN21_T2V", config=CONFIG, latent_shape=(), conditioning=lambda _generator, _shape: []
-    )
-    model = model_of(case, torch.float32, "meta").diffusion_model
-    generator = torch.Generator().manual_seed(seed)
-    state = {name: torch.randn(it.shape, generator=generator) * 0.05 for name, it in model.state_dict().items()}
-    save_file(state, file, {"config": json.dumps({"transformer": {"text_dim": TEXT_WIDTH}})})
-
-
 def prompt_of(budget: str | None, seed: int = 1) -> dict[str, Any]:
     """Wan 2.2's two experts one after another, each with two steps; None: without VRAM Fit."""
 
-    def node(kind: str, **inputs: Any) -> dict[str, Any]:
-        return {"class_type": kind, "inputs": inputs}
-
-    def sampler(model: list[Any], latent: str, first: int, *, begins: bool) -> dict[str, Any]:
-        return node(
-            "KSamplerAdvanced",
-            model=model,
-            positive=["text", 0],
-            negative=["text", 0],
-            latent_image=[latent, 0],
-            add_noise="enable" if begins else "disable",
-            noise_seed=seed,
-            steps=4,
-            cfg=1.0,
-            sampler_name="euler",
-            scheduler="simple",
-            start_at_step=first,
-            end_at_step=first + 2,
-            return_with_leftover_noise="enable" if begins else "disable",
-        )
-
+    settings = {"noise_seed": seed, "steps": 4, "sampler_name": "euler"}
     prompt = {
         "high": node("UNETLoader", unet_name=HIGH, weight_dtype="default"),
         "low": node("UNETLoader", unet_name=LOW, weight_dtype="default"),
         "text": node("LotusConditioning"),
         "empty": node("EmptyHunyuanLatentVideo", **SIZE),
-        "first": sampler(["high", 0], "empty", 0, begins=True),
-        "second": sampler(["low", 0], "first", 2, begins=False),
+        "first": sampler(["high", 0], "empty", 0, 2, **settings),
+        "second": sampler(["low", 0], "first", 2, 4, **settings),
         "save": node("SaveLatent", samples=["second", 0], filename_prefix=f"fit_{budget}"),
     }
     if budget is not None:
@@ -102,8 +54,7 @@ def prompt_of(budget: str | None, seed: int = 1) -> dict[str, Any]:
 def sampled(client: Client, server: Server, budget: str | None, events: list[Event] | None = None) -> torch.Tensor:
     """The latent that a run saves."""
     run = client.run(prompt_of(budget), watch=(events if events is not None else []).append)
-    (saved,) = run.outputs["save"]["latents"]
-    return load_file(server.output_folder / saved["subfolder"] / saved["filename"])["latent_tensor"]
+    return latent_of(run, server)
 
 
 def texts(events: list[Event], node: str) -> list[str]:
@@ -117,9 +68,9 @@ def test_the_latent_is_cores_own(client: Client, server: Server, experts: None) 
     events: list[Event] = []
     result = sampled(client, server, CHUNKED, events)
     assert float((result - expected).abs().max() / expected.abs().max()) <= 1e-5
-    for node in ("first", "second"):
-        assert any("in chunks of" in text for text in texts(events, node)), texts(events, node)
-        assert any(text.startswith("sampled: predicted") for text in texts(events, node))
+    for name in ("first", "second"):
+        assert any("in chunks of" in text for text in texts(events, name)), texts(events, name)
+        assert any(text.startswith("sampled: predicted") for text in texts(events, name))
     # Without the node, core's own run is the same again.
     assert torch.equal(sampled(client, server, None), expected)
 

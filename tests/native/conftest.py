@@ -62,6 +62,22 @@ class Core:
         return clone
 
 
+def called_twice(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """Runs a block twice in its place, as another node's `patches_replace` may: the block's input is held meanwhile."""
+    extra["original_block"](args)
+    return extra["original_block"](args)
+
+
+def by_place(layer: Any) -> Callable[..., torch.Tensor]:
+    """Another node's forward for a layer, which looks at a token's place, as regional prompts do."""
+
+    def forward(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        weights = torch.linspace(0, 1, x.shape[1]).view(1, -1, 1)
+        return type(layer).forward(layer, x, *args, **options) * weights
+
+    return forward
+
+
 def off_by(result: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference as a share of the largest number."""
     return float((result - expected).abs().max() / expected.abs().max())
@@ -70,6 +86,31 @@ def off_by(result: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.fixture(scope="module", autouse=True)
 def small(one_thread: None) -> None:
     """Small models compute in one thread."""
+
+
+def predicted_and_measured(
+    core: Core, patcher: Any, sample: Callable[..., Any], workspace_bytes: int | None
+) -> list[tuple[int, int]]:
+    """The twin's peak for each call of a run, and the metered one of the whole model."""
+    twin, memory = core.native("twin"), core.native("kernel_memory")
+    model = patcher.model.diffusion_model
+    peaks: list[tuple[int, int]] = []
+
+    def metered(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        executor(*args, **kwargs)  # core keeps some tables from its first call on
+        shapes = twin.Twin(core.native("model").native_model(model), model, patcher.model.get_dtype_inference())
+        predicted = shapes.peak_bytes(twin.Call(model, args, kwargs), workspace_bytes)
+        with memory.kernel_meter(torch.device("cpu"), "cpu") as measured:
+            result = executor(*args, **kwargs)
+        peaks.append((predicted, measured.peak_bytes))
+        return result
+
+    clone = core.chunked(patcher, workspace_bytes)
+    clone.add_wrapper_with_key(core.extension.WrappersMP.DIFFUSION_MODEL, "metered", metered)
+    options = clone.model_options.setdefault("transformer_options", {})
+    options["optimized_attention_override"] = core.native("attention_memory").attention_output
+    sample(clone, cfg=1.0)
+    return peaks
 
 
 @pytest.fixture(scope="session")

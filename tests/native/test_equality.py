@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import SMALL_MODELS, TOLERANCE, Core, off_by
+from .conftest import SMALL_MODELS, TOLERANCE, Core, off_by, predicted_and_measured
 
 pytestmark = [pytest.mark.host, pytest.mark.usefixtures("one_thread")]
 WORKSPACES = [1, 300_000]
@@ -37,25 +37,7 @@ def test_two_blocks_predict_the_peak_of_all(
     workspace_bytes: int | None,
 ) -> None:
     """Held against the metered calls of a sampler's run of the whole model."""
-    memory, twin = core.native("kernel_memory"), core.native("twin")
-    patcher = make_patcher(name)
-    model = patcher.model.diffusion_model
-    peaks: list[tuple[int, int]] = []
-
-    def metered(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        executor(*args, **kwargs)  # core keeps some tables from its first call on
-        shapes = twin.Twin(core.native("model").native_model(model), model, torch.float32)
-        predicted = shapes.peak_bytes(twin.Call(model, args, kwargs), workspace_bytes)
-        with memory.kernel_meter(torch.device("cpu"), "cpu") as measured:
-            result = executor(*args, **kwargs)
-        peaks.append((measured.peak_bytes, predicted))
-        return result
-
-    clone = core.chunked(patcher, workspace_bytes)
-    clone.add_wrapper_with_key(core.extension.WrappersMP.DIFFUSION_MODEL, "metered", metered)
-    options = clone.model_options.setdefault("transformer_options", {})
-    options["optimized_attention_override"] = core.native("attention_memory").attention_output
-    sample(clone, cfg=1.0)
+    peaks = predicted_and_measured(core, make_patcher(name), sample, workspace_bytes)
     assert peaks
-    for measured, predicted in peaks:
+    for predicted, measured in peaks:
         assert measured <= predicted <= 1.05 * measured

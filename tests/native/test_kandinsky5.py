@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import TOLERANCE, Core, off_by
+from .conftest import TOLERANCE, Core, by_place, off_by
 
 pytestmark = pytest.mark.host
 
@@ -19,14 +19,9 @@ def test_a_layer_that_another_node_has_replaced(
 ) -> None:
     patcher = make_patcher("kandinsky5-lite-t2v")
     for index, block in enumerate(patcher.model.diffusion_model.visual_transformer_blocks):
-        own = getattr(block, name)
-
-        def forward(x: torch.Tensor, *args: Any, own: Any = own, **options: Any) -> torch.Tensor:
-            # Looks at a token's place, as regional prompts do.
-            weights = torch.linspace(0, 1, x.shape[1]).view(1, -1, 1)
-            return type(own).forward(own, x, *args, **options) * weights
-
-        patcher.add_object_patch(f"diffusion_model.visual_transformer_blocks.{index}.{name}.forward", forward)
+        patcher.add_object_patch(
+            f"diffusion_model.visual_transformer_blocks.{index}.{name}.forward", by_place(getattr(block, name))
+        )
     expected = sample(patcher)
     assert off_by(sample(core.chunked(patcher, 1)), expected) <= TOLERANCE
 

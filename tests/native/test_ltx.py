@@ -11,7 +11,7 @@ import torch
 from comfy_host import model_case
 from comfy_host.model_case import ModelCase
 
-from .conftest import SMALL_MODELS, TOLERANCE, Core, off_by
+from .conftest import SMALL_MODELS, TOLERANCE, Core, by_place, off_by
 
 pytestmark = pytest.mark.host
 
@@ -129,14 +129,9 @@ def test_layers_that_another_node_has_replaced(
 ) -> None:
     patcher = make_patcher("ltx-23")
     for index, block in enumerate(patcher.model.diffusion_model.transformer_blocks):
-        own = getattr(block, layer)
-
-        def forward(x: torch.Tensor, *args: Any, own: Any = own, **options: Any) -> torch.Tensor:
-            # Looks at a token's place, as regional prompts do.
-            weights = torch.linspace(0, 1, x.shape[1]).view(1, -1, 1)
-            return type(own).forward(own, x, *args, **options) * weights
-
-        patcher.add_object_patch(f"diffusion_model.transformer_blocks.{index}.{layer}.forward", forward)
+        patcher.add_object_patch(
+            f"diffusion_model.transformer_blocks.{index}.{layer}.forward", by_place(getattr(block, layer))
+        )
     expected = sample(patcher)
     assert off_by(sample(core.chunked(patcher, 1)), expected) <= TOLERANCE
 
@@ -187,19 +182,14 @@ def test_parts_of_a_block_that_are_switched_off(
 
 
 def test_weights_are_cast_as_often_as_in_core(
-    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    core: Core,
+    make_patcher: Callable[..., Any],
+    sample: Callable[..., torch.Tensor],
+    casts_of: Callable[[torch.dtype], list[str]],
 ) -> None:
     """However many chunks a layer runs in."""
     patcher = make_patcher("ltx-23", dtype=torch.float16, compute_dtype=torch.float32)
-    casts: list[str] = []
-    cast = core.ops.cast_bias_weight
-
-    def counted(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        if layer.weight.dtype is torch.float16:  # what is held lies there cast
-            casts.append(type(layer).__name__)
-        return cast(layer, *args, **kwargs)
-
-    monkeypatch.setattr(core.ops, "cast_bias_weight", counted)
+    casts = casts_of(torch.float16)
     expected, of_core = sample(patcher, cfg=1.0), len(casts)
     result = sample(core.chunked(patcher, 1), cfg=1.0)
     assert off_by(result, expected) <= TOLERANCE

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import CASE, SMALL_MODELS, TOLERANCE, Core, off_by
+from .conftest import CASE, SMALL_MODELS, TOLERANCE, Core, called_twice, off_by
 
 pytestmark = pytest.mark.host
 CPU = torch.device("cpu")
@@ -155,31 +155,22 @@ def test_a_block_that_is_called_twice_by_another_node(
 ) -> None:
     """Core's block updates its input, which this node sees."""
 
-    def twice(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-        extra["original_block"](args)
-        return extra["original_block"](args)
-
     patcher = make_patcher("minimax_h3-t2v")
-    patcher.set_model_patch_replace(twice, "dit", "double_block", 1)
+    patcher.set_model_patch_replace(called_twice, "dit", "double_block", 1)
     expected = sample(patcher, cfg=1.0)
     assert off_by(sample(core.chunked(patcher, 1), cfg=1.0), expected) <= TOLERANCE
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 def test_weights_are_cast_as_often_as_in_core(
-    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    core: Core,
+    make_patcher: Callable[..., Any],
+    sample: Callable[..., torch.Tensor],
+    casts_of: Callable[[torch.dtype], list[str]],
 ) -> None:
     """However many groups of heads and chunks of tokens a layer runs in."""
     patcher = make_patcher("minimax_h3-t2v", dtype=torch.float16, compute_dtype=torch.float32)
-    casts: list[str] = []
-    cast = core.ops.cast_bias_weight
-
-    def counted(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        if layer.weight.dtype is torch.float16:  # what is held lies there cast
-            casts.append(type(layer).__name__)
-        return cast(layer, *args, **kwargs)
-
-    monkeypatch.setattr(core.ops, "cast_bias_weight", counted)
+    casts = casts_of(torch.float16)
     expected, of_core = sample(patcher, cfg=1.0), len(casts)
     assert off_by(sample(core.chunked(patcher, 1), cfg=1.0), expected) <= TOLERANCE
     assert len(casts) - of_core == of_core

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import CASE, Core
+from .conftest import CASE, Core, predicted_and_measured
 
 pytestmark = pytest.mark.host
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -143,28 +143,6 @@ def quantised(core: Core, model: Any, layout: str, algorithm: str) -> None:
                 setattr(parent, name, other)
 
 
-def predicted_and_measured(core: Core, patcher: Any, sample: Callable[..., Any], workspace_bytes: int | None) -> Any:
-    """The twin's peak of a run's call, and the metered one of the whole model."""
-    twin, memory = core.native("twin"), core.native("kernel_memory")
-    model = patcher.model.diffusion_model
-    found: list[tuple[int, int]] = []
-
-    def around(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        shapes = twin.Twin(core.native("model").native_model(model), model, patcher.model.get_dtype_inference())
-        predicted = shapes.peak_bytes(twin.Call(model, args, kwargs), workspace_bytes)
-        with memory.kernel_meter(CPU, "cpu") as meter:
-            result = executor(*args, **kwargs)
-        found.append((predicted, meter.peak_bytes))
-        return result
-
-    clone = core.chunked(patcher, workspace_bytes)
-    clone.add_wrapper_with_key(core.extension.WrappersMP.DIFFUSION_MODEL, "metered", around)
-    options = clone.model_options.setdefault("transformer_options", {})
-    options["optimized_attention_override"] = core.native("attention_memory").attention_output
-    sample(clone, cfg=1.0)
-    return found[0]
-
-
 @pytest.mark.parametrize("workspace_bytes", [None, 1])
 @pytest.mark.parametrize("stored", ["float8", "int8_tensorwise", "float8_e4m3fn"])
 def test_copies_of_stored_weights_are_counted(
@@ -182,7 +160,7 @@ def test_copies_of_stored_weights_are_counted(
         if not hasattr(core.ops, "mixed_precision_ops"):
             pytest.skip("this ComfyUI has no quantised layers")
         quantised(core, patcher.model.diffusion_model, layouts[stored], stored)
-    predicted, measured = predicted_and_measured(core, patcher, sample, workspace_bytes)
+    ((predicted, measured),) = predicted_and_measured(core, patcher, sample, workspace_bytes)
     assert measured <= predicted <= 1.05 * measured
 
 

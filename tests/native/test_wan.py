@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import CASE, TOLERANCE, Core, off_by
+from .conftest import CASE, TOLERANCE, Core, by_place, called_twice, off_by
 
 pytestmark = [pytest.mark.host, pytest.mark.usefixtures("one_thread")]
 
@@ -53,12 +53,8 @@ def test_a_block_that_is_called_twice_by_another_node(
 ) -> None:
     """A wrapper around a block may hold its input, so that is not overwritten."""
 
-    def twice(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-        extra["original_block"](args)
-        return extra["original_block"](args)
-
     patcher = make_patcher("wan-t2v")
-    patcher.set_model_patch_replace(twice, "dit", "double_block", 1)
+    patcher.set_model_patch_replace(called_twice, "dit", "double_block", 1)
     expected = sample(patcher)
     assert off_by(sample(core.chunked(patcher, 1)), expected) <= TOLERANCE
 
@@ -68,14 +64,7 @@ def test_attention_that_another_node_has_replaced(
 ) -> None:
     patcher = make_patcher("wan-t2v")
     for index, block in enumerate(patcher.model.diffusion_model.blocks):
-        own = block.cross_attn
-
-        def forward(x: torch.Tensor, context: torch.Tensor, own: Any = own, **options: Any) -> torch.Tensor:
-            # Looks at a token's place, as regional prompts do.
-            weights = torch.linspace(0, 1, x.shape[1]).view(1, -1, 1)
-            return type(own).forward(own, x, context, **options) * weights
-
-        patcher.add_object_patch(f"diffusion_model.blocks.{index}.cross_attn.forward", forward)
+        patcher.add_object_patch(f"diffusion_model.blocks.{index}.cross_attn.forward", by_place(block.cross_attn))
     expected = sample(patcher)
     assert off_by(sample(core.chunked(patcher, 1)), expected) <= TOLERANCE
 
@@ -117,21 +106,13 @@ def test_weights_are_cast_as_often_as_in_core(
     core: Core,
     make_patcher: Callable[..., Any],
     sample: Callable[..., torch.Tensor],
-    monkeypatch: pytest.MonkeyPatch,
+    casts_of: Callable[[torch.dtype], list[str]],
     name: str,
     stored: torch.dtype,
 ) -> None:
     """However many chunks a layer runs in."""
     patcher = make_patcher(f"wan-{name}", dtype=stored, compute_dtype=torch.float32)
-    casts: list[str] = []
-    cast = core.ops.cast_bias_weight
-
-    def counted(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        if layer.weight.dtype is stored:  # what is held lies there cast
-            casts.append(type(layer).__name__)
-        return cast(layer, *args, **kwargs)
-
-    monkeypatch.setattr(core.ops, "cast_bias_weight", counted)
+    casts = casts_of(stored)
     expected, of_core = sample(patcher, cfg=1.0), len(casts)
     result = sample(core.chunked(patcher, 1), cfg=1.0)
     assert off_by(result, expected) <= TOLERANCE
@@ -222,6 +203,24 @@ def test_what_another_nodes_block_keeps_is_not_overwritten(
     assert off_by(sample(core.chunked(patcher, 1)), expected) <= TOLERANCE
     assert kept
     assert all(torch.equal(result, then) for result, then in kept)
+
+
+def test_another_node_that_runs_the_blocks_itself(
+    core: Core, make_patcher: Callable[..., Any], sample: Callable[..., torch.Tensor]
+) -> None:
+    """It may hold what it gives to a block, to see how much that has changed it."""
+    patcher = make_patcher("wan-t2v")
+    model = patcher.model.diffusion_model
+
+    def forward_orig(x: torch.Tensor, _t: Any, context: torch.Tensor, freqs: torch.Tensor, **_: Any) -> torch.Tensor:
+        embedded = model.patch_embedding(x.float()).flatten(2).transpose(1, 2)
+        text = model.text_embedding(context)
+        changed = model.blocks[0](embedded, e=torch.ones(len(x), 1, 6, model.dim), freqs=freqs, context=text)
+        return x * (changed - embedded).square().mean()
+
+    patcher.add_object_patch("diffusion_model.forward_orig", forward_orig)
+    expected = sample(patcher)
+    assert off_by(sample(core.chunked(patcher, 1)), expected) <= TOLERANCE
 
 
 def test_what_an_attention_patch_keeps_is_not_overwritten(
