@@ -19,7 +19,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 
 from comfy_host.in_process import native_modules
-from comfy_host.model_case import ModelCase, latent_of, model_of
+from comfy_host.model_case import ModelCase, model_of, sampler_input
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ def _row(native: Any, name: str, size: str, case: ModelCase) -> Row:
         return native.attention_memory.attention_output(attention.attention_pytorch.__wrapped__, *args, **kwargs)
 
     base = model_of(case, torch.bfloat16, "meta")
-    latent_shape, conds, part_shapes = _input(case)
+    latent_shape, conds, part_shapes = sampler_input(case)
     start = time.process_time()
     twin = native.twin.Twin(
         native.model.native_model(base.diffusion_model),
@@ -104,17 +104,6 @@ def _row(native: Any, name: str, size: str, case: ModelCase) -> Row:
         predict_seconds=round(predicted - start, 3),
         plan_seconds=round(planned - predicted, 3),
     )
-
-
-def _input(case: ModelCase) -> tuple[tuple[int, ...], dict[str, Any], list[tuple[int, ...]]]:
-    """Shape of the latent as samplers see it, one branch's conditioning, and the shapes of the latent's parts."""
-    import torch
-    from comfy import sampler_helpers, utils  # pyright: ignore[reportMissingImports]
-
-    latent = latent_of(case, torch.zeros)
-    packed, shapes = utils.pack_latents(latent.unbind()) if latent.is_nested else (latent, [latent.shape])
-    conditioning = case.conditioning(torch.Generator(), case.latent_shape)
-    return tuple(packed.shape), {"positive": sampler_helpers.convert_cond([conditioning])}, shapes
 
 
 def _load() -> Any:

@@ -11,7 +11,7 @@ from ..i2v_core.sampling.checkpoint import Checkpointing, CheckpointWhen
 from . import host
 from .sockets import CATEGORY, REPORTS, I2VConditioningSocket, model_input, plan_input
 from .validation import checked
-from .widgets import cfg_input, scheduler_input, seed_input, steps_input
+from .widgets import cfg_input, checkpoint_input, scheduler_input, seed_input, steps_input
 
 
 class ChunkedSampler(io.ComfyNode):
@@ -34,14 +34,10 @@ class ChunkedSampler(io.ComfyNode):
                 cfg_input(),
                 seed_input(changes_each_run=True),
                 scheduler_input(),
-                io.Combo.Input(
-                    "checkpoint",
-                    options=[when.value for when in CheckpointWhen],
-                    default=CheckpointWhen.AUTO.value,
-                    optional=True,
-                    tooltip="When to save a checkpoint to disk: auto saves every 30 seconds in runs of more than 2 "
-                    "minutes, and when such a run is cancelled or fails; every step saves after each step; off never "
-                    "saves. Queue the same video again to resume from it. Default auto.",
+                checkpoint_input(
+                    "When to save a checkpoint to disk: auto saves every 30 seconds in runs of more than 2 minutes, "
+                    "and when such a run is cancelled or fails; every step saves after each step; off never saves. "
+                    "Queue the same video again to resume from it."
                 ),
             ],
             outputs=[

@@ -25,6 +25,7 @@ from .native.services import Services
 from .native.vae.fitted_vae import FittedVAE, fitted_vae
 from .sockets import CATEGORY
 from .validation import checked
+from .widgets import checkpoint_input
 
 
 class VRAMFit(io.ComfyNode):
@@ -48,15 +49,11 @@ class VRAMFit(io.ComfyNode):
                     tooltip="Device memory that the model may use, weights included: auto for what is free, or an "
                     "amount such as 6 or 6GiB. Default auto.",
                 ),
-                io.Combo.Input(
-                    "checkpoint",
-                    options=[when.value for when in CheckpointWhen],
-                    default=CheckpointWhen.AUTO.value,
-                    optional=True,
-                    tooltip="When to save to disk what the sampler has done, with any sampler: auto saves every 30 "
-                    "seconds in runs of more than 2 minutes, and when such a run is cancelled or fails; every step "
-                    "saves after each step; off never saves. Queue the same video again to resume. Unfinished videos "
-                    "take 5 GiB of disk at most. Default auto.",
+                checkpoint_input(
+                    "When to save to disk what the sampler has done, with any sampler: auto saves every 30 seconds in "
+                    "runs of more than 2 minutes, and when such a run is cancelled or fails; every step saves after "
+                    "each step; off never saves. Queue the same video again to resume. Unfinished videos take 5 GiB "
+                    "of disk at most."
                 ),
             ],
             outputs=[

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..i2v_core import stages
 from ..i2v_core.batch.jobs.job import MAX_SEED
 from ..i2v_core.families.facts import AUTO_SCHEDULER
+from ..i2v_core.sampling.checkpoint import CheckpointWhen
 from ..i2v_core.sampling.schedulers import SCHEDULERS
 from ..i2v_core.video import FORMATS
 
@@ -74,6 +75,17 @@ def scheduler_input(note: str = "") -> io.Input:
         options=list(SCHEDULERS),
         default=AUTO_SCHEDULER,
         tooltip=_tooltip(text, note, f"Default {AUTO_SCHEDULER}."),
+    )
+
+
+def checkpoint_input(text: str) -> io.Input:
+    """Build the widget that says when a run is saved; `text` begins its tooltip, which differs by node."""
+    return io.Combo.Input(
+        "checkpoint",
+        options=[when.value for when in CheckpointWhen],
+        default=CheckpointWhen.AUTO.value,
+        optional=True,
+        tooltip=f"{text} Default auto.",
     )
 
 

@@ -98,10 +98,7 @@ def _model_of_bytes(case: ModelCase, torch: Any) -> Any:
 
 def _plan_as_on_a_card() -> None:
     """Count PyTorch's attention, which core takes on a card, whatever it takes in this process."""
-    try:
-        planner, memory = (pack_module(f"nodes.native.{name}") for name in ("call_planner", "attention_memory"))
-    except ModuleNotFoundError:  # plans assume it anyway
-        return
+    planner, memory = (pack_module(f"nodes.native.{name}") for name in ("call_planner", "attention_memory"))
     attention = host_module("comfy.ldm.modules.attention")
 
     def fused(_chosen: Any, *args: Any, **kwargs: Any) -> Any:

@@ -16,10 +16,11 @@ from ...i2v_core.memory.device import DeviceFacts
 from ...i2v_core.units import format_gib
 from .attention_memory import attention_output, replaced_attention_output
 from .call_plan import UNKNOWN_DEVICE, CallPlan, Peak, finer, lowest_needed_bytes, plan_call
+from .call_shapes import Call
 from .model import NativeModel
 from .recorded_call import FAILURES, RecordedCall, recorded_calls
 from .suggested_size import LatentClip, suggested_sizes
-from .twin import Call, Twin
+from .twin import Twin
 
 logger = logging.getLogger(__name__)
 

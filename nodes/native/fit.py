@@ -26,7 +26,7 @@ _CLONED = ("ON_CLONE", "ON_MATCH_MULTIGPU_CLONES")
 def fitted(patcher: Any, services: Services) -> tuple[Any, str]:
     """A clone of the patcher whose model runs within the budget, and a line that says what it covers."""
     clone = patcher.clone()
-    services = resumable(clone, services, inside=KEY)
+    services = resumable(clone, services)
     return clone, _attach(clone, services)
 
 

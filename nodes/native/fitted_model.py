@@ -21,10 +21,11 @@ from .call_plan import CallPlan
 from .call_planner import CallPlanner, UntraceableError
 from .call_shapes import Call, first_tensor
 from .calls import CallState
+from .compiling import uncompiled
 from .held_weights import HeldWeightsRunner
 from .host_memory import CallNeeds, batching_for, loading_for
 from .model import NativeModel, Patch
-from .planned_call import PlannedCall, uncompiled
+from .planned_call import PlannedCall
 from .quantised_layers import scales_whole_input
 from .recorded_call import RecordedCall
 from .run_record import RunRecord

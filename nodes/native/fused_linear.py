@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +10,9 @@ import torch.nn.functional as F
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
+from .held_weights import replaced
 from .model import is_own_method
+from .quantised_layers import has_functions
 
 _SLICEABLE_FORMATS = {"float8_e4m3fn": 1, "float8_e5m2": 1, "int8_tensorwise": 1, "mxfp8": 128, "nvfp4": 128}
 """Core's quantised formats of which rows can be taken, with the number of rows whose scales are stored together."""
@@ -43,7 +43,10 @@ def linear_parts(layer: Any, inputs: Tensor, *parts: slice) -> tuple[Tensor, ...
 def _product(layer: Any, inputs: Tensor, weight: Any, rows: slice) -> Tensor:
     if type(layer) in _BARE:  # torch.compile sees no change of the layer
         return F.linear(inputs, weight, None if layer.bias is None else layer.bias[rows])
-    with _in_place_of_all(layer, weight, rows):
+    parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+    if (bias := layer._parameters.get("bias")) is not None:
+        parameters["bias"] = nn.Parameter(bias[rows], requires_grad=False)
+    with replaced(layer._parameters, parameters):
         return layer(inputs)
 
 
@@ -56,8 +59,7 @@ def has_sliceable_format(layer: Any) -> bool:
 def _sliced_weight(layer: Any, inputs: Tensor, rows: slice) -> Tensor | None:
     """Some rows of the weight; None where the layer's forward may need all of them."""
     weight = layer._parameters.get("weight")
-    is_patched = getattr(layer, "weight_function", None) or getattr(layer, "bias_function", None)
-    if weight is None or weight.device != inputs.device or is_patched or not is_own_method(layer):
+    if weight is None or weight.device != inputs.device or has_functions(layer) or not is_own_method(layer):
         return None
     if isinstance(weight, QuantizedTensor):
         return _sliced_quantised(weight, rows, _SLICEABLE_FORMATS.get(layer.quant_format))
@@ -73,16 +75,3 @@ def _sliced_quantised(weight: Any, rows: slice, multiple: int | None) -> Tensor 
     sliced = {name: it if it.numel() == 1 else it[rows] for name, it in scales.items()}
     shape = (rows.stop - rows.start, *weight.shape[1:])
     return QuantizedTensor(weight._qdata[rows], weight._layout_cls, replace(params, **sliced, orig_shape=shape))
-
-
-@contextmanager
-def _in_place_of_all(layer: Any, weight: Tensor, rows: slice) -> Generator[None]:
-    """Puts some rows of the weight, and of the bias, in the layer's place."""
-    before = {name: layer._parameters[name] for name in ("weight", "bias") if name in layer._parameters}
-    layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-    if (bias := before.get("bias")) is not None:
-        layer._parameters["bias"] = nn.Parameter(bias[rows], requires_grad=False)
-    try:
-        yield
-    finally:
-        layer._parameters.update(before)

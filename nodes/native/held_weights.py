@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from ...i2v_core.chunking import LayerCall, LayerRunner
 from .calls import nothing
-from .quantised_layers import has_functions, is_mixed_precision, is_restored, multiplied_as_stored, quantises_input
+from .quantised_layers import (
+    has_functions,
+    is_mixed_precision,
+    is_packed,
+    is_restored,
+    multiplied_as_stored,
+    quantises_input,
+)
 
 _DYNAMIC_MEMORY = "_v"
 """Attribute by which core finds a layer's weights in its dynamic memory, before it looks at the layer's own."""
@@ -84,8 +91,8 @@ def _held(layer: Any, device: torch.device, dtype: torch.dtype) -> Generator[Non
     parameters = {name: nn.Parameter(it, requires_grad=False) for name, it in tensors.items() if it is not None}
     try:
         with (
-            _replaced(layer._parameters, parameters),
-            _replaced(layer.__dict__, attributes, hidden=_DYNAMIC_MEMORY),
+            replaced(layer._parameters, parameters),
+            replaced(layer.__dict__, attributes, hidden=_DYNAMIC_MEMORY),
         ):
             yield
     finally:
@@ -99,21 +106,16 @@ def _is_cast(layer: Any, device: torch.device, dtype: torch.dtype) -> bool:
         return False
     if not (getattr(layer, "comfy_cast_weights", False) or has_functions(layer) or is_mixed_precision(layer)):
         return False
-    if weight.device != device or has_functions(layer) or _is_packed(layer):
+    if weight.device != device or has_functions(layer) or is_packed(layer):
         return True
     if multiplied_as_stored(layer):
         return quantises_input(layer) and weight.dtype != dtype
     return weight.dtype != dtype or is_restored(weight)
 
 
-def _is_packed(layer: Any) -> bool:
-    """Whether the weight is stored in a format of ComfyUI-GGUF's, whatever dtype it names."""
-    return hasattr(layer, "is_ggml_quantized") and bool(layer.is_ggml_quantized())
-
-
 def _cast(layer: Any, device: torch.device, dtype: torch.dtype, *, as_stored: bool) -> _Cast:
     """The layer's weights, cast by its own code with the arguments of its own forward."""
-    if _is_packed(layer):
+    if is_packed(layer):
         weight, bias = layer.cast_bias_weight(dtype=dtype, device=device, bias_dtype=dtype)
         return _Cast(weight, bias)
     weight, bias, lent = comfy.ops.cast_bias_weight(
@@ -160,7 +162,7 @@ def _kept(layer: Any, weight: Tensor, bias: Tensor | None, lent: Any) -> _Cast:
 
 
 @contextmanager
-def _replaced(values: Any, replacements: Mapping[str, Any], hidden: str | None = None) -> Generator[None]:
+def replaced(values: Any, replacements: Mapping[str, Any], hidden: str | None = None) -> Generator[None]:
     """Entries of a dictionary replaced, and one left out, until the context ends."""
     names = [*replacements, *([hidden] if hidden else [])]
     before = {name: values[name] for name in names if name in values}

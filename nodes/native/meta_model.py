@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import comfy.ops
 import comfy.quant_ops
 import torch
 from torch import Tensor, nn
+
+from .quantised_layers import is_packed
 
 _BLOCKS = 2
 
@@ -31,7 +32,7 @@ def _copied(
     module = module._modules.get("_orig_mod") or module  # of torch.compile
     if id(module) in memo:
         return memo[id(module)]
-    packed = _is_packed(module)
+    packed = is_packed(module)
     twin: nn.Module = object.__new__(_casting_class(module) if packed else type(module))
     memo[id(module)] = twin
     twin.__dict__.update(module.__dict__)
@@ -59,11 +60,6 @@ def _copied(
         functions += [_with_lora] if f"{path}weight" in patched else []
         twin.__dict__.update(weight_function=functions, bias_function=[])
     return twin
-
-
-def _is_packed(module: Any) -> bool:
-    """Whether a layer's weight is in a format of another node's (GGUF), which core does not see."""
-    return hasattr(module, "is_ggml_quantized") and bool(module.is_ggml_quantized())
 
 
 def _parameter(tensor: Tensor, *, packed: bool) -> nn.Parameter:

@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar, cast
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ...i2v_core.memory.device import is_out_of_memory
 from .call_shapes import first_tensor
+from .compiling import itself_uncompiled
 from .model import COPY_OF
 
 if TYPE_CHECKING:
     from .fitted_model import FittedModel
-
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def uncompiled(function: _Function) -> _Function:
-    """Keeps torch.compile out of a function and of what it calls."""
-    return cast(_Function, torch.compiler.disable(function))
-
-
-def _itself_uncompiled(function: _Function) -> _Function:
-    """Keeps torch.compile out of a function, but not out of what it calls: the planning stays out."""
-    return cast(_Function, torch.compiler.disable(function, recursive=False))
 
 
 class PlannedCall:
@@ -35,7 +21,7 @@ class PlannedCall:
         self._fit, self._forward = fit, forward
         setattr(self, COPY_OF, forward)
 
-    @_itself_uncompiled
+    @itself_uncompiled
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         fit, device = self._fit, first_tensor(x).device
         call = fit.prepare(x, args, kwargs)

@@ -27,6 +27,11 @@ _RESTORED_LAYOUTS = (
 """Layouts whose product with an input that is not quantised is that of the dequantised weight; int8 has another."""
 
 
+def is_packed(layer: Any) -> bool:
+    """Whether a layer's weight is in a format of ComfyUI-GGUF's, which core does not see, whatever dtype it names."""
+    return hasattr(layer, "is_ggml_quantized") and bool(layer.is_ggml_quantized())
+
+
 def is_mixed_precision(layer: Any) -> bool:
     """Whether a layer is one of core's that may hold a quantised weight, and casts it whenever it runs."""
     return hasattr(layer, "_full_precision_mm")

@@ -10,9 +10,8 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from threading import Lock
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -22,12 +21,12 @@ from ...i2v_core.sampling.call_record import CallRecord
 from ...i2v_core.sampling.checkpoint import CheckpointTimer
 from ...i2v_core.sampling.digest import digest
 from ...i2v_core.sampling.record_file import Record
+from .call_shapes import first_tensor
+from .compiling import itself_uncompiled, uncompiled
 from .model import is_own_method
 from .run_identity import is_ours, model_identity
 
 logger = logging.getLogger(__name__)
-
-Method = TypeVar("Method", bound=Callable[..., Any])
 
 _UNKNOWABLE = (RuntimeError, TypeError, ValueError, KeyError, AttributeError)
 """Errors of reading other nodes' objects; what cannot be told from others is not recorded."""
@@ -35,11 +34,6 @@ _OF_BRANCHES = ("cond_or_uncond", "uuids")
 """Options of a call that list its guidance branches; the second names them anew in each run."""
 _LIST = "list"
 """Fact of a call's record: whether the model returned a list of tensors."""
-
-
-def _uncompiled(*, recursive: bool = True) -> Callable[[Method], Method]:
-    """Keeps torch.compile out of a method, and of all that it calls if `recursive`."""
-    return cast("Callable[[Method], Method]", partial(torch.compiler.disable, recursive=recursive))
 
 
 class KnownModel:
@@ -119,7 +113,7 @@ class RecordedRun:
         """Whether the calls that were made are worth keeping."""
         return self._timer.is_worthwhile(self._step)
 
-    @_uncompiled(recursive=False)  # the model beneath is compiled
+    @itself_uncompiled
     def diffusion_model(self, executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         """One call, around which are other nodes' wrappers."""
         call = self._call(executor.class_obj, x, args, kwargs)
@@ -140,7 +134,7 @@ class RecordedRun:
         if not self._made:
             self._tell_answered()
 
-    @_uncompiled()
+    @uncompiled
     def _call(self, model: nn.Module, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Call | None:
         """The call by its inputs; None for one that is made as if there were no record."""
         known = self._models.get(id(model))
@@ -154,7 +148,7 @@ class RecordedRun:
         try:
             sigma = float(options["sigmas"].max())
             step = min(sum(it > sigma for it in self._sigmas) + 1, len(self._sigmas) - 1)
-            rows, device = _first(x).shape[0], _first(x).device
+            rows, device = first_tensor(x).shape[0], first_tensor(x).device
             names = _names(known.identity, x, args, kwargs, options)
         except _UNKNOWABLE as error:
             logger.info("a call is not recorded, since it cannot be told from others: %r", error)
@@ -162,7 +156,7 @@ class RecordedRun:
         # Another node's functions may act in another way each time. What they do follows from the calls before.
         return _Call([f"{name}-{self._done[name]}" for name in names], names, rows, step, device)
 
-    @_uncompiled()
+    @uncompiled
     def _found(self, call: _Call) -> Any:
         """Returns what an earlier run's call did; None where a branch of it is missing."""
         with self._lock:
@@ -182,7 +176,7 @@ class RecordedRun:
         self._timer.start(call.step - 1)
         self._tell_answered()
 
-    @_uncompiled()
+    @uncompiled
     def _kept(self, call: _Call, output: Any) -> Any:
         """The output, which is recorded."""
         output = _contiguous(output)
@@ -225,7 +219,7 @@ def _names(
     named = {name: it for name, it in kwargs.items() if it is not options}
     inputs = [x, [it for it in args if it is not options], named]
     shared = {name: it for name, it in options.items() if name not in _OF_BRANCHES}
-    branches, rows = list(options["cond_or_uncond"]), _first(x).shape[0]
+    branches, rows = list(options["cond_or_uncond"]), first_tensor(x).shape[0]
     if rows % len(branches):
         return [digest([identity, branches, shared, inputs])]
     size = rows // len(branches)
@@ -260,10 +254,6 @@ def _contiguous(output: Any) -> Any:
     if isinstance(output, (list, tuple)):
         return [_contiguous(it) for it in output]
     return output.contiguous() if isinstance(output, Tensor) else output
-
-
-def _first(x: Any) -> Tensor:
-    return x[0] if isinstance(x, (list, tuple)) else x
 
 
 def _children(model: nn.Module) -> dict[str, nn.Module | None]:

@@ -26,9 +26,9 @@ from ...i2v_core.sampling.checkpoint import Checkpointing, CheckpointTimer, Chec
 from ...i2v_core.sampling.digest import digest
 from ...i2v_core.sampling.record_file import Record
 from ...i2v_core.units import format_gib
-from .fitted_model import Services
 from .recorded_run import KnownModel, RecordedRun, known_models
 from .run_identity import prompt_id, prompt_identity
+from .services import Services
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +40,13 @@ _CALLBACK = 3
 """Place of the callback among the arguments that follow the latent."""
 
 
-def resumable(patcher: Any, services: Services, *, inside: str) -> Services:
-    """Records the runs of a patcher's model; returns services whose lines tell of the record too.
-
-    Args:
-        inside: key of wrappers that belong to making a call, and are not run for one that is answered.
-    """
+def resumable(patcher: Any, services: Services) -> Services:
+    """Records the runs of a patcher's model; returns services whose lines tell of the record too."""
     patcher.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     checkpointing = services.checkpointing
     if checkpointing is None or checkpointing.when is CheckpointWhen.OFF:
         return services
-    resume = _Resume(checkpointing, services, inside)
+    resume = _Resume(checkpointing, services)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, resume.outer_sample)
     return replace(services, say=resume.say)
 
@@ -100,8 +96,8 @@ class _Run:
 class _Resume:
     """The wrapper around the runs of one model."""
 
-    def __init__(self, checkpointing: Checkpointing, services: Services, inside: str) -> None:
-        self._checkpointing, self._services, self._inside = checkpointing, services, inside
+    def __init__(self, checkpointing: Checkpointing, services: Services) -> None:
+        self._checkpointing, self._services = checkpointing, services
         self._results = RunResults(checkpointing.folder / "results")
         self._line = ""
         self._notes: list[str] = []
@@ -124,7 +120,7 @@ class _Resume:
             self._note("answered by the result of an earlier run, which was finished")
             return run.answer(found, executor.class_obj.model_patcher.load_device)
         try:
-            with _around_calls(run.calls.diffusion_model, executor.class_obj.model_options, self._inside):
+            with _around_calls(run.calls.diffusion_model, executor.class_obj.model_options):
                 args, kwargs = _with_callback(args, kwargs, run.on_step)
                 samples = executor(noise, latent_image, *args, **kwargs)
         except RanOutError as error:
@@ -179,16 +175,13 @@ def _result_key(key: str, guider: Any, inputs: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _around_calls(wrapper: Callable[..., Any], model_options: dict[str, Any], inside: str) -> Generator[None]:
-    """Puts a wrapper around calls of the diffusion model, inside of all others but those of a key."""
+def _around_calls(wrapper: Callable[..., Any], model_options: dict[str, Any]) -> Generator[None]:
+    """Puts a wrapper around calls of the diffusion model, inside of all others: the last is the innermost."""
     add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, wrapper, model_options, is_model_options=True)
-    wrappers = model_options["transformer_options"]["wrappers"][WrappersMP.DIFFUSION_MODEL]
-    if inside in wrappers:
-        wrappers[inside] = wrappers.pop(inside)  # the last is the innermost
     try:
         yield
     finally:
-        wrappers.pop(KEY, None)
+        model_options["transformer_options"]["wrappers"][WrappersMP.DIFFUSION_MODEL].pop(KEY, None)
 
 
 def _with_callback(

@@ -23,7 +23,7 @@ from ...decoding.causal_row_tiles import CausalRowTiledLayers
 from ...decoding.feature_map import FeatureMaps
 from ...decoding.settings import TilingSettings
 from ...placement.offload import empty_on_host
-from .tiled import TiledDecoder, TiledEncoder
+from .tiled import TiledDecoder, TiledEncoder, folded
 
 # Takes one latent frame (1, C, 1, h, w) on the device, and the frames (F, H, W, 3) in host memory to write to.
 _Decoder: TypeAlias = Callable[[torch.Tensor, torch.Tensor], None]
@@ -169,8 +169,4 @@ def _write_frames(vae: Any, decoded_FCrW: torch.Tensor, frames_FrW3: torch.Tenso
 
 
 def _folded(vae: Any, frames_13FHW: torch.Tensor) -> torch.Tensor:
-    """Return frames with squares of pixels folded into channels, as the autoencoder takes them."""
-    side = vae.config.patch_size or 1
-    batch, _, frames, height, width = frames_13FHW.shape
-    squares = frames_13FHW.view(batch, 3, frames, height // side, side, width // side, side)
-    return squares.permute(0, 1, 6, 4, 2, 3, 5).reshape(batch, -1, frames, height // side, width // side)
+    return folded(frames_13FHW, vae.config.patch_size or 1)

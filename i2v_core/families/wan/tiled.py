@@ -19,6 +19,13 @@ from ...decoding.feature_map import FeatureMap
 _Write: TypeAlias = Callable[[slice, torch.Tensor], None]
 
 
+def folded(frames_1CFHW: torch.Tensor, side: int) -> torch.Tensor:
+    """Return frames with squares of pixels folded into channels, as Wan's autoencoders take them."""
+    batch, channels, frames, height, width = frames_1CFHW.shape
+    squares = frames_1CFHW.view(batch, channels, frames, height // side, side, width // side, side)
+    return squares.permute(0, 1, 6, 4, 2, 3, 5).reshape(batch, -1, frames, height // side, width // side)
+
+
 class TiledDecoder:
     """Decodes the latent frames of a clip, one at a call, in order."""
 

@@ -15,7 +15,7 @@ import comfy.ldm.wan.vae2_2 as wan_22
 import torch
 from torch import nn
 
-from ....i2v_core.families.wan.tiled import TiledDecoder, TiledEncoder
+from ....i2v_core.families.wan.tiled import TiledDecoder, TiledEncoder, folded
 from ....i2v_core.placement.offload import empty_on_host
 from .bands import BandedPass
 from .layer_classes import all_plain
@@ -118,7 +118,7 @@ class WanVAE:
         count = self.latent_frames(video.frames)
         for index in range(count):
             frames = slice(1 + _TIMES * (index - 1), 1 + _TIMES * index) if index else slice(0, 1)
-            mean_1C1hw = encoder(self._folded(video.read(frames))).chunk(2, dim=1)[0]
+            mean_1C1hw = encoder(folded(video.read(frames), self.side)).chunk(2, dim=1)[0]
             if latent_1CThw is None:
                 shape = (*mean_1C1hw.shape[:2], count, *mean_1C1hw.shape[3:])
                 latent_1CThw = empty_on_host(shape, mean_1C1hw.dtype, banded.device)
@@ -133,12 +133,6 @@ class WanVAE:
         side = self.side
         squares = tile_FCrW.reshape(frames, -1, side, side, rows, width).permute(1, 0, 4, 3, 5, 2)
         return squares.reshape(-1, frames, side * rows, side * width)
-
-    def _folded(self, pixels_1CFHW: torch.Tensor) -> torch.Tensor:
-        side = self.side
-        batch, channels, frames, height, width = pixels_1CFHW.shape
-        squares = pixels_1CFHW.view(batch, channels, frames, height // side, side, width // side, side)
-        return squares.permute(0, 1, 6, 4, 2, 3, 5).reshape(batch, -1, frames, height // side, width // side)
 
 
 _LAYERS: tuple[type[nn.Module], ...] = (
