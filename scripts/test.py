@@ -1,6 +1,6 @@
 """All of the project's checks: lint, format, imports, types and tests, those in a real ComfyUI and a browser included.
 
-    python scripts/test.py              everything, in about a quarter of an hour on two cores
+    python scripts/test.py              everything, in about 25 minutes on two cores
     python scripts/test.py --fast       the same without the tests marked host, browser, slow or gpu, in two minutes
     python scripts/test.py tests/batch  other arguments go to pytest; so do -m "not host", -k tiles, and -n 0, which
                                         runs the tests in one process, where a debugger can follow
